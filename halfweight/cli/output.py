@@ -1,0 +1,35 @@
+"""How the command line speaks: data to stdout, errors and progress to stderr, one style for all."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from halfweight.errors import HalfweightError
+
+stdout = Console()
+stderr = Console(stderr=True)
+
+
+def fail(error: HalfweightError) -> int:
+    """Print `error: ...` and `hint: ...` on stderr; returns the exit code."""
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    return error.exit_code
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2))
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, in the units of datasheets and of cards: '8.09 GB (7.54 GiB)'."""
+    for power, (gb, gib) in ((3, ("GB", "GiB")), (2, ("MB", "MiB")), (1, ("kB", "KiB"))):
+        if num_bytes >= 1000**power:
+            return f"{num_bytes / 1000**power:.2f} {gb} ({num_bytes / 1024**power:.2f} {gib})"
+    return f"{num_bytes:.0f} bytes"

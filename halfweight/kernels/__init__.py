@@ -1,0 +1,143 @@
+"""The quantized operations, their registration with torch, and the choice of a backend.
+
+A backend is one file of this folder that defines `BACKEND`, and one entry in BACKENDS. It is
+chosen once, when a model is loaded (`choose_backend`), logged with the reason, and then named in
+every call: nothing falls back inside a forward.
+
+Shapes: x [..., K], packed uint8 [N, K] (q + 128), scales [N, K/G] (uint8 grid8 codes or a float
+dtype), exponents int8 [N] for grid8 else None, bias [N], y [..., N] in x's dtype.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from halfweight.errors import UsageError
+
+log = logging.getLogger("halfweight")
+
+LinearFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+EmbeddingFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the quantized operations.
+
+    `unavailable(device)` returns why this backend cannot run there, or None if it can.
+    `linear_int8` is the opt-in product with activations rounded to int8, None where there is none.
+    """
+
+    name: str
+    unavailable: Callable[[torch.device], str | None]
+    linear: LinearFunction
+    embedding: EmbeddingFunction
+    linear_int8: LinearFunction | None = None
+
+
+BACKENDS = {
+    "reference": "halfweight.kernels.reference",
+}
+"""Backend name -> module, fastest first: the order in which `choose_backend` asks them."""
+
+
+@cache
+def backend(name: str) -> Backend:
+    """The backend called `name`. Raises UsageError for an unknown name."""
+    if name not in BACKENDS:
+        raise UsageError(f"backend {name!r} is not known", hint=f"use one of {', '.join(BACKENDS)}")
+    found: Backend = importlib.import_module(BACKENDS[name]).BACKEND
+    return found
+
+
+def choose_backend(device: torch.device | str, name: str | None = None) -> str:
+    """The name of the fastest backend that runs on `device`, or `name` after checking it can.
+
+    Raises UsageError if the named backend cannot run there.
+    """
+    device = torch.device(device)
+    if name is not None:
+        reason = backend(name).unavailable(device)
+        if reason is not None:
+            raise UsageError(
+                f"backend {name!r} cannot run on {device}: {reason}",
+                hint="run `halfweight backends` to see which can",
+            )
+        return name
+    skipped: list[str] = []
+    for candidate in BACKENDS:
+        reason = backend(candidate).unavailable(device)
+        if reason is None:
+            log.info("backend %s on %s%s", candidate, device, "".join(skipped))
+            return candidate
+        skipped.append(f"; not {candidate}: {reason}")
+    raise UsageError(f"no backend runs on {device}{''.join(skipped)}")
+
+
+@torch.library.custom_op("halfweight::linear", mutates_args=())
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    exponents: Tensor | None,
+    bias: Tensor | None,
+    backend_name: str,
+    int8_activations: bool = False,
+) -> Tensor:
+    """y = x dequantize(packed, scales, exponents)^T + bias, float32 accumulation.
+
+    With `int8_activations` each group of x is rounded to int8 first (opt-in, not exact).
+    """
+    chosen = backend(backend_name)
+    function = chosen.linear_int8 if int8_activations else chosen.linear
+    if function is None:
+        raise UsageError(
+            f"backend {backend_name!r} has no int8 activations",
+            hint="load the model without activations='int8'",
+        )
+    return function(x, packed, scales, exponents, bias)
+
+
+@linear.register_fake
+def _linear_fake(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    exponents: Tensor | None,
+    bias: Tensor | None,
+    backend_name: str,
+    int8_activations: bool = False,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+@torch.library.custom_op("halfweight::embedding", mutates_args=())
+def embedding(
+    ids: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    exponents: Tensor | None,
+    dtype: torch.dtype,
+    backend_name: str,
+) -> Tensor:
+    """Rows `ids` [...] of the dequantized table [N, K] as [..., K] in `dtype`."""
+    return backend(backend_name).embedding(ids, packed, scales, exponents, dtype)
+
+
+@embedding.register_fake
+def _embedding_fake(
+    ids: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    exponents: Tensor | None,
+    dtype: torch.dtype,
+    backend_name: str,
+) -> Tensor:
+    return packed.new_empty((*ids.shape, packed.shape[1]), dtype=dtype)
