@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 from halfweight import __version__
 from halfweight.cli.output import fail
 from halfweight.errors import HalfweightError, InterruptedConversionError
+
+ClickException: Any = typer.BadParameter.__mro__[2]
+"""The root of usage errors, which typer does not export and no longer takes from click."""
 
 app = typer.Typer(
     name="halfweight",
@@ -54,9 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in arguments:
             raise
         sys.exit(fail(error))
-    except click.exceptions.Abort:
+    except typer.Abort:
         sys.exit(InterruptedConversionError.exit_code)
-    except click.ClickException as error:
+    except ClickException as error:
         error.show(sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
