@@ -1,0 +1,218 @@
+"""`numerics.quantize` as one pass over memory, for converting whole checkpoints. Same bits.
+
+The torch definition makes a few dozen float32 copies of a weight. Here a row is decoded from the
+file's own bytes (F32, F16, BF16) into a buffer that stays in cache, every candidate scale of a
+group is tried there, and one byte a weight leaves. Order of operations is the definition's, float32
+throughout, without contraction or reordering, so packed bytes and scales are equal to the bit:
+tests compare them over dtypes, group sizes, formats, zeros and denormals. Groups longer than
+MAX_ORDERED_GROUP (one scale a row) have no fixed order and go to the definition itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from halfweight.scheme import Scheme
+
+QMAX = np.float32(127)
+CODE_OFFSETS = np.array([0, -1, 1, -2, 2, -3, 3], dtype=np.float32)
+SCALE_FACTORS = 1 + CODE_OFFSETS / np.float32(256)
+LANES = 16
+MIN_EXPONENT, MAX_EXPONENT = -120, 119
+F32, F16, BF16 = range(3)
+SOURCE_DTYPES = {"F32": F32, "F16": F16, "BF16": BF16}
+F16_REBIAS = np.float32(2.0**112)
+ONE = np.float32(1)
+
+SMALLEST_SCALE = {"float32": 2.0**-120, "bfloat16": 2.0**-120, "float16": 2.0**-14, "grid8": 0}
+LARGEST_SCALE = {"float32": 2.0**128 - 2.0**104, "bfloat16": 2.0**128 - 2.0**120}
+LARGEST_SCALE |= {"float16": 65504.0, "grid8": 0}
+DROPPED_BITS = {"float32": 0, "bfloat16": 16, "float16": 13, "grid8": 0}
+"""Mantissa bits that a float32 scale loses in each format."""
+
+RowStatistics = np.dtype(
+    [("squared_error", "f8"), ("squared_norm", "f8"), ("crushed_groups", "i8"), ("bad", "i8")]
+)
+"""Of one row: sums over its weights; groups in which most non-zero weights read back as zero;
+the number of NaN and infinite weights."""
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """packed uint8 [R, K]; scales float32 [R, K/G], exact; statistics RowStatistics [R]."""
+
+    packed: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    statistics: NDArray[Any]
+
+
+def quantize_rows(weights: NDArray[Any], scheme: Scheme, dtype: str) -> QuantizedRows:
+    """Quantize weights [R, K], the file's own bits: uint32 for dtype F32, uint16 for F16 or BF16.
+
+    Bit-identical to `numerics.quantize`. Rows with NaN or Inf are counted in `statistics.bad` and
+    their output means nothing: the caller raises.
+    """
+    rows, columns = weights.shape
+    _, num_groups = scheme.scales_shape((rows, columns))
+    packed = np.empty((rows, columns), np.uint8)
+    scales = np.empty((rows, num_groups), np.float32)
+    statistics = np.zeros(rows, RowStatistics)
+    name = scheme.scale_format
+    _quantize_rows(
+        weights,
+        SOURCE_DTYPES[dtype],
+        name == "grid8",
+        DROPPED_BITS[name],
+        np.float32(SMALLEST_SCALE[name]),
+        np.float32(LARGEST_SCALE[name]),
+        len(CODE_OFFSETS) if scheme.scale_choice == "least_squares" else 1,
+        packed,
+        scales,
+        statistics,
+    )
+    return QuantizedRows(packed, scales, statistics)
+
+
+def _compiled(function: Any) -> Any:
+    return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+
+
+@_compiled
+def _decode(bits: Any, dtype: int, out: Any) -> int:
+    """Write a row as float32 to `out`; returns the number of NaN and infinite values."""
+    bad = 0
+    wide = out.view(np.uint32)
+    if dtype == F16:
+        for k in range(bits.size):
+            half = np.uint32(bits[k])
+            sign = (half & np.uint32(0x8000)) << np.uint32(16)
+            wide[k] = sign | ((half & np.uint32(0x7FFF)) << np.uint32(13))
+            out[k] *= F16_REBIAS
+            bad += (half & np.uint32(0x7C00)) == np.uint32(0x7C00)
+        return bad
+    shift = np.uint32(16) if dtype == BF16 else np.uint32(0)
+    for k in range(bits.size):
+        wide[k] = np.uint32(bits[k]) << shift
+        bad += (wide[k] & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+    return bad
+
+
+@_compiled
+def _round_bits(value: Any, dropped: int) -> Any:
+    """A positive normal float32 rounded half to even, `dropped` bits shorter."""
+    if dropped == 0:
+        return value
+    cell = np.empty(1, np.float32)
+    cell[0] = value
+    bits = cell.view(np.uint32)
+    low = np.uint32(dropped)
+    odd = (bits[0] >> low) & np.uint32(1)
+    bits[0] += (np.uint32(1) << (low - np.uint32(1))) - np.uint32(1) + odd
+    bits[0] = (bits[0] >> low) << low
+    return cell[0]
+
+
+@_compiled
+def _group_error(group: Any, scale: Any, lanes: Any) -> Any:
+    """Sum of (w - q s)^2 in the definition's fixed order."""
+    inverse = ONE / scale
+    lanes[:] = np.float32(0)
+    for start in range(0, group.size, LANES):
+        for lane in range(LANES):
+            weight = group[start + lane]
+            q = min(max(np.rint(weight * inverse), -QMAX), QMAX)
+            error = weight - q * scale
+            lanes[lane] += error * error
+    return _fold(lanes)
+
+
+@_compiled
+def _fold(lanes: Any) -> Any:
+    half = LANES // 2
+    while half:
+        for lane in range(half):
+            lanes[lane] += lanes[lane + half]
+        half //= 2
+    return lanes[0]
+
+
+@_compiled
+def _squared_norm(group: Any, lanes: Any) -> Any:
+    lanes[:] = np.float32(0)
+    for start in range(0, group.size, LANES):
+        for lane in range(LANES):
+            lanes[lane] += group[start + lane] * group[start + lane]
+    return _fold(lanes)
+
+
+@_compiled
+def _store_group(group: Any, scale: Any, packed: Any) -> bool:
+    """Write q + 128; True where more than half of the non-zero weights became 0."""
+    inverse = ONE / scale
+    num_nonzero = num_lost = 0
+    for k in range(group.size):
+        q = np.int32(min(max(np.rint(group[k] * inverse), -QMAX), QMAX))
+        packed[k] = np.uint8(q + 128)
+        num_nonzero += group[k] != 0
+        num_lost += (q == 0) & (group[k] != 0)
+    return 2 * num_lost > num_nonzero
+
+
+@_compiled
+def _quantize_rows(
+    weights: Any,
+    dtype: int,
+    grid: bool,
+    dropped: int,
+    smallest: Any,
+    largest: Any,
+    num_candidates: int,
+    packed: Any,
+    scales: Any,
+    statistics: Any,
+) -> None:
+    num_rows, columns = weights.shape
+    num_groups = scales.shape[1]
+    group_size = columns // num_groups
+    row = np.empty(columns, np.float32)
+    absmax = np.empty(num_groups, np.float32)
+    lanes = np.empty(LANES, np.float32)
+    for r in range(num_rows):
+        statistics[r].bad = _decode(weights[r], dtype, row)
+        highest = np.float32(0)
+        for g in range(num_groups):
+            most = np.float32(0)
+            for k in range(g * group_size, (g + 1) * group_size):
+                most = max(most, abs(row[k]))
+            absmax[g] = most / QMAX
+            highest = max(highest, absmax[g])
+        step = ONE
+        if grid and highest > 0:
+            exponent = min(max(math.frexp(highest)[1] - 8, MIN_EXPONENT), MAX_EXPONENT)
+            step = np.float32(math.ldexp(1.0, exponent))
+        for g in range(num_groups):
+            group = row[g * group_size : (g + 1) * group_size]
+            best_scale = best_error = np.float32(0)
+            start = min(max(np.ceil(absmax[g] / step), ONE), np.float32(255))
+            for c in range(num_candidates):
+                if grid:
+                    scale = min(max(start + CODE_OFFSETS[c], ONE), np.float32(255)) * step
+                elif absmax[g] == 0:
+                    scale = ONE
+                else:
+                    scale = min(max(absmax[g] * SCALE_FACTORS[c], smallest), largest)
+                    scale = _round_bits(scale, dropped)
+                error = _group_error(group, scale, lanes)
+                if c == 0 or error < best_error:
+                    best_scale, best_error = scale, error
+            scales[r, g] = best_scale
+            stored = packed[r, g * group_size : (g + 1) * group_size]
+            statistics[r].crushed_groups += _store_group(group, best_scale, stored)
+            statistics[r].squared_error += best_error
+            statistics[r].squared_norm += _squared_norm(group, lanes)
