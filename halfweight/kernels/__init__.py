@@ -43,6 +43,8 @@ class Backend:
 
 
 BACKENDS = {
+    "cuda": "halfweight.kernels.cuda",
+    "cpu": "halfweight.kernels.cpu",
     "reference": "halfweight.kernels.reference",
 }
 """Backend name -> module, fastest first: the order in which `choose_backend` asks them."""

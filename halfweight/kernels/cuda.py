@@ -1,9 +1,9 @@
-"""CUDA C++ backend for Hopper (compute capability 9.0): one kernel, hopper.cu, for every batch size.
+"""CUDA C++ backend for Hopper (compute capability 9.0): one kernel for every batch size.
 
-The source is compiled by NVRTC when a shape first needs it (about a second, then kept for the
-process). Tensor maps are encoded once for each weight and each activation buffer. What the kernel
-does not take (scales that are not grid8, float32 activations, gathers) goes to the Triton backend,
-by rule and not by failure.
+The source, hopper.cu, is compiled by NVRTC when a shape first needs it (about a second, then kept
+for the process). Tensor maps are encoded once for each weight and each activation buffer. What the
+kernel does not take (scales that are not grid8, float32 activations, gathers) goes to the portable
+backend, by rule and not by failure.
 
 Why one kernel: a ring of bulk copies keeps more bytes in flight than a plain GEMV does, so the
 memory-bound sizes run at the speed of memory, and with a larger tile the same loop keeps the tensor
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from halfweight.errors import HalfweightError
 from halfweight.kernels import Backend
-from halfweight.kernels import triton as portable
+from halfweight.kernels import reference as portable
 
 ROWS = 128
 """Rows of W a block takes: BN of hopper.cu."""
@@ -71,7 +71,7 @@ def config_for(num_tokens: int) -> Config:
 
 
 class _Problem(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012  ctypes wants a plain list
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "exponents", "bias", "y")),
         *((name, ctypes.c_void_p) for name in ("partials", "flags")),
         *((name, ctypes.c_int) for name in ("num_tokens", "out_features", "in_features")),
@@ -128,7 +128,7 @@ def compile_cubin(text: str) -> bytes:
         log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "log size")
         nvrtc.nvrtcGetProgramLog(program, log)
         raise HalfweightError(f"hopper.cu does not compile: {log.decode()}")
-    cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "cubin size")
+    cubin: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "cubin size")
     _check(nvrtc.nvrtcGetCUBIN(program, cubin), "cubin")
     return cubin
 

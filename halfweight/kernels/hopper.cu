@@ -131,20 +131,20 @@ __device__ __forceinline__ u32 to_16bit(u32 pair) {
     // 0x43uu is 128 + (u & 127) with bit 7 in the exponent's last place: take it out of one
     // operand and put its complement in the other, and the difference is u - 128.
     u32 v = __byte_perm(pair, 0x43434343u, 0x4140);
-    asm volatile("sub.rn.bf16x2 %0, %1, %2;" : "=r"(r)
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(r)
         : "r"(v & 0xff7fff7fu), "r"((v ^ 0x00800080u) & 0xff80ff80u));
 #else
     u32 v = __byte_perm(pair, 0x64646464u, 0x4140);  // 0x64uu is 1024 + u
-    asm volatile("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(0x64806480u));
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(0x64806480u));
 #endif
     return r;
 }
 __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
     u32 r;
 #if BF16
-    asm volatile("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
 #else
-    asm volatile("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
 #endif
     return r;
 }
@@ -262,27 +262,35 @@ __device__ __forceinline__ void load_codes(const Problem& p, int row, int k, u32
     }
 }
 
+// The codes of a K block as pairs of 16-bit numbers, ready to multiply.
 __device__ __forceinline__ void use(u32 (&codes)[2][GROUPS], const u32 (&next)[2][GROUPS]) {
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
-        codes[0][g] = next[0][g];
-        codes[1][g] = next[1][g];
+        codes[0][g] = code_pair(next[0][g]);
+        codes[1][g] = code_pair(next[1][g]);
     }
 }
 
 __device__ __forceinline__ void convert_half(u32 w, int half, int row_in_tile, int quad,
                                              const u32 (&codes)[2][GROUPS], u32 (&a)[HALF][4]) {
+    u32 raw[HALF][4];
 #pragma unroll
     for (int i = 0; i < HALF; ++i) {
-        int step = half * HALF + i;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             int row = row_in_tile + 8 * r;
             int swizzle = KB == 128 ? (row & 7) : ((row >> 1) & 3);
-            u32 address = w + row * KB + ((step ^ swizzle) << 4) + 2 * quad;
-            u32 code = code_pair(codes[r][step * GROUPS / STEPS]);
-            a[i][r] = multiply(to_16bit(byte_pair(address)), code);
-            a[i][r + 2] = multiply(to_16bit(byte_pair(address + 8)), code);
+            u32 address = w + row * KB + (((half * HALF + i) ^ swizzle) << 4) + 2 * quad;
+            raw[i][r] = byte_pair(address);
+            raw[i][r + 2] = byte_pair(address + 8);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < HALF; ++i) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            u32 code = codes[r % 2][(half * HALF + i) * GROUPS / STEPS];
+            a[i][r] = multiply(to_16bit(raw[i][r]), code);
         }
     }
 }
