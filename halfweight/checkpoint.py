@@ -159,7 +159,7 @@ def _unsupported(message: str) -> CheckpointError:
 def _read_shards(root: Path) -> Iterator[Shard]:
     index, single = root / INDEX_NAME, root / SINGLE_NAME
     if not index.exists():
-        yield read_shard(_inside(root, _only_shard(root).name))
+        yield read_shard(check_inside(root, _only_shard(root).name))
         return
     weight_map = _read_weight_map(index)
     if single.exists() and SINGLE_NAME not in weight_map.values():
@@ -171,7 +171,7 @@ def _read_shards(root: Path) -> Iterator[Shard]:
     for name, shard_name in weight_map.items():
         by_shard.setdefault(shard_name, set()).add(name)
     for shard_name, names in sorted(by_shard.items()):
-        path = _inside(root, shard_name)
+        path = check_inside(root, shard_name)
         if not path.exists():
             raise broken(path, f"missing; {INDEX_NAME} puts {some(names)} in it")
         shard = read_shard(path)
@@ -214,7 +214,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _inside(root: Path, shard_name: str) -> Path:
+def check_inside(root: Path, shard_name: str) -> Path:
     """The shard's path, refused unless it is a plain name whose file lies in the folder.
 
     Links of the Hub's cache, from snapshots/<revision>/ to ../../blobs/, are allowed.

@@ -31,6 +31,10 @@ class DoesNotFitError(HalfweightError):
     exit_code = 3
 
 
+class DiskFullError(HalfweightError):
+    """The disk has no room for the output; exit code 1."""
+
+
 class CheckpointError(HalfweightError):
     """A source checkpoint is missing, damaged, unsafe or unsupported; exit code 4."""
 

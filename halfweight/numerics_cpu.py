@@ -24,9 +24,8 @@ QMAX = np.float32(127)
 CODE_OFFSETS = np.array([0, -1, 1, -2, 2, -3, 3], dtype=np.float32)
 SCALE_FACTORS = 1 + CODE_OFFSETS / np.float32(256)
 LANES = 16
+MAX_ORDERED_GROUP = 256
 MIN_EXPONENT, MAX_EXPONENT = -120, 119
-F32, F16, BF16 = range(3)
-SOURCE_DTYPES = {"F32": F32, "F16": F16, "BF16": BF16}
 F16_REBIAS = np.float32(2.0**112)
 ONE = np.float32(1)
 
@@ -52,21 +51,25 @@ class QuantizedRows:
     statistics: NDArray[Any]
 
 
-def quantize_rows(weights: NDArray[Any], scheme: Scheme, dtype: str) -> QuantizedRows:
-    """Quantize weights [R, K], the file's own bits: uint32 for dtype F32, uint16 for F16 or BF16.
+def quantize_rows(
+    raw: NDArray[np.uint8], dtype: str, scheme: Scheme, columns: int
+) -> QuantizedRows:
+    """Quantize whole rows of `columns` weights, given as the bytes of safetensors' `dtype`.
 
     Bit-identical to `numerics.quantize`. Rows with NaN or Inf are counted in `statistics.bad` and
     their output means nothing: the caller raises.
     """
-    rows, columns = weights.shape
-    _, num_groups = scheme.scales_shape((rows, columns))
-    packed = np.empty((rows, columns), np.uint8)
-    scales = np.empty((rows, num_groups), np.float32)
-    statistics = np.zeros(rows, RowStatistics)
+    bits = _bits(raw, dtype).reshape(-1, columns)
+    _, num_groups = scheme.scales_shape((len(bits), columns))
+    if columns // num_groups > MAX_ORDERED_GROUP or columns // num_groups % LANES:
+        return _by_definition(as_float32(raw, dtype).reshape(-1, columns), scheme)
+    packed = np.empty(bits.shape, np.uint8)
+    scales = np.empty((len(bits), num_groups), np.float32)
+    statistics = np.zeros(len(bits), RowStatistics)
     name = scheme.scale_format
     _quantize_rows(
-        weights,
-        SOURCE_DTYPES[dtype],
+        bits,
+        dtype == "F16",
         name == "grid8",
         DROPPED_BITS[name],
         np.float32(SMALLEST_SCALE[name]),
@@ -79,16 +82,54 @@ def quantize_rows(weights: NDArray[Any], scheme: Scheme, dtype: str) -> Quantize
     return QuantizedRows(packed, scales, statistics)
 
 
+def as_float32(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
+    """The values that bytes of safetensors' `dtype` stand for."""
+    if dtype == "F16":
+        return raw.view(np.float16).astype(np.float32)
+    bits = _bits(raw, dtype)
+    if dtype == "BF16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.view(np.float32)
+
+
+def _bits(raw: NDArray[np.uint8], dtype: str) -> NDArray[Any]:
+    """uint16 for F16 and BF16, uint32 of float32 for F32 and F64."""
+    if dtype == "F64":
+        with np.errstate(over="ignore"):
+            return raw.view(np.float64).astype(np.float32).view(np.uint32)
+    return raw.view(np.uint32 if dtype == "F32" else np.uint16)
+
+
+def _by_definition(weights: NDArray[np.float32], scheme: Scheme) -> QuantizedRows:
+    import torch
+
+    from halfweight.numerics import dequantize, quantize, scales_float32
+
+    statistics = np.zeros(len(weights), RowStatistics)
+    finite = np.isfinite(weights)
+    statistics["bad"] = (~finite).sum(axis=1)
+    tensor = quantize(torch.from_numpy(np.where(finite, weights, 0)), scheme)
+    error = dequantize(tensor).numpy() - weights
+    lost = (tensor.packed.numpy() == 128) & (weights != 0)
+    groups = (*tensor.scales.shape, -1)
+    num_lost, num_nonzero = (x.reshape(groups).sum(axis=-1) for x in (lost, weights != 0))
+    statistics["squared_error"] = np.square(error, dtype=np.float64).sum(axis=1)
+    statistics["squared_norm"] = np.square(weights, dtype=np.float64).sum(axis=1)
+    statistics["crushed_groups"] = (2 * num_lost > num_nonzero).sum(axis=1)
+    scales = scales_float32(tensor.scales, tensor.exponents).numpy()
+    return QuantizedRows(tensor.packed.numpy(), scales, statistics)
+
+
 def _compiled(function: Any) -> Any:
     return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
 
 
 @_compiled
-def _decode(bits: Any, dtype: int, out: Any) -> int:
+def _decode(bits: Any, is_float16: bool, out: Any) -> int:
     """Write a row as float32 to `out`; returns the number of NaN and infinite values."""
     bad = 0
     wide = out.view(np.uint32)
-    if dtype == F16:
+    if is_float16:
         for k in range(bits.size):
             half = np.uint32(bits[k])
             sign = (half & np.uint32(0x8000)) << np.uint32(16)
@@ -96,7 +137,7 @@ def _decode(bits: Any, dtype: int, out: Any) -> int:
             out[k] *= F16_REBIAS
             bad += (half & np.uint32(0x7C00)) == np.uint32(0x7C00)
         return bad
-    shift = np.uint32(16) if dtype == BF16 else np.uint32(0)
+    shift = np.uint32(32 - 8 * bits.itemsize)
     for k in range(bits.size):
         wide[k] = np.uint32(bits[k]) << shift
         bad += (wide[k] & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
@@ -167,7 +208,7 @@ def _store_group(group: Any, scale: Any, packed: Any) -> bool:
 @_compiled
 def _quantize_rows(
     weights: Any,
-    dtype: int,
+    is_float16: bool,
     grid: bool,
     dropped: int,
     smallest: Any,
@@ -184,7 +225,7 @@ def _quantize_rows(
     absmax = np.empty(num_groups, np.float32)
     lanes = np.empty(LANES, np.float32)
     for r in range(num_rows):
-        statistics[r].bad = _decode(weights[r], dtype, row)
+        statistics[r].bad = _decode(weights[r], is_float16, row)
         highest = np.float32(0)
         for g in range(num_groups):
             most = np.float32(0)

@@ -1,0 +1,192 @@
+"""One output shard, written as a stream of blocks of rows. Holds a few blocks, never a tensor."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfweight.errors import CheckpointError
+from halfweight.layout import OutputShard, header, module_of, scale_dtype, with_dtypes
+from halfweight.numerics_cpu import QuantizedRows, as_float32, quantize_rows
+from halfweight.scheme import DTYPE_BYTES, Decision
+from halfweight.source import Source
+
+BLOCK_BYTES = 4_000_000
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Bytes [begin, end) of one source tensor; whole rows where it is quantized."""
+
+    decision: Decision
+    begin: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the tensor ends with this block."""
+        return self.end == self.decision.tensor.num_bytes
+
+
+def _blocks(decision: Decision) -> list[_Block]:
+    tensor = decision.tensor
+    row_bytes = tensor.num_bytes // tensor.shape[0] if decision.scheme is not None else 1
+    step = max(1, BLOCK_BYTES // row_bytes) * row_bytes
+    starts = range(0, tensor.num_bytes, step)
+    return [_Block(decision, a, min(a + step, tensor.num_bytes)) for a in starts]
+
+
+def write_shard(
+    source: Source,
+    shard: OutputShard,
+    path: Path,
+    pool: ThreadPoolExecutor,
+    window: int,
+    advance: Callable[[str, int], None],
+) -> dict[str, Any]:
+    """Write one output file; returns what the manifest says of its quantized tensors.
+
+    At most `window` blocks are in memory. `advance(tensor name, bytes)` is called as the source is
+    used up. Raises CheckpointError for a NaN or infinite weight, OSError from the disk.
+    """
+    records: dict[str, Any] = {}
+    dtypes: dict[str, str] = {}
+    blocks = [block for decision in shard.decisions for block in _blocks(decision)]
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shard.num_bytes)
+        convert = partial(_convert_block, source, file.fileno(), shard.offsets)
+        parts: list[QuantizedRows] = []
+        for block, rows in _in_order(pool, convert, blocks, window):
+            advance(block.decision.tensor.name, block.end - block.begin)
+            if rows is None:
+                continue
+            parts.append(rows)
+            if block.is_last:
+                tensor = _Finished.of(block.decision, parts)
+                tensor.check_finite(source)
+                tensor.write(file.fileno(), shard.offsets)
+                dtypes[tensor.scale_name] = tensor.scale_dtype
+                records[block.decision.tensor.name] = tensor.record
+                parts = []
+        os.pwrite(file.fileno(), header(with_dtypes(shard.tensors, dtypes), len(shard.header)), 0)
+    return records
+
+
+def _convert_block(
+    source: Source, fd: int, offsets: dict[str, int], block: _Block
+) -> QuantizedRows | None:
+    """Write a block's packed bytes (or, where kept, its own); returns scales and statistics."""
+    decision, tensor = block.decision, block.decision.tensor
+    raw = source.read(tensor, block.begin, block.end)
+    if decision.scheme is None:
+        _write_all(fd, raw, offsets[tensor.name] + block.begin)
+        return None
+    itemsize = DTYPE_BYTES[tensor.dtype]
+    rows = quantize_rows(raw, tensor.dtype, decision.scheme, tensor.shape[1])
+    packed_at = offsets[f"{module_of(tensor)}.weight_packed"]
+    _write_all(fd, rows.packed, packed_at + block.begin // itemsize)
+    return replace(rows, packed=rows.packed[:0])
+
+
+def _write_all(fd: int, array: NDArray[Any], at: int) -> None:
+    data = array.data.cast("B")
+    while data:
+        written = os.pwrite(fd, data, at)
+        data, at = data[written:], at + written
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], window: int
+) -> Iterator[tuple[T, R]]:
+    """(item, function(item)) in order, with at most `window` calls in flight."""
+    flight: deque[tuple[T, Future[R]]] = deque()
+    for item in items:
+        flight.append((item, pool.submit(function, item)))
+        if len(flight) >= window:
+            done, future = flight.popleft()
+            yield done, future.result()
+    for done, future in flight:
+        yield done, future.result()
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A tensor whose packed bytes are all written: scales float32 [N, K/G], statistics [N]."""
+
+    decision: Decision
+    scales: NDArray[np.float32]
+    statistics: NDArray[Any]
+
+    @classmethod
+    def of(cls, decision: Decision, parts: Sequence[QuantizedRows]) -> _Finished:
+        """The parts of one tensor, in the order of its rows."""
+        scales = np.concatenate([rows.scales for rows in parts])
+        return cls(decision, scales, np.concatenate([rows.statistics for rows in parts]))
+
+    @property
+    def scale_name(self) -> str:
+        """The name of the scales on disk."""
+        return f"{module_of(self.decision.tensor)}.weight_scale"
+
+    @cached_property
+    def scale_dtype(self) -> str:
+        """F16 where the source is F16 and holds grid8 scales exactly, else as the scheme says."""
+        assert self.decision.scheme is not None
+        if self.decision.scheme.scale_format == "grid8" and self.decision.tensor.dtype == "F16":
+            with np.errstate(over="ignore"):
+                exact = np.array_equal(self.scales.astype(np.float16), self.scales)
+            return "F16" if exact else "BF16"
+        return scale_dtype(self.decision.scheme)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Group size, errors and crushed groups, for the manifest."""
+        assert self.decision.scheme is not None
+        return {
+            "group_size": self.decision.scheme.group_size,
+            "squared_error": float(self.statistics["squared_error"].sum()),
+            "squared_norm": float(self.statistics["squared_norm"].sum()),
+            "crushed_groups": int(self.statistics["crushed_groups"].sum()),
+        }
+
+    def check_finite(self, source: Source) -> None:
+        """Raise CheckpointError naming tensor, first index and count of NaN and Inf."""
+        count = int(self.statistics["bad"].sum())
+        if count == 0:
+            return
+        tensor = self.decision.tensor
+        row = int(np.argmax(self.statistics["bad"] > 0))
+        row_bytes = tensor.num_bytes // tensor.shape[0]
+        raw = source.read(tensor, row * row_bytes, (row + 1) * row_bytes)
+        values = as_float32(raw, tensor.dtype)
+        column = int(np.argmin(np.isfinite(values)))
+        raise CheckpointError(
+            f"tensor {tensor.name}: {count} of {tensor.num_elements} weights not finite, "
+            f"first {values[column]} at {[row, column]}",
+            hint="repair the source checkpoint; a NaN or Inf weight has no INT8 value",
+        )
+
+    def write(self, fd: int, offsets: dict[str, int]) -> None:
+        """Write scales and shape record."""
+        stored = _in_dtype(self.scales, self.scale_dtype)
+        _write_all(fd, stored, offsets[self.scale_name])
+        shape = np.array(self.decision.tensor.shape, np.int64)
+        _write_all(fd, shape, offsets[f"{module_of(self.decision.tensor)}.weight_shape"])
+
+
+def _in_dtype(scales: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Scales, exactly representable in `dtype`, as its bits."""
+    if dtype == "BF16":
+        return (scales.view(np.uint32) >> 16).astype(np.uint16)
+    return scales.astype({"F16": np.float16, "F32": np.float32}[dtype])

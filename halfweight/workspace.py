@@ -1,0 +1,124 @@
+"""Work that survives being killed: a hidden folder beside OUT, a journal, one rename.
+
+`.OUT.halfweight/` holds
+
+    lock           held by flock while a conversion runs; the kernel lets go if it dies
+    journal.jsonl  first line: what job this is; then one line for each finished shard
+    checkpoint/    the output as far as it has got
+    previous/      an old OUT, while it is being replaced
+
+A shard is written and fsynced before its line is appended and fsynced, so each line in the journal
+stands for a complete file. A line cut short by a kill is not a line. At the end `checkpoint` is
+renamed to OUT in one step: OUT never exists in part. A rerun of the same job takes up the journal;
+another job (other source, recipe or version) starts afresh.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from halfweight.errors import HalfweightError
+
+
+class Workspace:
+    """The hidden folder of one conversion to `out`; a context manager that holds its lock."""
+
+    def __init__(self, out: Path, job: dict[str, Any], source_state: list[Any]) -> None:
+        self.out = out
+        self.job = job
+        self.folder = out.parent / f".{out.name}.halfweight"
+        self.checkpoint = self.folder / "checkpoint"
+        self.finished: dict[str, dict[str, Any]] = {}
+        self._first_line = {"job": job, "source_state": source_state}
+        self._journal = self.folder / "journal.jsonl"
+        self._previous = self.folder / "previous"
+
+    def __enter__(self) -> Workspace:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / "lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise HalfweightError(
+                f"{self.out}: another process is converting to it",
+                hint="wait for it to end, or choose another output",
+            ) from error
+        self._take_up_journal()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def record(self, shard: str, entry: dict[str, Any]) -> None:
+        """Note that `shard`, already fsynced in `checkpoint`, is complete."""
+        self._append({"shard": shard, **entry})
+        self.finished[shard] = entry
+
+    def forget(self, shard: str) -> None:
+        """Drop a shard whose file is not what the journal says; it will be made again."""
+        del self.finished[shard]
+        (self.checkpoint / shard).unlink(missing_ok=True)
+
+    def publish(self) -> None:
+        """Rename the finished checkpoint to `out`, put aside and then drop what was there."""
+        sync(self.checkpoint)
+        if self.out.exists():
+            shutil.rmtree(self._previous, ignore_errors=True)
+            os.rename(self.out, self._previous)
+        os.rename(self.checkpoint, self.out)
+        sync(self.out.parent)
+        self.remove()
+
+    def remove(self) -> None:
+        """Delete the workspace, the journal last: until then a rerun knows where it stands."""
+        for folder in (self._previous, self.checkpoint):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._journal.unlink(missing_ok=True)
+        shutil.rmtree(self.folder)
+
+    def _take_up_journal(self) -> None:
+        lines, num_bytes = _complete_lines(self._journal)
+        if lines[:1] == [self._first_line]:
+            os.truncate(self._journal, num_bytes)
+        else:
+            lines = [self._first_line]
+            self._journal.unlink(missing_ok=True)
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
+            self._append(self._first_line)
+        self.checkpoint.mkdir(exist_ok=True)
+        self.finished = {line.pop("shard"): line for line in lines[1:]}
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with open(self._journal, "a") as journal:
+            journal.write(json.dumps(line) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+        sync(self.folder)
+
+
+def sync(folder: Path) -> None:
+    """Make a folder's entries durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _complete_lines(journal: Path) -> tuple[list[dict[str, Any]], int]:
+    """The journal's lines up to the first that is cut short, and the bytes they take."""
+    lines: list[dict[str, Any]] = []
+    num_bytes = 0
+    for text in journal.read_bytes().splitlines(keepends=True) if journal.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+        num_bytes += len(text)
+    return lines, num_bytes
