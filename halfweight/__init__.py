@@ -1,3 +1,29 @@
 """halfweight: run a language model in half its memory. Importing this does no work."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "ConversionReport": "convert",
+    "HalfweightError": "errors",
+    "Recipe": "scheme",
+    "Scheme": "scheme",
+    "quantize": "convert",
+}
+"""Public name -> the module of this package that defines it, imported when first asked for."""
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'halfweight' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"halfweight.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
