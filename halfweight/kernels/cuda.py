@@ -1,13 +1,11 @@
-"""CUDA C++ backend for Hopper (compute capability 9.0): one kernel for every batch size.
+"""CUDA C++ backend for Hopper (compute capability 9.0).
 
-The source, hopper.cu, is compiled by NVRTC when a shape first needs it (about a second, then kept
-for the process). Tensor maps are encoded once for each weight and each activation buffer. What the
-kernel does not take (scales that are not grid8, float32 activations, gathers) goes to the portable
-backend, by rule and not by failure.
-
-Why one kernel: a ring of bulk copies keeps more bytes in flight than a plain GEMV does, so the
-memory-bound sizes run at the speed of memory, and with a larger tile the same loop keeps the tensor
-cores busy at prefill. A tile's width in tokens is the only real choice; see CONFIGS.
+Two kernels share hopper.cuh: hopper_small.cu for up to 64 tokens, where reading the weights is the
+whole cost, and hopper_large.cu for more, where the tensor cores are. Both are persistent, fed by
+bulk copies, and read the weights as the file has them. The source is compiled by NVRTC when a shape
+first needs it (about a second, then kept for the process); tensor maps are encoded once for each
+weight and each activation buffer. What neither kernel takes (scales that are not grid8, float32
+activations, gathers) goes to the portable backend, by rule and not by failure.
 """
 
 from __future__ import annotations
@@ -26,48 +24,122 @@ from halfweight.errors import HalfweightError
 from halfweight.kernels import Backend
 from halfweight.kernels import reference as portable
 
-ROWS = 128
-"""Rows of W a block takes: BN of hopper.cu."""
-CONSUMER_THREADS = 256
-SHARED_BYTES = 227 * 1024
 COMPUTE_CAPABILITY = (9, 0)
 
 
 @dataclass(frozen=True)
-class Config:
-    """Shape of one compiled kernel: tokens a tile, K a stage, stages, blocks a cluster."""
+class Small:
+    """A compiled form of hopper_small.cu: its compile-time names, `tokens` = 8 NT."""
 
     tokens: int
-    k_bytes: int
+    row_tiles: int
+    warps_n: int
+    warps_k: int
+    units: int
+    stages: int
+
+    file = "hopper_small.cu"
+    entry = b"w8a16_small"
+    threads = 384
+    cluster = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of W a block takes: BN."""
+        return 16 * self.row_tiles * self.warps_n
+
+    @property
+    def k_bytes(self) -> int:
+        """Columns a stage: KB."""
+        return 64 * self.warps_k * self.units
+
+    @property
+    def partial_floats(self) -> int:
+        """Float32 sums a block may leave for another."""
+        return self.rows * self.tokens
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: alignment, ring, sums of the other warps, barriers."""
+        stage = self.k_bytes * (self.rows + 2 * self.tokens)
+        return 1024 + self.stages * (stage + 16) + (self.warps_k - 1) * self.partial_floats * 4
+
+    def groups(self, group_size: int) -> int:
+        """Groups a box of 128 columns, where that makes another program."""
+        return 2 if group_size == 64 else 1
+
+    def defines(self, groups: int) -> dict[str, int]:
+        """Compile-time names of the source."""
+        return {
+            **{"NT": self.tokens // 8, "RT": self.row_tiles, "WN": self.warps_n},
+            **{"WK": self.warps_k, "UNITS": self.units, "STAGES": self.stages},
+            "GROUPS": groups,
+        }
+
+
+@dataclass(frozen=True)
+class Large:
+    """A compiled form of hopper_large.cu: tokens a tile, 128 `tiles` rows, stages, cluster."""
+
+    tokens: int
+    tiles: int
     stages: int
     cluster: int
 
+    file = "hopper_large.cu"
+    entry = b"w8a16_large"
+    k_bytes = 128
+    threads = 384
+
     @property
-    def stage_bytes(self) -> int:
-        """Shared memory of one stage: a tile of W in bytes, one of x in 16 bits."""
-        return ROWS * self.k_bytes + self.tokens * self.k_bytes * 2
+    def rows(self) -> int:
+        """Rows of W a block takes: BN."""
+        return 128 * self.tiles
+
+    @property
+    def partial_floats(self) -> int:
+        """Float32 sums a block may leave for another."""
+        return self.rows * self.tokens
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: alignment, ring, store buffers, barriers."""
-        store = 8 * min(self.tokens, 32) * 32
-        return 1024 + self.stages * self.stage_bytes + store + 16 * self.stages
+        stage = self.k_bytes * (self.rows + 2 * self.tokens)
+        return 1024 + self.stages * (stage + 16) + 8 * min(self.tokens, 32) * 32
+
+    def groups(self, group_size: int) -> int:
+        """One program serves all group sizes."""
+        return 1
+
+    def defines(self, groups: int) -> dict[str, int]:
+        """Compile-time names of the source."""
+        return {
+            **{"MT": self.tokens, "TILES": self.tiles, "STAGES": self.stages},
+            "CLUSTER": self.cluster,
+        }
 
 
-CONFIGS = (
-    Config(8, 128, 10, 1),
-    Config(16, 128, 10, 1),
-    Config(32, 128, 8, 1),
-    Config(64, 128, 6, 1),
-    Config(128, 128, 4, 1),
-    Config(256, 64, 5, 2),
+Config = Small | Large
+
+SMALL = (
+    Small(tokens=8, row_tiles=1, warps_n=1, warps_k=8, units=2, stages=6),
+    Small(tokens=16, row_tiles=1, warps_n=4, warps_k=2, units=2, stages=8),
+    Small(tokens=32, row_tiles=2, warps_n=4, warps_k=2, units=1, stages=8),
+    Small(tokens=64, row_tiles=2, warps_n=4, warps_k=2, units=1, stages=5),
 )
-"""Smallest tile that holds the batch; the last for all larger batches."""
+LARGE = (
+    Large(tokens=128, tiles=1, stages=4, cluster=1),
+    Large(tokens=128, tiles=2, stages=3, cluster=1),
+)
 
 
-def config_for(num_tokens: int) -> Config:
+def config_for(num_tokens: int, group_size: int) -> Config:
     """The configuration for a batch of `num_tokens`."""
-    return next((c for c in CONFIGS if c.tokens >= num_tokens), CONFIGS[-1])
+    if group_size % 64 == 0:
+        for small in SMALL:
+            if num_tokens <= small.tokens:
+                return small
+    return LARGE[0] if num_tokens <= LARGE[0].tokens else LARGE[1]
 
 
 class _Problem(ctypes.Structure):
@@ -91,30 +163,31 @@ def _check(result: tuple[Any, ...], what: str) -> Any:
 
 
 def source(config: Config, groups: int, dtype: torch.dtype) -> str:
-    """hopper.cu with its compile-time choices and the wgmma instruction of its tile width."""
-    kind = "bf16" if dtype == torch.bfloat16 else "f16"
-    count = config.tokens // 2
+    """The kernel's text: compile-time choices, hopper.cuh, wgmma where used, the kernel."""
+    defines = {**config.defines(groups), "BF16": int(dtype == torch.bfloat16)}
+    folder = Path(__file__).parent
+    parts = [f"#define {name} {value}" for name, value in defines.items()]
+    parts.append((folder / "hopper.cuh").read_text())
+    if isinstance(config, Large):
+        parts.append(_wgmma(config.tokens, "bf16" if dtype == torch.bfloat16 else "f16"))
+    parts.append((folder / config.file).read_text())
+    return "\n".join(parts)
+
+
+def _wgmma(tokens: int, kind: str) -> str:
+    """wgmma with the first operand in registers, for a tile of `tokens`."""
+    count = tokens // 2
     outputs = ", ".join(f"%{i}" for i in range(count))
     a, rest = ", ".join(f"%{count + i}" for i in range(4)), count + 4
     constraints = ", ".join(f'"+f"(acc[{i}])' for i in range(count))
-    wgmma = (
-        "__device__ __forceinline__ void wgmma(float (&acc)[MT / 2], unsigned a0, unsigned a1,"
+    return (
+        f"__device__ __forceinline__ void wgmma(float (&acc)[{count}], unsigned a0, unsigned a1,"
         " unsigned a2, unsigned a3, unsigned long long b, bool accumulate) {\n"
         f'asm volatile("{{.reg .pred p; setp.ne.b32 p, %{rest + 1}, 0;"\n'
-        f'"wgmma.mma_async.sync.aligned.m64n{config.tokens}k16.f32.{kind}.{kind} "\n'
+        f'"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind} "\n'
         f'"{{{outputs}}}, {{{a}}}, %{rest}, p, 1, 1, 0;}}"\n'
         f': {constraints} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"((int)accumulate));\n}}'
     )
-    defines = {
-        "MT": config.tokens,
-        "KB": config.k_bytes,
-        "STAGES": config.stages,
-        "CLUSTER": config.cluster,
-        "GROUPS": groups,
-        "BF16": int(dtype == torch.bfloat16),
-    }
-    head = "\n".join(f"#define {name} {value}" for name, value in defines.items())
-    return f"{head}\n{wgmma}\n{Path(__file__).with_name('hopper.cu').read_text()}"
 
 
 def compile_cubin(text: str) -> bytes:
@@ -134,25 +207,29 @@ def compile_cubin(text: str) -> bytes:
 
 
 @cache
-def _kernel(config: Config, groups: int, dtype: torch.dtype, device: int) -> Any:
+def _module(config: Config, groups: int, dtype: torch.dtype, device: int) -> Any:
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
         torch.cuda.current_stream()
-        module = _check(
-            driver.cuModuleLoadData(compile_cubin(source(config, groups, dtype))), "load"
-        )
-        kernel = _check(driver.cuModuleGetFunction(module, b"w8a16"), "function")
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(driver.cuFuncSetAttribute(kernel, attribute, config.shared_bytes), "shared memory")
+        cubin = compile_cubin(source(config, groups, dtype))
+        return _check(driver.cuModuleLoadData(cubin), "load")
+
+
+@cache
+def _kernel(config: Config, groups: int, dtype: torch.dtype, device: int) -> Any:
+    from cuda.bindings import driver
+
+    module = _module(config, groups, dtype, device)
+    kernel = _check(driver.cuModuleGetFunction(module, config.entry), "function")
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _check(driver.cuFuncSetAttribute(kernel, attribute, config.shared_bytes), "shared memory")
     return kernel
 
 
 @lru_cache(maxsize=16384)
-def _tensor_map(
-    pointer: int, rows: int, columns: int, box_rows: int, box_columns: int, kind: str
-) -> Any:
-    """Tensor map of a row-major matrix of bytes or 16-bit values, read in swizzled boxes."""
+def _tensor_map(pointer: int, rows: int, columns: int, box_rows: int, kind: str) -> Any:
+    """Tensor map of a row-major matrix of bytes or 16-bit values, read in boxes 128 bytes wide."""
     from cuda.bindings import driver
 
     types = driver.CUtensorMapDataType
@@ -161,11 +238,6 @@ def _tensor_map(
         "float16": (types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2),
         "bfloat16": (types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2),
     }[kind]
-    swizzles = driver.CUtensorMapSwizzle
-    swizzle = {
-        128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
-        64: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
-    }[box_columns * size]
     return _check(
         driver.cuTensorMapEncodeTiled(
             dtype,
@@ -173,10 +245,10 @@ def _tensor_map(
             pointer,
             [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
             [driver.cuuint64_t(columns * size)],
-            [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)],
+            [driver.cuuint32_t(128 // size), driver.cuuint32_t(box_rows)],
             [driver.cuuint32_t(1), driver.cuuint32_t(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzle,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),
@@ -188,7 +260,7 @@ def _tensor_map(
 def _workspace(device: int, stream: int) -> tuple[Tensor, Tensor]:
     """Partial sums and flags for one stream: launches on one stream never overlap."""
     blocks = _num_multiprocessors(device)
-    sums = blocks * CONFIGS[-1].tokens // 2 * CONSUMER_THREADS
+    sums = blocks * max(config.partial_floats for config in (*SMALL, *LARGE))
     where = torch.device("cuda", device)
     return (
         torch.empty(sums, dtype=torch.float32, device=where),
@@ -208,6 +280,31 @@ def schedule(tiles: int, k_blocks: int, slots: int) -> tuple[int, int]:
     return (waves if rest == 0 else max(0, waves - 1)), workers
 
 
+def _start(kernel: Any, grid: int, threads: int, shared: int, stream: int, *arguments: int) -> None:
+    """Launch `kernel` with the arguments at these addresses."""
+    from cuda.bindings import driver
+
+    pointers = (ctypes.c_void_p * len(arguments))(*arguments)
+    shape = (grid, 1, 1, threads, 1, 1)
+    launched = driver.cuLaunchKernel(kernel, *shape, shared, stream, ctypes.addressof(pointers), 0)
+    _check(launched, "launch")
+
+
+def _permuted(x: Tensor, config: Large, stream: int) -> Tensor:
+    """x with its columns in the order of hopper.cuh, padded to whole 64s."""
+    from cuda.bindings import driver
+
+    rows, columns = x.shape
+    permuted = torch.empty(rows, -(-columns // 64) * 64, dtype=x.dtype, device=x.device)
+    module = _module(config, 1, x.dtype, x.device.index)
+    kernel = _check(driver.cuModuleGetFunction(module, b"permute_x"), "function")
+    pointers = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(permuted.data_ptr()))
+    arguments = (*pointers, ctypes.c_int(rows), ctypes.c_int(columns))
+    grid = -(-permuted.numel() // (8 * 256))
+    _start(kernel, grid, 256, 0, stream, *(ctypes.addressof(a) for a in arguments))
+    return permuted
+
+
 def _launch(
     x: Tensor,
     packed: Tensor,
@@ -217,42 +314,32 @@ def _launch(
     y: Tensor,
     config: Config,
 ) -> None:
-    from cuda.bindings import driver
-
     (num_tokens, in_features), out_features = x.shape, packed.shape[0]
     device, num_groups = x.device.index, scales.shape[1]
     group_size = in_features // num_groups
     stream = torch.cuda.current_stream(device).cuda_stream
+    if isinstance(config, Large):
+        x = _permuted(x, config, stream)
     partials, flags = _workspace(device, stream)
     tiles_m = -(-num_tokens // config.tokens)
-    tiles_n = -(-out_features // (ROWS * config.cluster))
+    tiles_n = -(-out_features // (config.rows * config.cluster))
     k_blocks = -(-in_features // config.k_bytes)
     slots = _num_multiprocessors(device) // config.cluster
     waves, workers = schedule(tiles_m * tiles_n, k_blocks, slots)
-    groups = max(1, config.k_bytes // group_size) if num_groups > 1 else 1
     kind = str(x.dtype).removeprefix("torch.")
-    x_rows = config.tokens // config.cluster
-    w_map = _tensor_map(packed.data_ptr(), *packed.shape, ROWS, config.k_bytes, "uint8")
-    x_map = _tensor_map(x.data_ptr(), num_tokens, in_features, x_rows, 64, kind)
+    x_rows = config.tokens // config.cluster if isinstance(config, Large) else num_tokens
+    w_map = _tensor_map(packed.data_ptr(), *packed.shape, config.rows, "uint8")
+    x_map = _tensor_map(x.data_ptr(), *x.shape, x_rows, kind)
     problem = _Problem(
         *(scales.data_ptr(), exponents.data_ptr(), 0 if bias is None else bias.data_ptr()),
         *(y.data_ptr(), partials.data_ptr(), flags.data_ptr()),
         *(num_tokens, out_features, in_features, group_size, num_groups),
         *(tiles_m, tiles_n, k_blocks, waves, workers),
     )
-    arguments = (ctypes.c_void_p * 3)(w_map.getPtr(), x_map.getPtr(), ctypes.addressof(problem))
-    _check(
-        driver.cuLaunchKernel(
-            _kernel(config, groups, x.dtype, device),
-            *(workers * config.cluster, 1, 1),
-            *(384, 1, 1),
-            config.shared_bytes,
-            stream,
-            ctypes.addressof(arguments),
-            0,
-        ),
-        "launch",
-    )
+    kernel = _kernel(config, config.groups(group_size), x.dtype, device)
+    grid = workers * config.cluster
+    arguments = (w_map.getPtr(), x_map.getPtr(), ctypes.addressof(problem))
+    _start(kernel, grid, config.threads, config.shared_bytes, stream, *arguments)
 
 
 def takes(x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None) -> bool:
@@ -279,7 +366,7 @@ def linear(
         rows = rows.clone()
     y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    config = config_for(rows.shape[0])
+    config = config_for(rows.shape[0], x.shape[-1] // scales.shape[1])
     _launch(rows, packed, scales.contiguous(), exponents, bias, y, config)
     return y.reshape(*x.shape[:-1], packed.shape[0])
 

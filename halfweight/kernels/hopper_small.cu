@@ -1,0 +1,234 @@
+// y[M, N] = x[M, K] dequantize(packed[N, K], codes[N, K/G], exponents[N])^T + bias[N], M <= 64
+//
+// Reading the weights is the whole cost here, so one persistent block a multiprocessor keeps a ring
+// of bulk copies full, and everything else hides behind it. The product is y^T = W x^T by mma.sync
+// with 16 rows of W a fragment: bytes become exact 16-bit integers in registers, a group of 128 (or
+// half a box, for groups of 64) is summed in float32 by the tensor core, and the group's code
+// multiplies that sum: nothing is rounded but the result.
+//
+//   last warpgroup  producer: boxes of W [BN, 128] bytes and of x [tokens, 64] 16-bit numbers
+//   WN x WK warps   consumers: 16 RT rows each, UNITS times 64 columns of a stage each
+//
+// Compile-time: NT (8 tokens a tile), RT, WN, WK (WN WK = 8), UNITS (1 or even), STAGES, GROUPS (in
+// 128 columns: 1 or 2), BF16.
+
+constexpr int BN = 16 * RT * WN;
+constexpr int MT = 8 * NT;
+constexpr int KB = 64 * WK * UNITS;
+constexpr int BOXES = KB / 128;
+constexpr int W_BOX = BN * 128;
+constexpr int X_BOX = MT * 128;
+constexpr int STAGE_BYTES = BOXES * (W_BOX + 2 * X_BOX);
+constexpr int CONSUMERS = 32 * WN * WK;
+constexpr int OWNERS = 32 * WN;
+constexpr int ACC = RT * NT * 4;
+constexpr int CODES = UNITS == 1 ? 1 : UNITS / 2 * GROUPS;  // scales a row, for one warp and stage
+
+__device__ __forceinline__ void mma(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
+#if BF16
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+#endif
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void produce(const TensorMap* w_map, const TensorMap* x_map,
+                                        const Problem& p, u32 ring, u32 full, u32 empty,
+                                        int worker) {
+    Schedule schedule(p, worker);
+    Segment s;
+    int stage = 0, phase = 0;
+    u32 bytes = BOXES * (W_BOX + 2 * 128 * p.num_tokens);
+    while (schedule.pop(s)) {
+        for (int k = s.k_begin; k < s.k_end; ++k) {
+            barrier_wait(empty + 8 * stage, phase ^ 1);
+            u32 bar = full + 8 * stage;
+            u32 w = ring + stage * STAGE_BYTES, x = w + BOXES * W_BOX;
+            barrier_expect(bar, bytes);
+#pragma unroll
+            for (int box = 0; box < BOXES; ++box) {
+                int column = k * KB + box * 128;
+                copy_tile(w + box * W_BOX, w_map, column, s.tile * BN, bar);
+                copy_tile(x + 2 * box * X_BOX, x_map, column, 0, bar);
+                copy_tile(x + (2 * box + 1) * X_BOX, x_map, column + 64, 0, bar);
+            }
+            if (++stage == STAGES) { stage = 0; phase ^= 1; }
+        }
+    }
+}
+
+// Codes of this lane's rows for the columns of K block k that its warp takes.
+__device__ __forceinline__ void load_codes(const Problem& p, int row, int k, int wk,
+                                           u32 (&codes)[CODES][RT][2]) {
+#pragma unroll
+    for (int c = 0; c < CODES; ++c) {
+        int column = k * KB + wk * UNITS * 64 + c * (128 / GROUPS);
+        int group = min(column / p.group_size, p.num_groups - 1);
+#pragma unroll
+        for (int t = 0; t < RT; ++t)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                int n = min(row + 16 * t + 8 * h, p.out_features - 1);
+                codes[c][t][h] = __ldg(p.codes + (long long)n * p.num_groups + group);
+            }
+    }
+}
+
+__device__ __forceinline__ void take(u32 (&codes)[CODES][RT][2], const u32 (&next)[CODES][RT][2]) {
+#pragma unroll
+    for (int i = 0; i < CODES * RT * 2; ++i) (&codes[0][0][0])[i] = (&next[0][0][0])[i];
+}
+
+// Add the product of 64 columns: W rows from `w` (this lane's first row), tokens from `x`.
+__device__ __forceinline__ void multiply(u32 w, u32 x, int fragment_row, int quad, int unit,
+                                         float (&sums)[ACC]) {
+    u32 a[RT][4][4];
+#pragma unroll
+    for (int t = 0; t < RT; ++t) {
+        u32 chunk = ((4 * unit + quad) ^ row_in_eight(fragment_row)) << 4;
+        uint4 upper = load16(w + t * 2048 + chunk), lower = load16(w + t * 2048 + 1024 + chunk);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            a[t][i][0] = to_16bit<true>(word(upper, i));
+            a[t][i][1] = to_16bit<true>(word(lower, i));
+            a[t][i][2] = to_16bit<false>(word(upper, i));
+            a[t][i][3] = to_16bit<false>(word(lower, i));
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        u32 line = x + n * 1024 + fragment_row * 128;
+        uint4 low = load16(line + (((2 * quad) ^ fragment_row) << 4));
+        uint4 high = load16(line + (((2 * quad + 1) ^ fragment_row) << 4));
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int t = 0; t < RT; ++t)
+                mma(sums + (t * NT + n) * 4, a[t][i], word(i < 2 ? low : high, 2 * i % 4),
+                    word(i < 2 ? low : high, 2 * i % 4 + 1));
+    }
+}
+
+__device__ __forceinline__ void promote(const u32 (&codes)[RT][2], float (&sums)[ACC],
+                                        float (&total)[ACC]) {
+#pragma unroll
+    for (int i = 0; i < ACC; ++i) {
+        total[i] += (float)codes[i / (NT * 4)][i % 4 / 2] * sums[i];
+        sums[i] = 0.0f;
+    }
+}
+
+// Sum over the WK warps of the same rows, into the first of them.
+__device__ __forceinline__ void reduce_warps(float* buffer, int wn, int wk, int lane,
+                                             float (&total)[ACC]) {
+    if (WK == 1) return;
+    float* mine = buffer + wn * 32 + lane;
+    if (wk > 0)
+#pragma unroll
+        for (int i = 0; i < ACC; ++i) mine[((wk - 1) * ACC + i) * OWNERS] = total[i];
+    named_sync<1, CONSUMERS>();
+    if (wk == 0)
+#pragma unroll
+        for (int other = 0; other < WK - 1; ++other)
+#pragma unroll
+            for (int i = 0; i < ACC; ++i) total[i] += mine[(other * ACC + i) * OWNERS];
+    named_sync<1, CONSUMERS>();
+}
+
+__device__ __forceinline__ void store(const Problem& p, int row, int quad,
+                                      const float (&total)[ACC]) {
+#pragma unroll
+    for (int t = 0; t < RT; ++t)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            int n = row + 16 * t + 8 * h;
+            if (n >= p.out_features) continue;
+            float scale = ldexpf(1.0f, p.exponents[n]);
+            float offset = p.bias ? to_float(p.bias[n]) : 0.0f;
+#pragma unroll
+            for (int i = 0; i < NT * 2; ++i) {
+                int token = i / 2 * 8 + 2 * quad + i % 2;
+                float value = total[(t * NT + i / 2) * 4 + 2 * h + i % 2] * scale + offset;
+                if (token < p.num_tokens)
+                    p.y[(long long)token * p.out_features + n] = (u16)pack(value, 0.0f);
+            }
+        }
+}
+
+__device__ __forceinline__ void consume(const Problem& p, u32 ring, u32 full, u32 empty,
+                                        float* buffer, int worker) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int wn = warp % WN, wk = warp / WN, fragment_row = lane / 4, quad = lane % 4;
+    int row_in_tile = wn * 16 * RT + row_in_eight(fragment_row);
+    Schedule schedule(p, worker);
+    Segment s;
+    int stage = 0, phase = 0;
+    while (schedule.pop(s)) {
+        int row = s.tile * BN + row_in_tile;
+        float total[ACC], sums[ACC];
+#pragma unroll
+        for (int i = 0; i < ACC; ++i) total[i] = sums[i] = 0.0f;
+        u32 codes[CODES][RT][2], next_codes[CODES][RT][2];
+        load_codes(p, row, s.k_begin, wk, next_codes);
+        for (int k = s.k_begin; k < s.k_end; ++k) {
+            take(codes, next_codes);
+            if (k + 1 < s.k_end) load_codes(p, row, k + 1, wk, next_codes);
+            barrier_wait(full + 8 * stage, phase);
+            u32 w = ring + stage * STAGE_BYTES, x = w + BOXES * W_BOX;
+#pragma unroll
+            for (int u = 0; u < UNITS; ++u) {
+                int unit = wk * UNITS + u;
+                multiply(w + unit / 2 * W_BOX + row_in_tile * 128, x + unit * X_BOX, fragment_row,
+                         quad, unit % 2, sums);
+                if (UNITS == 1 || GROUPS == 2 || u % 2 == 1)
+                    promote(codes[UNITS == 1 ? 0 : u * GROUPS / 2], sums, total);
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(empty + 8 * stage);
+            if (++stage == STAGES) { stage = 0; phase ^= 1; }
+        }
+        reduce_warps(buffer, wn, wk, lane, total);
+        if (wk > 0) continue;
+        if (s.k_begin > 0) {
+            leave_partial<2, OWNERS>(p, worker, wn * 32 + lane, total);
+            continue;
+        }
+        if (s.k_end < p.k_blocks)
+            add_partials<2, OWNERS>(p, worker + 1, schedule.last_sharer(s), 1, 0, wn * 32 + lane,
+                                    total);
+        store(p, row, quad, total);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
+w8a16_small(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map,
+            const __grid_constant__ Problem p) {
+    extern __shared__ u8 raw[];
+    u8* base = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
+    u32 ring = shared_address(base);
+    u8* after = base + STAGES * STAGE_BYTES;
+    u32 full = shared_address(after) + (WK - 1) * ACC * OWNERS * 4, empty = full + 8 * STAGES;
+    int worker = p.num_workers - 1 - (int)blockIdx.x;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(full + 8 * i, 1);
+            barrier_init(empty + 8 * i, CONSUMERS / 32);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    if (threadIdx.x == CONSUMERS) {
+        prefetch_map(&w_map);
+        prefetch_map(&x_map);
+    }
+    __syncthreads();
+    if (threadIdx.x >= CONSUMERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (threadIdx.x == CONSUMERS) produce(&w_map, &x_map, p, ring, full, empty, worker);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        consume(p, ring, full, empty, (float*)after, worker);
+    }
+}
