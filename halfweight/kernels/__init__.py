@@ -44,6 +44,7 @@ class Backend:
 
 BACKENDS = {
     "cuda": "halfweight.kernels.cuda",
+    "triton": "halfweight.kernels.triton",
     "cpu": "halfweight.kernels.cpu",
     "reference": "halfweight.kernels.reference",
 }

@@ -1,0 +1,343 @@
+"""Triton backend: portable to GPUs of compute capability 7.5 and up, and to AMD's.
+
+Which kernel computes a product depends on the batch, by a measured table (see tuning.py):
+
+    1 to 4 tokens    gemv        x in registers, whole rows of W stream past
+    to about 1,000   matmul      16-bit tensor cores, bytes converted in registers
+                     two_int8    int8 tensor cores, x split into two int8 parts; as exact
+    prefill          dequantize  a block of W to 16 bits at a time, then the vendor's product
+    opt-in           int8        int8 tensor cores, x rounded to int8 per token and block
+
+The device code is in triton_kernels.py; this file chooses, allocates and launches. Products of a
+split K leave float32 partial sums that a second kernel adds in order: no atomics, same bits always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfweight.kernels import Backend
+from halfweight.kernels.tuning import Config, table_for
+
+MIN_CAPABILITY = (7, 5)
+BLOCK_K = 128
+MAX_GEMV_ACTIVATIONS = 1 << 15
+"""Values of x a program keeps in registers: 64 in each of 512 threads."""
+SEGMENT = 16
+"""Weights one thread of the GEMV loads at once."""
+ADD_BLOCK = 512
+ROUND_VALUES = 2048
+WORKSPACE_BYTES = 32 << 20
+"""16-bit weights that exist at a time during prefill: a block that stays in the L2 cache."""
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Operands of one product, with x as rows [M, K] of unit stride."""
+
+    x: Tensor
+    packed: Tensor
+    scales: Tensor
+    exponents: Tensor | None
+    bias: Tensor | None
+    y: Tensor
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """M, N, K, G."""
+        (out_features, in_features), num_groups = self.packed.shape, self.scales.shape[1]
+        return self.x.shape[0], out_features, in_features, in_features // num_groups
+
+    @property
+    def scale_stride(self) -> int:
+        """Elements between the scales of two rows; 0 for one scale a tensor."""
+        return self.scales.stride(0) if self.scales.shape[0] > 1 else 0
+
+    @property
+    def block_k(self) -> int:
+        """Depth of a tile: never wider than a group, unless a row is one group."""
+        group_size = self.sizes[3]
+        if self.scales.shape[1] == 1:
+            return BLOCK_K
+        return min(BLOCK_K, group_size & -group_size)
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """Compile-time switches every product kernel takes."""
+        return {
+            "HAS_EXPONENTS": self.exponents is not None,
+            "HAS_BIAS": self.bias is not None,
+            "ASM": device_info(self.x.device).is_nvidia,
+        }
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """What a choice of kernel depends on; the interpreter's CPU looks like a tiny GPU."""
+
+    architecture: str
+    num_processors: int
+    is_nvidia: bool
+    has_pdl: bool
+
+
+@cache
+def device_info(device: torch.device) -> DeviceInfo:
+    """Architecture ('sm_90', 'gfx942'), multiprocessors, and what the compiler may use."""
+    if device.type != "cuda":
+        return DeviceInfo("interpreter", 2, is_nvidia=False, has_pdl=False)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        name = properties.gcnArchName.split(":")[0]
+        return DeviceInfo(name, properties.multi_processor_count, is_nvidia=False, has_pdl=False)
+    major, minor = torch.cuda.get_device_capability(device)
+    return DeviceInfo(
+        f"sm_{major}{minor}", properties.multi_processor_count, is_nvidia=True, has_pdl=major >= 9
+    )
+
+
+def _launch(kernel: str, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Launch a kernel of triton_kernels on the device of its first argument."""
+    from halfweight.kernels import triton_kernels
+
+    meta["PDL"] = device_info(args[0].device).has_pdl
+    if meta["PDL"]:
+        meta["launch_pdl"] = True
+    with torch.cuda.device(args[0].get_device()):
+        getattr(triton_kernels, kernel)[grid](*args, **meta)
+
+
+def _gemv(p: _Product, config: Config) -> None:
+    tokens, out_features, in_features, group_size = p.sizes
+    segments = _power_of_two(in_features) // SEGMENT
+    padded_tokens = _power_of_two(tokens)
+    values = padded_tokens * segments * SEGMENT
+    programs = device_info(p.x.device).num_processors * config.per_processor
+    _launch(
+        "gemv",
+        (min(programs, -(-out_features // config.rows)),),
+        *(p.x, p.packed.view(torch.int32), p.scales, p.exponents, p.bias, p.y),
+        *(tokens, out_features, in_features, group_size),
+        *(p.x.stride(0), p.packed.stride(0), p.scale_stride),
+        TOKENS=padded_tokens,
+        ROWS=config.rows,
+        SEGMENTS=segments,
+        num_warps=min(16, max(config.warps, values // (32 * 64))),
+        **p.options,
+    )
+
+
+def _matmul(p: _Product, config: Config) -> None:
+    _tiled("matmul", (p.x, p.x.stride(0)), p, config)
+
+
+def _two_int8(p: _Product, config: Config) -> None:
+    _tiled("matmul_int8", _round_activations(p, 2), p, config, PARTS=2)
+
+
+def _int8(p: _Product, config: Config) -> None:
+    _tiled("matmul_int8", _round_activations(p, 1), p, config, PARTS=1)
+
+
+def _tiled(
+    kernel: str, activations: tuple[Any, ...], p: _Product, config: Config, **meta: Any
+) -> None:
+    """A product by tiles; where K is split, partial sums and the kernel that adds them."""
+    tokens, out_features, in_features, group_size = p.sizes
+    split = min(config.split, -(-in_features // p.block_k))
+    partials = p.y.new_empty((split, *p.y.shape), dtype=torch.float32) if split > 1 else None
+    tiles = -(-tokens // config.tokens) * -(-out_features // config.rows)
+    _launch(
+        kernel,
+        (tiles, split),
+        *(*activations, p.packed, p.scales, p.exponents, p.bias, p.y, partials),
+        *(tokens, out_features, in_features, group_size, p.packed.stride(0), p.scale_stride),
+        SPLIT=split,
+        BLOCK_M=config.tokens,
+        BLOCK_N=config.rows,
+        BLOCK_K=p.block_k,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **p.options,
+        **meta,
+    )
+    if partials is not None:
+        _add_partials(p, partials)
+
+
+def _add_partials(p: _Product, partials: Tensor) -> None:
+    split, tokens, out_features = partials.shape
+    _launch(
+        "add_partials",
+        (-(-out_features // ADD_BLOCK), tokens),
+        *(partials, p.exponents, p.bias, p.y, tokens, out_features),
+        SPLIT=split,
+        BLOCK=ADD_BLOCK,
+        HAS_EXPONENTS=p.exponents is not None,
+        HAS_BIAS=p.bias is not None,
+    )
+
+
+def _round_activations(p: _Product, parts: int) -> tuple[Tensor, Tensor]:
+    """int8 [parts, M, K] and float32 steps [M, blocks of K]; see the kernel of that name."""
+    tokens, in_features = p.x.shape
+    blocks = -(-in_features // p.block_k)
+    rounded = p.x.new_empty((parts, tokens, in_features), dtype=torch.int8)
+    steps = p.x.new_empty((tokens, blocks), dtype=torch.float32)
+    together = min(ROUND_VALUES // p.block_k, _power_of_two(blocks))
+    _launch(
+        "round_activations",
+        (tokens, -(-blocks // together)),
+        *(p.x, rounded, steps, tokens, in_features, p.x.stride(0)),
+        PARTS=parts,
+        BLOCKS=together,
+        BLOCK_K=p.block_k,
+    )
+    return rounded, steps
+
+
+def _dequantize(p: _Product, config: Config) -> None:
+    """Blocks of W in x's dtype, each gone through the vendor's product before the next."""
+    _, out_features, in_features, _ = p.sizes
+    step = max(16, WORKSPACE_BYTES // (in_features * p.x.element_size()))
+    block = p.x.new_empty((min(step, out_features), in_features))
+    for begin in range(0, out_features, step):
+        rows = slice(begin, begin + step)
+        part = block[: min(step, out_features - begin)]
+        _gather(
+            *(None, p.packed[rows], p.scales if p.scale_stride == 0 else p.scales[rows]),
+            *(None if p.exponents is None else p.exponents[rows], part),
+        )
+        y = p.y[:, rows]
+        if p.bias is None:
+            torch.mm(p.x, part.T, out=y)
+        else:
+            torch.addmm(p.bias[rows], p.x, part.T, out=y)
+
+
+def _gather(
+    ids: Tensor | None, packed: Tensor, scales: Tensor, exponents: Tensor | None, out: Tensor
+) -> None:
+    """out [num_rows, K]: dequantized rows `ids`, or the first num_rows."""
+    out_features, in_features = packed.shape
+    block = min(1024, _power_of_two(in_features))
+    _launch(
+        "gather",
+        (out.shape[0], -(-in_features // block)),
+        *(out, ids, packed, scales, exponents),
+        *(out_features, in_features, in_features // scales.shape[1]),
+        *(packed.stride(0), scales.stride(0) if scales.shape[0] > 1 else 0),
+        BLOCK_K=block,
+        HAS_EXPONENTS=exponents is not None,
+        HAS_IDS=ids is not None,
+    )
+
+
+KERNELS: dict[str, Callable[[_Product, Config], None]] = {
+    "gemv": _gemv,
+    "matmul": _matmul,
+    "two_int8": _two_int8,
+    "int8": _int8,
+    "dequantize": _dequantize,
+}
+"""Config.kernel -> what computes y of a product."""
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def product(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    exponents: Tensor | None,
+    bias: Tensor | None,
+    choose: Callable[[int, tuple[int, int]], Config],
+) -> Tensor:
+    """x [..., K] times the dequantized weights, by the configuration `choose(M, (N, K))`."""
+    out_features, in_features = packed.shape
+    rows = x.reshape(-1, in_features)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    y = x.new_empty((rows.shape[0], out_features))
+    if y.numel() > 0:
+        bias = None if bias is None else bias.to(x.dtype).contiguous()
+        operands = _Product(rows, _aligned(packed), _unit_stride(scales), exponents, bias, y)
+        config = choose(rows.shape[0], (out_features, in_features))
+        KERNELS[config.kernel](operands, config)
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+def _aligned(packed: Tensor) -> Tensor:
+    packed = _unit_stride(packed)
+    return packed.clone() if packed.data_ptr() % SEGMENT or packed.stride(0) % SEGMENT else packed
+
+
+def _unit_stride(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def linear(
+    x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """x [..., K] times the dequantized weights [N, K], in x's dtype, float32 accumulation."""
+
+    def choose(tokens: int, shape: tuple[int, int]) -> Config:
+        config = table_for(device_info(x.device).architecture).find(tokens, shape)
+        return config if _fits(config, tokens, shape[1]) else Config("matmul")
+
+    return product(x, packed, scales, exponents, bias, choose)
+
+
+def _fits(config: Config, tokens: int, in_features: int) -> bool:
+    """Whether the GEMV can keep x in registers; the other kernels take any size."""
+    values = _power_of_two(tokens) * _power_of_two(in_features)
+    return config.kernel != "gemv" or (tokens <= 4 and values <= MAX_GEMV_ACTIVATIONS)
+
+
+def linear_int8(
+    x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Like `linear`, with x rounded to int8 per token and block of K: opt-in, not exact."""
+
+    def choose(tokens: int, shape: tuple[int, int]) -> Config:
+        return table_for(device_info(x.device).architecture).find(tokens, shape, int8=True)
+
+    return product(x, packed, scales, exponents, bias, choose)
+
+
+def embedding(
+    ids: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Dequantized rows `ids` [...] as [..., K] in `dtype`; NaN for an id outside the table."""
+    out = packed.new_empty((ids.numel(), packed.shape[1]), dtype=dtype)
+    if out.numel() > 0:
+        rows = ids.reshape(-1).contiguous()
+        _gather(rows, _unit_stride(packed), _unit_stride(scales), exponents, out)
+    return out.reshape(*ids.shape, packed.shape[1])
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this backend cannot run on `device`, or None."""
+    if device.type != "cuda":
+        return "needs a GPU"
+    if find_spec("triton") is None:
+        return "needs the package triton"
+    if torch.version.hip is None:
+        found = torch.cuda.get_device_capability(device)
+        if found < MIN_CAPABILITY:
+            need = ".".join(map(str, MIN_CAPABILITY))
+            return f"needs compute capability {need}, this GPU has {found[0]}.{found[1]}"
+    return None
+
+
+BACKEND = Backend("triton", unavailable, linear, embedding, linear_int8)

@@ -1,0 +1,427 @@
+"""Device code of the Triton backend: GEMV, tiled products, activation rounding, gather.
+
+The weight arrives as the file's bytes, uint8 q + 128 in rows of K. Three ideas carry this file:
+
+1. A byte becomes a float by placing it in the mantissa of a number whose unit is 1 and subtracting
+   that number and 128: one byte permute and one subtraction, exact, no conversion instruction.
+   `exact_float` does it by inline assembly on NVIDIA (ASM), by plain arithmetic elsewhere.
+2. Scales multiply float32 sums of one group, never a weight: q is exact in every 16-bit type, so
+   the products are those of W8A16 in float32. The row's power of two comes once, at the end.
+3. Tiled products compute y^T = W x^T, so that converted weights are the operand that lives in
+   registers and only x goes through shared memory.
+
+Offsets inside a tile are 32-bit, the tile's first row is 64-bit: weights may pass 2^31 bytes.
+With PDL (sm_90 and later) a kernel begins to read weights, which nothing writes, while the kernel
+before it in the stream still runs, and waits before it touches anything else.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: SIM300
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+
+@triton.jit
+def exact_float(w, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """uint8 q + 128 -> q in DTYPE, exactly."""
+    if ASM and DTYPE == tl.float16:
+        q = tl.inline_asm_elementwise(
+            "{.reg .b32 a, b, m; mov.b32 m, 0x64806480; prmt.b32 a, $2, 0x64646464, 0x4140;"
+            "prmt.b32 b, $2, 0x64646464, 0x4342;"
+            "sub.f16x2 $0, a, m; sub.f16x2 $1, b, m;}",
+            "=r,=r,r",
+            [w],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    elif ASM and DTYPE == tl.bfloat16:
+        # 0x43uu is 128 + (u & 127) with bit 7 in the exponent's last place: take it out of one
+        # operand and put its complement in the other, and the difference is u - 128.
+        q = tl.inline_asm_elementwise(
+            "{.reg .b32 a, b, c, d, m; mov.b32 m, 0xbf80bf80;"
+            "prmt.b32 a, $2, 0x43434343, 0x4140; prmt.b32 b, $2, 0x43434343, 0x4342;"
+            "lop3.b32 c, a, 0x00800080, 0xff80ff80, 0x28;"
+            "lop3.b32 d, b, 0x00800080, 0xff80ff80, 0x28;"
+            "and.b32 a, a, 0xff7fff7f; and.b32 b, b, 0xff7fff7f;"
+            "fma.rn.bf16x2 $0, c, m, a; fma.rn.bf16x2 $1, d, m, b;}",
+            "=r,=r,r",
+            [w],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        q = (w.to(tl.int32) - 128).to(DTYPE)
+    return q
+
+
+@triton.jit
+def four_floats(word, ASM: tl.constexpr):
+    """int32 of four bytes q + 128 -> four float32 q."""
+    if ASM:
+        a, b, c, d = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $4, 0x4b000000, 0x7440; prmt.b32 $1, $4, 0x4b000000, 0x7441;"
+            "prmt.b32 $2, $4, 0x4b000000, 0x7442; prmt.b32 $3, $4, 0x4b000000, 0x7443;",
+            "=r,=r,=r,=r,r",
+            [word],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+        a, b, c, d = a - 8388736.0, b - 8388736.0, c - 8388736.0, d - 8388736.0
+    else:
+        a = ((word & 255) - 128).to(tl.float32)
+        b = (((word >> 8) & 255) - 128).to(tl.float32)
+        c = (((word >> 16) & 255) - 128).to(tl.float32)
+        d = (((word >> 24) & 255) - 128).to(tl.float32)
+    return a, b, c, d
+
+
+@triton.jit
+def signed_byte(w, ASM: tl.constexpr):
+    """uint8 q + 128 -> int8 q."""
+    if ASM:
+        q = tl.inline_asm_elementwise(
+            "xor.b32 $0, $1, 0x80808080;", "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        q = (w ^ 128).to(tl.int8, bitcast=True)
+    return q
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent as float32 for an exponent in -126..127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def times_power_of_two(value, exponents, row, inside, HAS_EXPONENTS: tl.constexpr):
+    """value [..., rows] times 2^exponents[row], in two steps so that neither factor underflows."""
+    if HAS_EXPONENTS:
+        exponent = tl.load(exponents + row, mask=inside, other=0).to(tl.int32)
+        half = exponent >> 1
+        value = value * power_of_two(half)[None, :] * power_of_two(exponent - half)[None, :]
+    return value
+
+
+@triton.jit
+def gemv_load(
+    words, scales, block, N, K, GROUP, stride_w, stride_s,
+    ROWS: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Words [ROWS, 1, SEGMENTS, 4] of four bytes and scales [ROWS, 1, SEGMENTS] of a row block."""
+    first = block.to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    segment = tl.arange(0, SEGMENTS)
+    inside_row = first + row < N
+    inside_k = segment * 16 < K
+    offset = (
+        row[:, None, None, None] * (stride_w // 4)
+        + segment[None, None, :, None] * 4
+        + tl.arange(0, 4)[None, None, None, :]
+    )
+    word = tl.load(
+        words + first * (stride_w // 4) + offset,
+        mask=inside_row[:, None, None, None] & inside_k[None, None, :, None],
+        other=0,
+        eviction_policy="evict_first",
+    )
+    group = row[:, None, None] * stride_s + (segment * 16 // GROUP)[None, None, :]
+    scale = tl.load(
+        scales + first * stride_s + group,
+        mask=inside_row[:, None, None] & inside_k[None, None, :],
+        other=0,
+    )
+    return word, scale
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemv(
+    x, words, scales, exponents, bias, y,
+    M, N, K, GROUP, stride_x, stride_w, stride_s,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    HAS_EXPONENTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ASM: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """y [M <= TOKENS, N]: x stays in registers, whole rows of W stream past it as int32 words.
+
+    A thread takes segments of 16 weights. A program takes every num_programs-th block of ROWS
+    rows; a row spans all its threads. The bytes of the next block are on their way while this
+    block is multiplied.
+    """
+    if PDL:
+        cuda.gdc_launch_dependents()
+    first = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    word, scale = gemv_load(words, scales, first, N, K, GROUP, stride_w, stride_s, ROWS, SEGMENTS)
+    if PDL:
+        cuda.gdc_wait()
+    token = tl.arange(0, TOKENS)
+    k = tl.arange(0, SEGMENTS)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x_tile = tl.load(
+        x + token[:, None, None] * stride_x + k[None, :, :],
+        mask=(token < M)[:, None, None] & (k < K)[None, :, :],
+        other=0,
+    ).to(tl.float32)
+    even, odd = tl.split(x_tile.reshape(1, TOKENS, SEGMENTS, 4, 2, 2))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    for block in range(first, tl.cdiv(N, ROWS), num_programs):
+        next_word, next_scale = gemv_load(
+            words, scales, block + num_programs, N, K, GROUP, stride_w, stride_s, ROWS, SEGMENTS
+        )
+        q0, q1, q2, q3 = four_floats(word, ASM)
+        parts = tl.sum(q0 * x0 + q1 * x1 + q2 * x2 + q3 * x3, axis=3)
+        sums = tl.trans(tl.sum(parts * scale.to(tl.float32), axis=2))
+        row = block * ROWS + tl.arange(0, ROWS)
+        inside = row < N
+        sums = times_power_of_two(sums, exponents, row, inside, HAS_EXPONENTS)
+        if HAS_BIAS:
+            sums += tl.load(bias + row, mask=inside, other=0).to(tl.float32)[None, :]
+        out = y + token[:, None] * N + row[None, :]
+        tl.store(out, sums, mask=(token < M)[:, None] & inside[None, :])
+        word, scale = next_word, next_scale
+
+
+@triton.jit
+def store_tile(
+    acc, exponents, bias, y, partials, part, token, row, M, N,
+    SPLIT: tl.constexpr, HAS_EXPONENTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Finish a tile acc [rows, tokens]: to y, or as it is to partials [SPLIT, M, N]."""
+    mask = (token < M)[:, None] & (row < N)[None, :]
+    position = token.to(tl.int64)[:, None] * N + row[None, :]
+    out = tl.trans(acc)
+    if SPLIT > 1:
+        tl.store(partials + part.to(tl.int64) * M * N + position, out, mask=mask)
+    else:
+        out = times_power_of_two(out, exponents, row, row < N, HAS_EXPONENTS)
+        if HAS_BIAS:
+            out += tl.load(bias + row, mask=row < N, other=0).to(tl.float32)[None, :]
+        tl.store(y + position, out, mask=mask)
+
+
+@triton.jit
+def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(token tile, row tile) of this program: columns of 8 token tiles share W and x in L2."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    column = program // (8 * tiles_n)
+    height = min(8, tiles_m - column * 8)
+    inside = program - column * 8 * tiles_n
+    return column * 8 + inside % height, inside // height
+
+
+@triton.jit(do_not_specialize=["M"])
+def matmul(
+    x, stride_x, packed, scales, exponents, bias, y, partials,
+    M, N, K, GROUP, stride_w, stride_s,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_EXPONENTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ASM: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """y [M, N], or its partial sums over 1/SPLIT of K; BLOCK_K divides GROUP unless that is K."""
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N)
+    part = tl.program_id(1)
+    token = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_in_block = tl.arange(0, BLOCK_K)
+    blocks = tl.cdiv(K, BLOCK_K)
+    begin = blocks * part // SPLIT
+    end = blocks * (part + 1) // SPLIT
+
+    safe_row = tl.minimum(row, N - 1)
+    x_tile = x + tl.minimum(token, M - 1).to(tl.int64)[:, None] * stride_x + k_in_block[None, :]
+    w_tile = packed + safe_row.to(tl.int64)[:, None] * stride_w + k_in_block[None, :]
+    s_tile = scales + safe_row.to(tl.int64) * stride_s
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    scale = tl.load(s_tile + begin * BLOCK_K // GROUP)
+    for block in range(begin, end):
+        k = block * BLOCK_K
+        inside = k_in_block[None, :] < K - k
+        w = tl.load(w_tile + k, mask=inside, other=128)
+        x_part = tl.load(x_tile + k, mask=inside, other=0)
+        following = tl.minimum(k + BLOCK_K, K - 1) // GROUP
+        next_scale = tl.load(s_tile + following)
+        q = exact_float(w, x.dtype.element_ty, ASM)
+        acc += tl.dot(q, tl.trans(x_part), input_precision="ieee") * scale.to(tl.float32)[:, None]
+        scale = next_scale
+    store_tile(
+        acc, exponents, bias, y, partials, part, token, row, M, N, SPLIT, HAS_EXPONENTS, HAS_BIAS
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def matmul_int8(
+    rounded, steps, packed, scales, exponents, bias, y, partials,
+    M, N, K, GROUP, stride_w, stride_s,
+    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_EXPONENTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ASM: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """The product with activations from `round_activations`: int32 sums a block, then float32.
+
+    PARTS 1 is W8A8. PARTS 2 is W8A16 as two int8 products that share the weight tile: exact to
+    the 16 bits of x; the two sums meet as integers, |254 h.w + l.w| < 2^30 for 128 products.
+    """
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N)
+    part = tl.program_id(1)
+    token = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_in_block = tl.arange(0, BLOCK_K)
+    blocks = tl.cdiv(K, BLOCK_K)
+    begin = blocks * part // SPLIT
+    end = blocks * (part + 1) // SPLIT
+
+    safe_token = tl.minimum(token, M - 1).to(tl.int64)
+    safe_row = tl.minimum(row, N - 1)
+    x_tile = rounded + safe_token[:, None] * K + k_in_block[None, :]
+    x_low = x_tile + tl.cast(M, tl.int64) * K
+    w_tile = packed + safe_row.to(tl.int64)[:, None] * stride_w + k_in_block[None, :]
+    s_tile = scales + safe_row.to(tl.int64) * stride_s
+    step_tile = steps + safe_token * blocks
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    scale = tl.load(s_tile + begin * BLOCK_K // GROUP)
+    step = tl.load(step_tile + begin)
+    for block in range(begin, end):
+        k = block * BLOCK_K
+        inside = k_in_block[None, :] < K - k
+        w = tl.load(w_tile + k, mask=inside, other=128)
+        high = tl.load(x_tile + k, mask=inside, other=0)
+        following = tl.minimum(block + 1, blocks - 1)
+        next_scale = tl.load(s_tile + following * BLOCK_K // GROUP)
+        next_step = tl.load(step_tile + following)
+        q = signed_byte(w, ASM)
+        total = tl.dot(q, tl.trans(high), out_dtype=tl.int32)
+        if PARTS == 2:
+            low = tl.load(x_low + k, mask=inside, other=0)
+            total = total * 254 + tl.dot(q, tl.trans(low), out_dtype=tl.int32)
+        acc += total.to(tl.float32) * scale.to(tl.float32)[:, None] * step[None, :]
+        scale = next_scale
+        step = next_step
+    store_tile(
+        acc, exponents, bias, y, partials, part, token, row, M, N, SPLIT, HAS_EXPONENTS, HAS_BIAS
+    )
+
+
+@triton.jit
+def round_half_even(value):
+    """Nearest integer of |value| < 2^22 as float32, ties to even."""
+    return (value + 12582912.0) - 12582912.0
+
+
+@triton.jit(do_not_specialize=["M"])
+def round_activations(
+    x, rounded, steps, M, K, stride_x,
+    PARTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """x [M, K] -> int8 [PARTS, M, K] and float32 steps [M, K/BLOCK_K].
+
+    With s = absmax / 127: h = round(x/s), l = round(254 (x/s - h)). The steps are s, and x = s h;
+    or with PARTS 2 s / 254, and x = s (254 h + l) / 254.
+    """
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(K, BLOCK_K)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    k = block[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    inside = k < K
+    value = tl.load(x + token * stride_x + k, mask=inside, other=0).to(tl.float32)
+    step = tl.maximum(tl.max(tl.abs(value), axis=1), 1e-30) / 127
+    scaled = value / step[:, None]
+    high = round_half_even(scaled)
+    tl.store(rounded + token * K + k, high.to(tl.int8), mask=inside)
+    if PARTS == 2:
+        low = round_half_even((scaled - high) * 254)
+        tl.store(rounded + (M + token) * K + k, low.to(tl.int8), mask=inside)
+        step = step / 254
+    tl.store(steps + token * blocks + block, step, mask=block < blocks)
+
+
+@triton.jit(do_not_specialize=["M"])
+def add_partials(
+    partials, exponents, bias, y, M, N,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_EXPONENTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] from partial sums [SPLIT, M, N], added in order."""
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    token = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < N
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(SPLIT):
+        total += tl.load(partials + (part * M + token) * N + row, mask=inside, other=0)
+    out = times_power_of_two(total[None, :], exponents, row, inside, HAS_EXPONENTS)
+    if HAS_BIAS:
+        out += tl.load(bias + row, mask=inside, other=0).to(tl.float32)[None, :]
+    tl.store(y + token * N + row[None, :], out, mask=inside[None, :])
+
+
+@triton.jit
+def gather(
+    out, ids, packed, scales, exponents,
+    N, K, GROUP, stride_w, stride_s,
+    BLOCK_K: tl.constexpr,
+    HAS_EXPONENTS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """out[i] = dequantized row ids[i], or row i without ids; NaN for an id outside 0..N-1."""
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    position = tl.program_id(0).to(tl.int64)
+    row = position
+    if HAS_IDS:
+        row = tl.load(ids + position).to(tl.int64)
+    known = tl.minimum(tl.maximum(row, 0), N - 1)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = k < K
+    q = tl.load(packed + known * stride_w + k, mask=inside, other=128).to(tl.float32) - 128
+    scale = tl.load(scales + known * stride_s + k // GROUP, mask=inside, other=0).to(tl.float32)
+    value = tl.where(row == known, q * scale, float("nan"))
+    if HAS_EXPONENTS:
+        exponent = tl.load(exponents + known).to(tl.int32)
+        half = exponent >> 1
+        value = value * power_of_two(half) * power_of_two(exponent - half)
+    tl.store(out + position * K + k, value, mask=inside)
