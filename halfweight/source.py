@@ -61,7 +61,7 @@ class FolderSource:
             )
         _refuse_quantized(path, checkpoint)
         self.name = name
-        self.config = without_code(checkpoint.config)
+        self.config = publishable(checkpoint.config)
         self._checkpoint = checkpoint
         self._stored = {tensor.name: tensor for tensor in checkpoint.tensors}
         self.tensors = tuple(t.info for t in checkpoint.tensors if not self._is_tied_head(t.info))
@@ -116,15 +116,19 @@ class FolderSource:
                 continue
             data = check_inside(self._checkpoint.root, path.name).read_bytes()
             if path.suffix == ".json":
-                data = _json_without_code(path, data)
+                data = _json_publishable(path, data)
             (folder / path.name).write_bytes(data)
 
 
 def open_source(path: Path, name: str) -> Source:
     """The source at a resolved path; `name` is what the user called it."""
+    if path.is_file() and path.suffix == ".gguf":
+        from halfweight.source_gguf import GgufSource
+
+        return GgufSource(path, name)
     if path.is_file():
         raise CheckpointError(
-            f"{path}: a single file, expected a model folder",
+            f"{path}: a single file, expected a model folder or a .gguf file",
             hint="quantize needs config.json and the tokenizer beside the weights",
         )
     return FolderSource(path, name)
@@ -156,9 +160,13 @@ def _refuse_quantized(path: Path, checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{path}: {found}, expected 16 or 32 bits", hint=hint)
 
 
-def without_code(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without the keys that ask for a checkpoint's own Python."""
-    return {key: value for key, value in config.items() if key not in CODE_KEYS}
+def publishable(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without private keys (paths of some machine) or those that ask to run code."""
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in CODE_KEYS and not key.startswith("_")
+    }
 
 
 def _shard_fingerprint(shard: Shard) -> dict[str, Any]:
@@ -179,7 +187,7 @@ def _is_companion(path: Path) -> bool:
     return named and path.is_file()
 
 
-def _json_without_code(path: Path, data: bytes) -> bytes:
+def _json_publishable(path: Path, data: bytes) -> bytes:
     if not any(key.encode() in data for key in CODE_KEYS):
         return data
-    return json.dumps(without_code(read_json(path)), indent=2, ensure_ascii=False).encode()
+    return json.dumps(publishable(read_json(path)), indent=2, ensure_ascii=False).encode()
