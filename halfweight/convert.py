@@ -87,8 +87,8 @@ def quantize(
 ) -> ConversionReport:
     """Quantize a model to the folder `out`, which appears only when it is complete.
 
-    `source` is a folder of safetensors, a .gguf file or a Hub id. Run again after a kill, the same call resumes
-    and gives the same bytes. `stop`, once set, ends the run after the shard in hand.
+    `source` is a folder of safetensors, a .gguf file or a Hub id. Run again after a kill, the same
+    call resumes and gives the same bytes. `stop`, once set, ends the run after the shard in hand.
 
     Raises CheckpointError for a bad source, UsageError for an `out` that is in the way,
     DiskFullError, and InterruptedConversionError after `stop`.
