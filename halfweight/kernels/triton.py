@@ -28,10 +28,12 @@ from halfweight.kernels.tuning import Config, table_for
 
 MIN_CAPABILITY = (7, 5)
 BLOCK_K = 128
-MAX_GEMV_ACTIVATIONS = 1 << 15
-"""Values of x a program keeps in registers: 64 in each of 512 threads."""
 SEGMENT = 16
 """Weights one thread of the GEMV loads at once."""
+MAX_GEMV_TOKENS = 8
+MAX_GEMV_SEGMENTS = 8
+"""Segments of x a thread of the GEMV keeps in registers, 8 registers each, over all tokens."""
+MAX_GEMV_WARPS = 16
 ADD_BLOCK = 512
 ROUND_VALUES = 2048
 WORKSPACE_BYTES = 32 << 20
@@ -118,7 +120,7 @@ def _gemv(p: _Product, config: Config) -> None:
     tokens, out_features, in_features, group_size = p.sizes
     segments = _power_of_two(in_features) // SEGMENT
     padded_tokens = _power_of_two(tokens)
-    values = padded_tokens * segments * SEGMENT
+    least_warps = padded_tokens * segments // (32 * MAX_GEMV_SEGMENTS)
     programs = device_info(p.x.device).num_processors * config.per_processor
     _launch(
         "gemv",
@@ -129,7 +131,7 @@ def _gemv(p: _Product, config: Config) -> None:
         TOKENS=padded_tokens,
         ROWS=config.rows,
         SEGMENTS=segments,
-        num_warps=min(16, max(config.warps, values // (32 * 64))),
+        num_warps=max(config.warps, least_warps),
         **p.options,
     )
 
@@ -293,15 +295,18 @@ def linear(
 
     def choose(tokens: int, shape: tuple[int, int]) -> Config:
         config = table_for(device_info(x.device).architecture).find(tokens, shape)
-        return config if _fits(config, tokens, shape[1]) else Config("matmul")
+        return config if _takes(config, x.dtype, tokens, shape[1]) else Config("matmul")
 
     return product(x, packed, scales, exponents, bias, choose)
 
 
-def _fits(config: Config, tokens: int, in_features: int) -> bool:
-    """Whether the GEMV can keep x in registers; the other kernels take any size."""
-    values = _power_of_two(tokens) * _power_of_two(in_features)
-    return config.kernel != "gemv" or (tokens <= 4 and values <= MAX_GEMV_ACTIVATIONS)
+def _takes(config: Config, dtype: torch.dtype, tokens: int, in_features: int) -> bool:
+    """Whether a kernel computes this product; matmul computes any."""
+    if config.kernel == "gemv":
+        segments = _power_of_two(tokens) * _power_of_two(in_features) // SEGMENT
+        fits = segments <= 32 * MAX_GEMV_WARPS * MAX_GEMV_SEGMENTS
+        return fits and tokens <= MAX_GEMV_TOKENS and dtype != torch.float32
+    return config.kernel != "two_int8" or dtype != torch.float32
 
 
 def linear_int8(

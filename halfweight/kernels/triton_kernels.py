@@ -60,25 +60,75 @@ def exact_float(w, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def four_floats(word, ASM: tl.constexpr):
-    """int32 of four bytes q + 128 -> four float32 q."""
+def dot_four(word, other):
+    """Sum of four products, bytes of `word` less 128 times signed bytes of `other`."""
+    total = (((word & 255) - 128) * ((other << 24) >> 24)) + (
+        (((word >> 8) & 255) - 128) * ((other << 16) >> 24)
+    )
+    total += (((word >> 16) & 255) - 128) * ((other << 8) >> 24)
+    return total + (((word >> 24) & 255) - 128) * (other >> 24)
+
+
+@triton.jit
+def dot_segment(w0, w1, w2, w3, h0, h1, h2, h3, l0, l1, l2, l3, offset, ASM: tl.constexpr):
+    """254 h.q + l.q over 16 weights in four words; `offset` is -128 (254 sum h + sum l)."""
     if ASM:
-        a, b, c, d = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $4, 0x4b000000, 0x7440; prmt.b32 $1, $4, 0x4b000000, 0x7441;"
-            "prmt.b32 $2, $4, 0x4b000000, 0x7442; prmt.b32 $3, $4, 0x4b000000, 0x7443;",
-            "=r,=r,=r,=r,r",
-            [word],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+        total = tl.inline_asm_elementwise(
+            "{.reg .s32 a, b; mov.b32 a, 0;"
+            "dp4a.u32.s32 a, $1, $5, a; dp4a.u32.s32 b, $1, $9, $13;"
+            "dp4a.u32.s32 a, $2, $6, a; dp4a.u32.s32 b, $2, $10, b;"
+            "dp4a.u32.s32 a, $3, $7, a; dp4a.u32.s32 b, $3, $11, b;"
+            "dp4a.u32.s32 a, $4, $8, a; dp4a.u32.s32 b, $4, $12, b;"
+            "mad.lo.s32 $0, a, 254, b;}",
+            "=r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [w0, w1, w2, w3, h0, h1, h2, h3, l0, l1, l2, l3, offset],
+            dtype=tl.int32,
             is_pure=True,
             pack=1,
         )
-        a, b, c, d = a - 8388736.0, b - 8388736.0, c - 8388736.0, d - 8388736.0
     else:
-        a = ((word & 255) - 128).to(tl.float32)
-        b = (((word >> 8) & 255) - 128).to(tl.float32)
-        c = (((word >> 16) & 255) - 128).to(tl.float32)
-        d = (((word >> 24) & 255) - 128).to(tl.float32)
-    return a, b, c, d
+        high = dot_four(w0, h0) + dot_four(w1, h1) + dot_four(w2, h2) + dot_four(w3, h3)
+        low = dot_four(w0, l0) + dot_four(w1, l1) + dot_four(w2, l2) + dot_four(w3, l3)
+        total = high * 254 + low
+    return total
+
+
+@triton.jit
+def four_words(words):
+    """[..., 4] -> four tensors [...]."""
+    even, odd = tl.split(words.reshape(words.shape[0], words.shape[1], words.shape[2], 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def pack_bytes(values):
+    """Integers -128..127 as int32 [T, S, 16] -> words [1, T, S, 4] of four bytes."""
+    shape: tl.constexpr = values.shape
+    parts = (values & 255).reshape(1, shape[0], shape[1], 4, 4)
+    shift = tl.arange(0, 4) * 8
+    return tl.sum(parts << shift[None, None, None, None, :], axis=4)
+
+
+@triton.jit
+def round_half_even(value):
+    """Nearest integer of |value| < 2^22 as float32, ties to even."""
+    return (value + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def two_bytes(value):
+    """x [..., L] float32 -> (h, l, s): x = s (h + l / 254), h and l integers in -127..127.
+
+    s [...] is absmax / 127, so x keeps 16 bits; it is NaN where a value is not finite.
+    """
+    axis: tl.constexpr = len(value.shape) - 1
+    not_finite = tl.sum(value * 0, axis=axis)
+    step = tl.maximum(tl.max(tl.abs(value), axis=axis), 1e-30) / 127
+    scaled = value / tl.expand_dims(step, axis)
+    high = round_half_even(scaled)
+    return high, round_half_even((scaled - high) * 254), step + not_finite
 
 
 @triton.jit
@@ -114,30 +164,27 @@ def gemv_load(
     words, scales, block, N, K, GROUP, stride_w, stride_s,
     ROWS: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Words [ROWS, 1, SEGMENTS, 4] of four bytes and scales [ROWS, 1, SEGMENTS] of a row block."""
+    """Words [ROWS, 1, SEGMENTS, 4] of four bytes and scales [ROWS, 1, SEGMENTS] of a row block.
+
+    Both are loaded in the shape that makes the compiler give one segment to one thread.
+    """
     first = block.to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
+    k_word = tl.arange(0, SEGMENTS * 4)
     segment = tl.arange(0, SEGMENTS)
-    inside_row = first + row < N
-    inside_k = segment * 16 < K
-    offset = (
-        row[:, None, None, None] * (stride_w // 4)
-        + segment[None, None, :, None] * 4
-        + tl.arange(0, 4)[None, None, None, :]
-    )
+    inside = first + row < N
     word = tl.load(
-        words + first * (stride_w // 4) + offset,
-        mask=inside_row[:, None, None, None] & inside_k[None, None, :, None],
+        words + first * (stride_w // 4) + row[:, None] * (stride_w // 4) + k_word[None, :],
+        mask=inside[:, None] & (k_word < K // 4)[None, :],
         other=0,
         eviction_policy="evict_first",
     )
-    group = row[:, None, None] * stride_s + (segment * 16 // GROUP)[None, None, :]
     scale = tl.load(
-        scales + first * stride_s + group,
-        mask=inside_row[:, None, None] & inside_k[None, None, :],
+        scales + first * stride_s + row[None, :] * stride_s + (segment * 16 // GROUP)[:, None],
+        mask=inside[None, :] & (segment * 16 < K)[:, None],
         other=0,
     )
-    return word, scale
+    return word.reshape(ROWS, 1, SEGMENTS, 4), tl.trans(scale)[:, None, :]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -154,9 +201,10 @@ def gemv(
 ):  # fmt: skip
     """y [M <= TOKENS, N]: x stays in registers, whole rows of W stream past it as int32 words.
 
-    A thread takes segments of 16 weights. A program takes every num_programs-th block of ROWS
-    rows; a row spans all its threads. The bytes of the next block are on their way while this
-    block is multiplied.
+    A thread takes segments of 16 weights, and rounds its 16 activations to two int8 parts: the
+    products are exact in integers, four at a time, and x keeps 16 bits. A program takes every
+    num_programs-th block of ROWS rows; a row spans all its threads. The bytes of the next block
+    are on their way while this block is multiplied.
     """
     if PDL:
         cuda.gdc_launch_dependents()
@@ -171,17 +219,21 @@ def gemv(
         x + token[:, None, None] * stride_x + k[None, :, :],
         mask=(token < M)[:, None, None] & (k < K)[None, :, :],
         other=0,
-    ).to(tl.float32)
-    even, odd = tl.split(x_tile.reshape(1, TOKENS, SEGMENTS, 4, 2, 2))
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
+    )
+    high, low, step = two_bytes(x_tile.to(tl.float32))
+    high, low = high.to(tl.int32), low.to(tl.int32)
+    offset = (tl.sum(high, axis=2) * 254 + tl.sum(low, axis=2))[None, :, :] * -128
+    step = (step / 254)[None, :, :]
+    h0, h1, h2, h3 = four_words(pack_bytes(high))
+    l0, l1, l2, l3 = four_words(pack_bytes(low))
     for block in range(first, tl.cdiv(N, ROWS), num_programs):
         next_word, next_scale = gemv_load(
             words, scales, block + num_programs, N, K, GROUP, stride_w, stride_s, ROWS, SEGMENTS
         )
-        q0, q1, q2, q3 = four_floats(word, ASM)
-        parts = tl.sum(q0 * x0 + q1 * x1 + q2 * x2 + q3 * x3, axis=3)
-        sums = tl.trans(tl.sum(parts * scale.to(tl.float32), axis=2))
+        w0, w1, w2, w3 = four_words(word)
+        total = dot_segment(w0, w1, w2, w3, h0, h1, h2, h3, l0, l1, l2, l3, offset, ASM)
+        parts = total.to(tl.float32) * (scale.to(tl.float32) * step)
+        sums = tl.trans(tl.sum(parts, axis=2))
         row = block * ROWS + tl.arange(0, ROWS)
         inside = row < N
         sums = times_power_of_two(sums, exponents, row, inside, HAS_EXPONENTS)
@@ -333,12 +385,6 @@ def matmul_int8(
     )
 
 
-@triton.jit
-def round_half_even(value):
-    """Nearest integer of |value| < 2^22 as float32, ties to even."""
-    return (value + 12582912.0) - 12582912.0
-
-
 @triton.jit(do_not_specialize=["M"])
 def round_activations(
     x, rounded, steps, M, K, stride_x,
@@ -349,8 +395,8 @@ def round_activations(
 ):  # fmt: skip
     """x [M, K] -> int8 [PARTS, M, K] and float32 steps [M, K/BLOCK_K].
 
-    With s = absmax / 127: h = round(x/s), l = round(254 (x/s - h)). The steps are s, and x = s h;
-    or with PARTS 2 s / 254, and x = s (254 h + l) / 254.
+    The steps are s of `two_bytes`, and x = s h; with PARTS 2 they are s / 254, and
+    x = steps (254 h + l).
     """
     if PDL:
         cuda.gdc_launch_dependents()
@@ -361,12 +407,9 @@ def round_activations(
     k = block[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     inside = k < K
     value = tl.load(x + token * stride_x + k, mask=inside, other=0).to(tl.float32)
-    step = tl.maximum(tl.max(tl.abs(value), axis=1), 1e-30) / 127
-    scaled = value / step[:, None]
-    high = round_half_even(scaled)
+    high, low, step = two_bytes(value)
     tl.store(rounded + token * K + k, high.to(tl.int8), mask=inside)
     if PARTS == 2:
-        low = round_half_even((scaled - high) * 254)
         tl.store(rounded + (M + token) * K + k, low.to(tl.int8), mask=inside)
         step = step / 254
     tl.store(steps + token * blocks + block, step, mask=block < blocks)
