@@ -40,8 +40,6 @@ class Small:
 
     file = "hopper_small.cu"
     entry = b"w8a16_small"
-    threads = 384
-    cluster = 1
 
     @property
     def rows(self) -> int:
@@ -79,22 +77,15 @@ class Small:
 
 @dataclass(frozen=True)
 class Large:
-    """A compiled form of hopper_large.cu: tokens a tile, 128 `tiles` rows, stages, cluster."""
+    """A compiled form of hopper_large.cu: tokens a tile, stages."""
 
     tokens: int
-    tiles: int
     stages: int
-    cluster: int
 
     file = "hopper_large.cu"
     entry = b"w8a16_large"
-    k_bytes = 128
-    threads = 384
-
-    @property
-    def rows(self) -> int:
-        """Rows of W a block takes: BN."""
-        return 128 * self.tiles
+    rows = 128
+    k_bytes = 64
 
     @property
     def partial_floats(self) -> int:
@@ -113,29 +104,30 @@ class Large:
 
     def defines(self, groups: int) -> dict[str, int]:
         """Compile-time names of the source."""
-        return {
-            **{"MT": self.tokens, "TILES": self.tiles, "STAGES": self.stages},
-            "CLUSTER": self.cluster,
-        }
+        return {"MT": self.tokens, "STAGES": self.stages}
 
 
 Config = Small | Large
+Shape = tuple[int, ...]
+
+THREADS = 384
+"""A block of either kernel: two warpgroups of consumers, one of which a thread produces."""
+
+FIXUP_BYTES = 44_000
+"""What sharing a tile costs a block: about 2 us at the rate of one multiprocessor."""
 
 SMALL = (
     Small(tokens=8, row_tiles=1, warps_n=1, warps_k=8, units=2, stages=6),
-    Small(tokens=16, row_tiles=1, warps_n=4, warps_k=2, units=2, stages=8),
-    Small(tokens=32, row_tiles=2, warps_n=4, warps_k=2, units=1, stages=8),
+    Small(tokens=16, row_tiles=1, warps_n=2, warps_k=4, units=2, stages=6),
+    Small(tokens=32, row_tiles=2, warps_n=2, warps_k=4, units=1, stages=6),
     Small(tokens=64, row_tiles=2, warps_n=4, warps_k=2, units=1, stages=5),
 )
-LARGE = (
-    Large(tokens=128, tiles=1, stages=4, cluster=1),
-    Large(tokens=128, tiles=2, stages=3, cluster=1),
-)
+LARGE = (Large(tokens=128, stages=8), Large(tokens=256, stages=5))
 
 
-def config_for(num_tokens: int, group_size: int) -> Config:
+def config_for(num_tokens: int, in_features: int, group_size: int) -> Config:
     """The configuration for a batch of `num_tokens`."""
-    if group_size % 64 == 0:
+    if group_size % 64 == 0 and in_features % 128 == 0:
         for small in SMALL:
             if num_tokens <= small.tokens:
                 return small
@@ -228,8 +220,11 @@ def _kernel(config: Config, groups: int, dtype: torch.dtype, device: int) -> Any
 
 
 @lru_cache(maxsize=16384)
-def _tensor_map(pointer: int, rows: int, columns: int, box_rows: int, kind: str) -> Any:
-    """Tensor map of a row-major matrix of bytes or 16-bit values, read in boxes 128 bytes wide."""
+def _tensor_map(pointer: int, kind: str, sizes: Shape, strides: Shape, box: Shape) -> Any:
+    """Tensor map of bytes or 16-bit values, read in boxes 128 or 64 bytes wide.
+
+    `sizes` and `box` count elements, innermost first; `strides` are bytes, from the second on.
+    """
     from cuda.bindings import driver
 
     types = driver.CUtensorMapDataType
@@ -238,21 +233,41 @@ def _tensor_map(pointer: int, rows: int, columns: int, box_rows: int, kind: str)
         "float16": (types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2),
         "bfloat16": (types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2),
     }[kind]
+    swizzles = driver.CUtensorMapSwizzle
+    wide = box[0] * size == 128
     return _check(
         driver.cuTensorMapEncodeTiled(
             dtype,
-            2,
+            len(sizes),
             pointer,
-            [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
-            [driver.cuuint64_t(columns * size)],
-            [driver.cuuint32_t(128 // size), driver.cuuint32_t(box_rows)],
-            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            [driver.cuuint64_t(n) for n in sizes],
+            [driver.cuuint64_t(n) for n in strides],
+            [driver.cuuint32_t(n) for n in box],
+            [driver.cuuint32_t(1)] * len(sizes),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if wide else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),
         "tensor map",
+    )
+
+
+def _maps(config: Config, packed: Tensor, x: Tensor) -> tuple[Any, Any]:
+    """Tensor maps of the weights and the activations as `config` reads them."""
+    kind = str(x.dtype).removeprefix("torch.")
+    w_at, x_at, columns = packed.data_ptr(), x.data_ptr(), x.shape[1]
+    if isinstance(config, Large):
+        w_sizes, x_sizes = (packed.shape[1], packed.shape[0]), (columns, x.shape[0])
+        return (
+            _tensor_map(w_at, "uint8", w_sizes, (packed.shape[1],), (64, config.rows)),
+            _tensor_map(x_at, kind, x_sizes, (columns * 2,), (64, config.tokens)),
+        )
+    boxes = config.k_bytes // 128
+    w_sizes3, x_sizes3 = (128, packed.shape[0], columns // 128), (64, x.shape[0], columns // 64)
+    return (
+        _tensor_map(w_at, "uint8", w_sizes3, (columns, 128), (128, config.rows, boxes)),
+        _tensor_map(x_at, kind, x_sizes3, (columns * 2, 128), (64, config.tokens, 2 * boxes)),
     )
 
 
@@ -273,21 +288,42 @@ def _num_multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def schedule(tiles: int, k_blocks: int, slots: int) -> tuple[int, int]:
-    """(whole waves of tiles, workers): all but the last one to two waves go tile by tile."""
+def schedule(tiles: int, k_blocks: int, tile_bytes: int, slots: int) -> tuple[int, int]:
+    """(whole waves of tiles, workers).
+
+    All tiles go whole where an uneven last wave costs less than sharing tiles between blocks; else
+    all but the last one to two waves do.
+    """
     workers = min(slots, tiles * k_blocks)
     waves, rest = divmod(tiles, workers)
-    return (waves if rest == 0 else max(0, waves - 1)), workers
+    if rest == 0:
+        return waves, workers
+    if (1 - rest / workers) * tile_bytes < FIXUP_BYTES:
+        return waves + 1, workers
+    return max(0, waves - 1), workers
 
 
-def _start(kernel: Any, grid: int, threads: int, shared: int, stream: int, *arguments: int) -> None:
-    """Launch `kernel` with the arguments at these addresses."""
+def _start(kernel: Any, grid: int, config: Config | None, stream: int, *arguments: int) -> None:
+    """Launch `kernel` with the arguments at these addresses.
+
+    A product may start before the kernel ahead of it has ended: it waits before it reads x.
+    """
     from cuda.bindings import driver
 
+    launch = driver.CUlaunchConfig()
+    launch.gridDimX, launch.gridDimY, launch.gridDimZ = grid, 1, 1
+    launch.blockDimX, launch.blockDimY, launch.blockDimZ = (THREADS if config else 256), 1, 1
+    launch.sharedMemBytes = config.shared_bytes if config else 0
+    launch.hStream = stream
+    if config:
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        value = driver.CUlaunchAttributeValue()
+        value.programmaticStreamSerializationAllowed = 1
+        early.value = value
+        launch.attrs, launch.numAttrs = [early], 1
     pointers = (ctypes.c_void_p * len(arguments))(*arguments)
-    shape = (grid, 1, 1, threads, 1, 1)
-    launched = driver.cuLaunchKernel(kernel, *shape, shared, stream, ctypes.addressof(pointers), 0)
-    _check(launched, "launch")
+    _check(driver.cuLaunchKernelEx(launch, kernel, ctypes.addressof(pointers), 0), "launch")
 
 
 def _permuted(x: Tensor, config: Large, stream: int) -> Tensor:
@@ -301,7 +337,7 @@ def _permuted(x: Tensor, config: Large, stream: int) -> Tensor:
     pointers = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(permuted.data_ptr()))
     arguments = (*pointers, ctypes.c_int(rows), ctypes.c_int(columns))
     grid = -(-permuted.numel() // (8 * 256))
-    _start(kernel, grid, 256, 0, stream, *(ctypes.addressof(a) for a in arguments))
+    _start(kernel, grid, None, stream, *(ctypes.addressof(a) for a in arguments))
     return permuted
 
 
@@ -322,14 +358,12 @@ def _launch(
         x = _permuted(x, config, stream)
     partials, flags = _workspace(device, stream)
     tiles_m = -(-num_tokens // config.tokens)
-    tiles_n = -(-out_features // (config.rows * config.cluster))
+    tiles_n = -(-out_features // config.rows)
     k_blocks = -(-in_features // config.k_bytes)
-    slots = _num_multiprocessors(device) // config.cluster
-    waves, workers = schedule(tiles_m * tiles_n, k_blocks, slots)
-    kind = str(x.dtype).removeprefix("torch.")
-    x_rows = config.tokens // config.cluster if isinstance(config, Large) else num_tokens
-    w_map = _tensor_map(packed.data_ptr(), *packed.shape, config.rows, "uint8")
-    x_map = _tensor_map(x.data_ptr(), *x.shape, x_rows, kind)
+    tile_bytes = config.rows * in_features
+    slots = _num_multiprocessors(device)
+    waves, workers = schedule(tiles_m * tiles_n, k_blocks, tile_bytes, slots)
+    w_map, x_map = _maps(config, packed, x)
     problem = _Problem(
         *(scales.data_ptr(), exponents.data_ptr(), 0 if bias is None else bias.data_ptr()),
         *(y.data_ptr(), partials.data_ptr(), flags.data_ptr()),
@@ -337,9 +371,12 @@ def _launch(
         *(tiles_m, tiles_n, k_blocks, waves, workers),
     )
     kernel = _kernel(config, config.groups(group_size), x.dtype, device)
-    grid = workers * config.cluster
     arguments = (w_map.getPtr(), x_map.getPtr(), ctypes.addressof(problem))
-    _start(kernel, grid, config.threads, config.shared_bytes, stream, *arguments)
+    _start(kernel, workers, config, stream, *arguments)
+
+
+def _divides_evenly(group_size: int, num_groups: int) -> bool:
+    return num_groups == 1 or (group_size >= 32 and group_size.bit_count() == 1)
 
 
 def takes(x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None) -> bool:
@@ -351,6 +388,7 @@ def takes(x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None) -
         and packed.shape[1] % 32 == 0
         and packed.is_contiguous()
         and packed.data_ptr() % 16 == 0
+        and _divides_evenly(packed.shape[1] // scales.shape[1], scales.shape[1])
         and x.numel() > 0
     )
 
@@ -366,7 +404,7 @@ def linear(
         rows = rows.clone()
     y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    config = config_for(rows.shape[0], x.shape[-1] // scales.shape[1])
+    config = config_for(rows.shape[0], rows.shape[1], rows.shape[1] // scales.shape[1])
     _launch(rows, packed, scales.contiguous(), exponents, bias, y, config)
     return y.reshape(*x.shape[:-1], packed.shape[0])
 

@@ -58,6 +58,18 @@ __device__ __forceinline__ void copy_tile(u32 dst, const TensorMap* map, int c0,
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%2, %3}], [%4];" ::"r"(dst), "l"(map), "r"(c0), "r"(c1), "r"(bar) : "memory");
 }
+__device__ __forceinline__ void copy_box(u32 dst, const TensorMap* map, int c1, int c2, u32 bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(dst), "l"(map), "r"(0), "r"(c1), "r"(c2), "r"(bar)
+        : "memory");
+}
+__device__ __forceinline__ void start_next_kernel() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -113,7 +125,7 @@ __device__ __forceinline__ int row_in_eight(int fragment_row) {
 // One run of K blocks [k_begin, k_end) of a tile.
 struct Segment { int tile, k_begin, k_end; };
 
-// The runs of one worker (a cluster): whole tiles, then its share of the stream-K remainder.
+// The runs of one worker (a block): whole tiles, then its share of the stream-K remainder.
 struct Schedule {
     const Problem& p;
     int worker, wave;
@@ -124,15 +136,14 @@ struct Schedule {
         end = share(worker + 1);
     }
     __device__ int share(int w) const {
-        long long blocks = (long long)(p.tiles_m * p.tiles_n - p.whole_waves * p.num_workers)
-                           * p.k_blocks;
-        return (int)(blocks * w / p.num_workers);
+        int tiles = max(0, p.tiles_m * p.tiles_n - p.whole_waves * p.num_workers);
+        return (int)((long long)tiles * p.k_blocks * w / p.num_workers);
     }
     __device__ bool pop(Segment& s) {
         if (wave < p.whole_waves) {
             s = {wave * p.num_workers + worker, 0, p.k_blocks};
             ++wave;
-            return true;
+            return s.tile < p.tiles_m * p.tiles_n;
         }
         if (next >= end) return false;
         int tile = next / p.k_blocks;
@@ -166,10 +177,10 @@ __device__ __forceinline__ void leave_partial(const Problem& p, int slot, int th
 
 // Add what the workers [first, last) left for this tile, in their order.
 template <int ID, int THREADS, int COUNT>
-__device__ __forceinline__ void add_partials(const Problem& p, int first, int last, int stride,
-                                             int rank, int thread, float (&sums)[COUNT]) {
+__device__ __forceinline__ void add_partials(const Problem& p, int first, int last, int thread,
+                                             float (&sums)[COUNT]) {
     for (int other = first + thread; other < last; other += THREADS) {
-        int* flag = p.flags + other * stride + rank;
+        int* flag = p.flags + other;
         int ready = 0;
         while (!ready)
             asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(ready) : "l"(flag) : "memory");
@@ -177,8 +188,7 @@ __device__ __forceinline__ void add_partials(const Problem& p, int first, int la
     }
     named_sync<ID, THREADS>();
     for (int other = first; other < last; ++other) {
-        const float* theirs =
-            p.partials + (long long)(other * stride + rank) * COUNT * THREADS + thread;
+        const float* theirs = p.partials + (long long)other * COUNT * THREADS + thread;
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) sums[i] += __ldcg(theirs + i * THREADS);
     }

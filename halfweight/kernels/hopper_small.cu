@@ -6,7 +6,8 @@
 // half a box, for groups of 64) is summed in float32 by the tensor core, and the group's code
 // multiplies that sum: nothing is rounded but the result.
 //
-//   last warpgroup  producer: boxes of W [BN, 128] bytes and of x [tokens, 64] 16-bit numbers
+//   last warpgroup  producer: boxes of W [BN, 128] bytes and of x [MT, 64] 16-bit numbers, all of
+//                   a stage in two copies (the matrices seen as [rows, K / 128, 128 bytes])
 //   WN x WK warps   consumers: 16 RT rows each, UNITS times 64 columns of a stage each
 //
 // Compile-time: NT (8 tokens a tile), RT, WN, WK (WN WK = 8), UNITS (1 or even), STAGES, GROUPS (in
@@ -41,20 +42,16 @@ __device__ __forceinline__ void produce(const TensorMap* w_map, const TensorMap*
     Schedule schedule(p, worker);
     Segment s;
     int stage = 0, phase = 0;
-    u32 bytes = BOXES * (W_BOX + 2 * 128 * p.num_tokens);
+    bool waited = false;
     while (schedule.pop(s)) {
         for (int k = s.k_begin; k < s.k_end; ++k) {
             barrier_wait(empty + 8 * stage, phase ^ 1);
-            u32 bar = full + 8 * stage;
-            u32 w = ring + stage * STAGE_BYTES, x = w + BOXES * W_BOX;
-            barrier_expect(bar, bytes);
-#pragma unroll
-            for (int box = 0; box < BOXES; ++box) {
-                int column = k * KB + box * 128;
-                copy_tile(w + box * W_BOX, w_map, column, s.tile * BN, bar);
-                copy_tile(x + 2 * box * X_BOX, x_map, column, 0, bar);
-                copy_tile(x + (2 * box + 1) * X_BOX, x_map, column + 64, 0, bar);
-            }
+            u32 bar = full + 8 * stage, w = ring + stage * STAGE_BYTES;
+            barrier_expect(bar, STAGE_BYTES);
+            copy_box(w, w_map, s.tile * BN, k * BOXES, bar);
+            if (!waited) wait_for_previous_kernel();
+            waited = true;
+            copy_box(w + BOXES * W_BOX, x_map, 0, k * 2 * BOXES, bar);
             if (++stage == STAGES) { stage = 0; phase ^= 1; }
         }
     }
@@ -138,7 +135,21 @@ __device__ __forceinline__ void reduce_warps(float* buffer, int wn, int wk, int 
     named_sync<1, CONSUMERS>();
 }
 
-__device__ __forceinline__ void store(const Problem& p, int row, int quad,
+// What the rows' sums are multiplied with and added to at the end, read before the work begins.
+struct RowEnds { float scale[RT][2], offset[RT][2]; };
+
+__device__ __forceinline__ RowEnds load_row_ends(const Problem& p, int row) {
+    RowEnds ends;
+#pragma unroll
+    for (int i = 0; i < RT * 2; ++i) {
+        int n = min(row + 8 * i, p.out_features - 1);
+        ends.scale[i / 2][i % 2] = ldexpf(1.0f, p.exponents[n]);
+        ends.offset[i / 2][i % 2] = p.bias ? to_float(p.bias[n]) : 0.0f;
+    }
+    return ends;
+}
+
+__device__ __forceinline__ void store(const Problem& p, int row, int quad, const RowEnds& ends,
                                       const float (&total)[ACC]) {
 #pragma unroll
     for (int t = 0; t < RT; ++t)
@@ -146,12 +157,11 @@ __device__ __forceinline__ void store(const Problem& p, int row, int quad,
         for (int h = 0; h < 2; ++h) {
             int n = row + 16 * t + 8 * h;
             if (n >= p.out_features) continue;
-            float scale = ldexpf(1.0f, p.exponents[n]);
-            float offset = p.bias ? to_float(p.bias[n]) : 0.0f;
 #pragma unroll
             for (int i = 0; i < NT * 2; ++i) {
                 int token = i / 2 * 8 + 2 * quad + i % 2;
-                float value = total[(t * NT + i / 2) * 4 + 2 * h + i % 2] * scale + offset;
+                float value = total[(t * NT + i / 2) * 4 + 2 * h + i % 2];
+                value = value * ends.scale[t][h] + ends.offset[t][h];
                 if (token < p.num_tokens)
                     p.y[(long long)token * p.out_features + n] = (u16)pack(value, 0.0f);
             }
@@ -168,6 +178,7 @@ __device__ __forceinline__ void consume(const Problem& p, u32 ring, u32 full, u3
     int stage = 0, phase = 0;
     while (schedule.pop(s)) {
         int row = s.tile * BN + row_in_tile;
+        RowEnds ends = load_row_ends(p, row);
         float total[ACC], sums[ACC];
 #pragma unroll
         for (int i = 0; i < ACC; ++i) total[i] = sums[i] = 0.0f;
@@ -197,9 +208,8 @@ __device__ __forceinline__ void consume(const Problem& p, u32 ring, u32 full, u3
             continue;
         }
         if (s.k_end < p.k_blocks)
-            add_partials<2, OWNERS>(p, worker + 1, schedule.last_sharer(s), 1, 0, wn * 32 + lane,
-                                    total);
-        store(p, row, quad, total);
+            add_partials<2, OWNERS>(p, worker + 1, schedule.last_sharer(s), wn * 32 + lane, total);
+        store(p, row, quad, ends, total);
     }
 }
 
