@@ -45,6 +45,7 @@ class Backend:
 BACKENDS = {
     "cuda": "halfweight.kernels.cuda",
     "triton": "halfweight.kernels.triton",
+    "triton-invariant": "halfweight.kernels.triton_invariant",
     "cpu": "halfweight.kernels.cpu",
     "reference": "halfweight.kernels.reference",
 }

@@ -31,7 +31,7 @@ BLOCK_K = 128
 SEGMENT = 16
 """Weights one thread of the GEMV loads at once."""
 MAX_GEMV_TOKENS = 8
-MAX_GEMV_SEGMENTS = 8
+MAX_GEMV_SEGMENTS = 4
 """Segments of x a thread of the GEMV keeps in registers, 8 registers each, over all tokens."""
 MAX_GEMV_WARPS = 16
 ADD_BLOCK = 512
@@ -295,12 +295,12 @@ def linear(
 
     def choose(tokens: int, shape: tuple[int, int]) -> Config:
         config = table_for(device_info(x.device).architecture).find(tokens, shape)
-        return config if _takes(config, x.dtype, tokens, shape[1]) else Config("matmul")
+        return config if takes(config, x.dtype, tokens, shape[1]) else Config("matmul")
 
     return product(x, packed, scales, exponents, bias, choose)
 
 
-def _takes(config: Config, dtype: torch.dtype, tokens: int, in_features: int) -> bool:
+def takes(config: Config, dtype: torch.dtype, tokens: int, in_features: int) -> bool:
     """Whether a kernel computes this product; matmul computes any."""
     if config.kernel == "gemv":
         segments = _power_of_two(tokens) * _power_of_two(in_features) // SEGMENT

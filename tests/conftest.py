@@ -1,0 +1,8 @@
+"""Where there is no GPU, Triton kernels run by their interpreter; set before triton's import."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
