@@ -6,6 +6,9 @@ the source's file through one fused pass to their place in an output shard, a fe
 read back from the file, and journalled while the next is under way. See `workspace` for what
 happens when the process dies, and `layout` for the form of the output.
 
+Before any work the source's headers are loaded, on meta, into the model of its config; before
+publishing the same is done with the output.
+
 The output is a function of the source and the recipe alone: no time, path, thread count or machine
 goes into any file.
 """
@@ -41,8 +44,10 @@ from halfweight.manifest import (
     write_beside_shards,
 )
 from halfweight.scheme import Recipe
+from halfweight.selfload import load_on_meta
 from halfweight.source import Source, open_source
 from halfweight.stream import write_shard
+from halfweight.verify import check_structure
 from halfweight.workspace import Workspace
 
 log = logging.getLogger("halfweight")
@@ -102,11 +107,14 @@ def quantize(
         log.warning("%s: already complete", out)
         return _report(out, layout, read_manifest(out)["shards"], len(layout.shards))
     _check_out(out, path, overwrite)
+    for note in load_on_meta(opened.name, opened.config, opened.tensors):
+        log.warning("%s: %s", opened.name, note)
     with Workspace(out, job, opened.state()) as workspace, _disk_full_named(workspace):
         resumed = _check_resumed(workspace)
         _check_space(workspace, layout)
         _convert(opened, layout, workspace, jobs or os.cpu_count() or 1, progress, stop)
         write_beside_shards(workspace, opened, layout)
+        check_structure(workspace.checkpoint)
         workspace.publish()
         return _report(out, layout, workspace.finished, resumed)
 
