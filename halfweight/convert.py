@@ -45,12 +45,16 @@ from halfweight.manifest import (
 )
 from halfweight.scheme import Recipe
 from halfweight.selfload import load_on_meta
+from halfweight.shard import some
 from halfweight.source import Source, open_source
 from halfweight.stream import write_shard
 from halfweight.verify import check_structure
 from halfweight.workspace import Workspace
 
 log = logging.getLogger("halfweight")
+
+WORST_SHOWN = 5
+"""Tensors with crushed groups that are named in the report; the manifest has all."""
 
 
 @dataclass(frozen=True)
@@ -249,12 +253,16 @@ def _report(
 
 
 def _notes(layout: Layout, tensors: dict[str, Any]) -> Iterator[str]:
+    """One remark for each reason and for each of the worst tensors."""
+    by_reason: dict[str, list[str]] = {}
     for decision in layout.decisions:
         if decision.reason and len(decision.tensor.shape) > 1:
-            yield f"{decision.tensor.name}: {decision.reason}"
-    for name, record in tensors.items():
-        if record["crushed_groups"]:
-            yield (
-                f"{name}: in {record['crushed_groups']} groups one weight is so large that most "
-                f"others read back as 0; --keep {name} leaves it as it is"
-            )
+            by_reason.setdefault(decision.reason, []).append(decision.tensor.name)
+    for reason, names in by_reason.items():
+        yield f"{some(names)}: {reason}"
+    crushed = {name: r["crushed_groups"] for name, r in tensors.items() if r["crushed_groups"]}
+    for name in sorted(crushed, key=lambda name: -crushed[name])[:WORST_SHOWN]:
+        yield (
+            f"{name}: in {crushed[name]} groups one weight is so large that most others read "
+            f"back as 0; --keep {name} leaves it as it is"
+        )

@@ -1,0 +1,238 @@
+"""`halfweight quantize`, `inspect` and `verify`: from a checkpoint to an INT8 checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halfweight.cli import app
+from halfweight.cli.output import print_json, size, stderr, stdout
+from halfweight.errors import InterruptedConversionError, VerificationError
+from halfweight.scheme import GroupSize, Recipe, Scheme
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from halfweight.contents import Contents
+    from halfweight.convert import ConversionReport
+
+NAMES_WIDTH = 140
+"""Columns of a table of tensors where the output is narrower: names are never cut."""
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="A model folder, a .gguf file or a Hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Tensors to keep as they are; may be given repeatedly."),
+    ] = None,
+    group_size: Annotated[
+        str, typer.Option(help="Weights that share a scale: 32, 64, 128, 256 or 'row'.")
+    ] = "128",
+    scale: Annotated[
+        str, typer.Option(help="Scale format: grid8, bfloat16, float16 or float32.")
+    ] = "grid8",
+    scale_choice: Annotated[
+        str, typer.Option(help="How a scale is chosen: least_squares or absmax.")
+    ] = "least_squares",
+    jobs: Annotated[int | None, typer.Option(min=1, help="Threads [default: all cores].")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an OUT that is not empty.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Quantize a model to INT8. Interrupted or killed, the same command goes on where it was."""
+    from halfweight import convert
+
+    scheme = Scheme(_group_size(group_size), scale, scale_choice)  # type: ignore[arg-type]
+    with _stop_on_ctrl_c() as stop, _bar() as bar:
+        task = bar.add_task("reading headers", total=None)
+
+        def show(progress: convert.Progress) -> None:
+            done, total = progress.done_bytes, progress.total_bytes
+            bar.update(task, description=progress.tensor, completed=done, total=total)
+
+        report = convert.quantize(
+            source,
+            out,
+            Recipe(scheme, tuple(keep or ())),
+            jobs=jobs,
+            overwrite=overwrite,
+            progress=show,
+            stop=stop,
+        )
+    if json_output:
+        print_json(_fields(report))
+    else:
+        _print_report(report)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A folder, a .safetensors file or a Hub id.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Show what a checkpoint holds, in bytes by kind; reads headers only."""
+    from halfweight import contents
+
+    found = contents.inspect(path)
+    if json_output:
+        print_json(_contents_json(found, tensors))
+        return
+    _print_contents(found)
+    if tensors:
+        _print_entries(found)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A folder made by `halfweight quantize`.")],
+    json_output: Json = False,
+) -> None:
+    """Check every file's sha256, the structure, the scales, and that the model loads."""
+    from dataclasses import asdict
+
+    from halfweight.verify import verify as check
+
+    with _bar() as bar:
+        task = bar.add_task("verifying", total=None)
+
+        def show(name: str, done: int, total: int) -> None:
+            bar.update(task, description=name, completed=done, total=total)
+
+        result = check(path, show)
+    if json_output:
+        print_json({**asdict(result), "path": str(path)})
+    for problem in result.problems if not json_output else ():
+        stdout.print(problem, markup=False, highlight=False, soft_wrap=True)
+    if result.problems:
+        raise VerificationError(
+            f"{path}: {len(result.problems)} problems, first: {result.problems[0]}",
+            hint="copy or download the damaged files again, or quantize the source again",
+        )
+    for note in result.notes:
+        stderr.print(note, markup=False, highlight=False)
+    if not json_output:
+        stdout.print(f"{path}: {result.num_files} files, {size(result.num_bytes)}, all as written")
+
+
+def _group_size(text: str) -> GroupSize:
+    return int(text) if text.isdigit() else text  # type: ignore[return-value]  # Scheme checks it
+
+
+@contextmanager
+def _stop_on_ctrl_c() -> Iterator[Event]:
+    """The first Ctrl-C sets the event (finish the shard); the second ends the process at once."""
+    stop = Event()
+
+    def on_signal(*_: object) -> None:
+        if stop.is_set():
+            os._exit(InterruptedConversionError.exit_code)
+        stop.set()
+        stderr.print("finishing this shard; Ctrl-C again stops now, both can be resumed")
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _bar() -> Progress:
+    """A bar of bytes, rate and time left, on stderr and only on a terminal."""
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=stderr,
+        transient=True,
+        disable=not stderr.is_terminal,
+    )
+
+
+def _fields(report: ConversionReport) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(report), "out": str(report.out)}
+
+
+def _print_report(report: ConversionReport) -> None:
+    for note in report.notes:
+        stderr.print(note, markup=False, highlight=False, soft_wrap=True)
+    stdout.print(f"{report.num_quantized} tensors quantized, {report.num_kept} kept")
+    stdout.print(f"source     {size(report.source_bytes)}")
+    for what, num_bytes in (("on disk", report.disk_bytes), ("in memory", report.resident_bytes)):
+        stdout.print(f"{what:<10} {size(num_bytes)}, {_change(num_bytes, report.source_bytes)}")
+    stdout.print(f"error      {report.relative_error:.4f} of the weights' norm")
+    stdout.print(f"wrote {report.out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _change(after: int, before: int) -> str:
+    return f"{after / before - 1:+.2%}"
+
+
+def _contents_json(found: Contents, tensors: bool) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    fields = asdict(found)
+    del fields["entries"]
+    fields |= {
+        "path": str(found.path),
+        "data_bytes": found.data_bytes,
+        "bits_per_weight": found.bits_per_weight,
+    }
+    if tensors:
+        fields["tensors"] = [
+            {**asdict(entry), "bits_per_weight": entry.bits_per_weight} for entry in found.entries
+        ]
+    return fields
+
+
+def _print_contents(found: Contents) -> None:
+    from rich.table import Table
+
+    stdout.print(f"{found.path}", markup=False, highlight=False, soft_wrap=True)
+    table = Table("kind", "bytes", "", "share", box=None)
+    for kind, num_bytes in found.bytes_by_kind.items():
+        share = num_bytes / found.data_bytes if found.data_bytes else 0
+        table.add_row(kind, f"{num_bytes:,}", size(num_bytes), f"{share:.2%}")
+    table.add_row("all", f"{found.data_bytes:,}", size(found.data_bytes), "")
+    stdout.print(table)
+    stdout.print(f"{found.num_params:,} parameters, {found.bits_per_weight:.3f} bits each")
+    stdout.print(f"safetensors files: {found.num_files}, {size(found.file_bytes)}")
+    if found.plan is None:
+        if found.resident_bytes is not None:
+            stdout.print(f"in memory under halfweight: {size(found.resident_bytes)}")
+        return
+    for where, num_bytes in (
+        ("on disk", found.plan.disk_bytes),
+        ("in memory", found.plan.resident_bytes),
+    ):
+        change = _change(num_bytes, found.data_bytes)
+        stdout.print(f"quantized, {where}: {num_bytes:,} bytes, {size(num_bytes)}, {change}")
+
+
+def _print_entries(found: Contents) -> None:
+    from rich.table import Table
+
+    table = Table("tensor", "kind", "shape", "group", "bytes", "bits", box=None)
+    table.columns[0].no_wrap = True
+    for entry in found.entries:
+        shape = " x ".join(map(str, entry.shape))
+        group = str(entry.group_size or "")
+        bits = f"{entry.bits_per_weight:.3f}"
+        table.add_row(entry.name, entry.kind, shape, group, f"{entry.num_bytes:,}", bits)
+    stdout.print(table, width=max(stdout.width, NAMES_WIDTH))
