@@ -468,3 +468,11 @@ def gather(
         half = exponent >> 1
         value = value * power_of_two(half) * power_of_two(exponent - half)
     tl.store(out + position * K + k, value, mask=inside)
+
+
+@triton.jit
+def read(words, sums, BLOCK: tl.constexpr):
+    """One sum of BLOCK words a program: nothing but reading, to measure the memory."""
+    program = tl.program_id(0)
+    offset = tl.arange(0, BLOCK)
+    tl.store(sums + program, tl.sum(tl.load(words + program.to(tl.int64) * BLOCK + offset)))
