@@ -12,7 +12,9 @@ _PUBLIC = {
     "HalfweightError": "errors",
     "Recipe": "scheme",
     "Scheme": "scheme",
+    "inspect": "contents",
     "quantize": "convert",
+    "verify": "verification",
 }
 """Public name -> the module of this package that defines it, imported when first asked for."""
 

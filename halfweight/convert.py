@@ -48,8 +48,8 @@ from halfweight.selfload import load_on_meta
 from halfweight.shard import some
 from halfweight.source import Source, open_source
 from halfweight.stream import write_shard
-from halfweight.verify import check_structure
-from halfweight.workspace import Workspace
+from halfweight.verification import check_structure
+from halfweight.workspace import Workspace, remove_leftovers
 
 log = logging.getLogger("halfweight")
 
@@ -109,6 +109,7 @@ def quantize(
     job = describe_job(opened, layout.recipe)
     if not overwrite and _is_published(out, job):
         log.warning("%s: already complete", out)
+        remove_leftovers(out)
         return _report(out, layout, read_manifest(out)["shards"], len(layout.shards))
     _check_out(out, path, overwrite)
     for note in load_on_meta(opened.name, opened.config, opened.tensors):

@@ -64,7 +64,7 @@ def write_shard(
     dtypes: dict[str, str] = {}
     blocks = [block for decision in shard.decisions for block in _blocks(decision)]
     with open(path, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, shard.num_bytes)
+        _reserve(file.fileno(), shard.num_bytes)
         convert = partial(_convert_block, source, file.fileno(), shard.offsets)
         parts: list[QuantizedRows] = []
         for block, rows in _in_order(pool, convert, blocks, window):
@@ -81,6 +81,14 @@ def write_shard(
                 parts = []
         os.pwrite(file.fileno(), header(with_dtypes(shard.tensors, dtypes), len(shard.header)), 0)
     return records
+
+
+def _reserve(fd: int, num_bytes: int) -> None:
+    """Take the disk space at once, so that a full disk shows before the work, not after."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, num_bytes)
+    else:
+        os.ftruncate(fd, num_bytes)
 
 
 def _convert_block(

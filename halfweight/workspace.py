@@ -20,9 +20,36 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from halfweight.errors import HalfweightError
+
+
+def workspace_folder(out: Path) -> Path:
+    """Where the work on `out` is kept."""
+    return out.parent / f".{out.name}.halfweight"
+
+
+def remove_leftovers(out: Path) -> None:
+    """Delete what a run that was killed after publishing `out` had not yet deleted."""
+    folder = workspace_folder(out)
+    if folder.exists():
+        with _locked(folder, out):
+            shutil.rmtree(folder)
+
+
+def _locked(folder: Path, out: Path) -> TextIO:
+    """The open lock file; closing it, or dying, lets go."""
+    lock = open(folder / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise HalfweightError(
+            f"{out}: another process is converting to it",
+            hint="wait for it to end, or choose another output",
+        ) from error
+    return lock
 
 
 class Workspace:
@@ -31,7 +58,7 @@ class Workspace:
     def __init__(self, out: Path, job: dict[str, Any], source_state: list[Any]) -> None:
         self.out = out
         self.job = job
-        self.folder = out.parent / f".{out.name}.halfweight"
+        self.folder = workspace_folder(out)
         self.checkpoint = self.folder / "checkpoint"
         self.finished: dict[str, dict[str, Any]] = {}
         self._first_line = {"job": job, "source_state": source_state}
@@ -40,15 +67,7 @@ class Workspace:
 
     def __enter__(self) -> Workspace:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise HalfweightError(
-                f"{self.out}: another process is converting to it",
-                hint="wait for it to end, or choose another output",
-            ) from error
+        self._lock = _locked(self.folder, self.out)
         self._take_up_journal()
         return self
 

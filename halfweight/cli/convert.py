@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from halfweight.contents import Contents
     from halfweight.convert import ConversionReport
 
-NAMES_WIDTH = 140
-"""Columns of a table of tensors where the output is narrower: names are never cut."""
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -101,7 +99,7 @@ def verify(
     """Check every file's sha256, the structure, the scales, and that the model loads."""
     from dataclasses import asdict
 
-    from halfweight.verify import verify as check
+    from halfweight.verification import verify as check
 
     with _bar() as bar:
         task = bar.add_task("verifying", total=None)
@@ -226,13 +224,14 @@ def _print_contents(found: Contents) -> None:
 
 
 def _print_entries(found: Contents) -> None:
-    from rich.table import Table
-
-    table = Table("tensor", "kind", "shape", "group", "bytes", "bits", box=None)
-    table.columns[0].no_wrap = True
+    width = max(len(entry.name) for entry in found.entries)
     for entry in found.entries:
         shape = " x ".join(map(str, entry.shape))
-        group = str(entry.group_size or "")
-        bits = f"{entry.bits_per_weight:.3f}"
-        table.add_row(entry.name, entry.kind, shape, group, f"{entry.num_bytes:,}", bits)
-    stdout.print(table, width=max(stdout.width, NAMES_WIDTH))
+        group = f"group {entry.group_size}" if entry.group_size else ""
+        stdout.print(
+            f"{entry.name:<{width}}  {entry.kind:<5} {shape:<15} {group:<10} "
+            f"{entry.num_bytes:>15,} bytes  {entry.bits_per_weight:6.3f} bits",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
