@@ -40,6 +40,8 @@ class Small:
 
     file = "hopper_small.cu"
     entry = b"w8a16_small"
+    threads = 384
+    cluster = 1
 
     @property
     def rows(self) -> int:
@@ -77,15 +79,26 @@ class Small:
 
 @dataclass(frozen=True)
 class Large:
-    """A compiled form of hopper_large.cu: tokens a tile, stages."""
+    """A compiled form of hopper_large.cu: tokens a tile, consumer warpgroups, stages, cluster."""
 
     tokens: int
+    warpgroups: int
     stages: int
+    cluster: int = 1
 
     file = "hopper_large.cu"
     entry = b"w8a16_large"
-    rows = 128
     k_bytes = 64
+
+    @property
+    def rows(self) -> int:
+        """Rows of W a block takes: BN."""
+        return 64 * self.warpgroups
+
+    @property
+    def threads(self) -> int:
+        """Consumers and a warpgroup of which one thread produces."""
+        return 128 * (self.warpgroups + 1)
 
     @property
     def partial_floats(self) -> int:
@@ -96,7 +109,7 @@ class Large:
     def shared_bytes(self) -> int:
         """Dynamic shared memory: alignment, ring, store buffers, barriers."""
         stage = self.k_bytes * (self.rows + 2 * self.tokens)
-        return 1024 + self.stages * (stage + 16) + 8 * min(self.tokens, 32) * 32
+        return 1024 + self.stages * (stage + 16) + 4 * self.warpgroups * min(self.tokens, 32) * 32
 
     def groups(self, group_size: int) -> int:
         """One program serves all group sizes."""
@@ -104,14 +117,14 @@ class Large:
 
     def defines(self, groups: int) -> dict[str, int]:
         """Compile-time names of the source."""
-        return {"MT": self.tokens, "STAGES": self.stages}
+        return {
+            **{"MT": self.tokens, "WGS": self.warpgroups, "STAGES": self.stages},
+            "CLUSTER": self.cluster,
+        }
 
 
 Config = Small | Large
 Shape = tuple[int, ...]
-
-THREADS = 384
-"""A block of either kernel: two warpgroups of consumers, one of which a thread produces."""
 
 FIXUP_BYTES = 44_000
 """What sharing a tile costs a block: about 2 us at the rate of one multiprocessor."""
@@ -122,7 +135,7 @@ SMALL = (
     Small(tokens=32, row_tiles=2, warps_n=2, warps_k=4, units=1, stages=6),
     Small(tokens=64, row_tiles=2, warps_n=4, warps_k=2, units=1, stages=5),
 )
-LARGE = (Large(tokens=128, stages=8), Large(tokens=256, stages=5))
+LARGE = (Large(128, 2, 8), Large(128, 3, 6), Large(256, 2, 5, 1))
 
 
 def config_for(num_tokens: int, in_features: int, group_size: int) -> Config:
@@ -261,7 +274,7 @@ def _maps(config: Config, packed: Tensor, x: Tensor) -> tuple[Any, Any]:
         w_sizes, x_sizes = (packed.shape[1], packed.shape[0]), (columns, x.shape[0])
         return (
             _tensor_map(w_at, "uint8", w_sizes, (packed.shape[1],), (64, config.rows)),
-            _tensor_map(x_at, kind, x_sizes, (columns * 2,), (64, config.tokens)),
+            _tensor_map(x_at, kind, x_sizes, (columns * 2,), (64, config.tokens // config.cluster)),
         )
     boxes = config.k_bytes // 128
     w_sizes3, x_sizes3 = (128, packed.shape[0], columns // 128), (64, x.shape[0], columns // 64)
@@ -292,7 +305,7 @@ def schedule(tiles: int, k_blocks: int, tile_bytes: int, slots: int) -> tuple[in
     """(whole waves of tiles, workers).
 
     All tiles go whole where an uneven last wave costs less than sharing tiles between blocks; else
-    all but the last one to two waves do.
+    whole waves do, and the rest is shared.
     """
     workers = min(slots, tiles * k_blocks)
     waves, rest = divmod(tiles, workers)
@@ -300,7 +313,7 @@ def schedule(tiles: int, k_blocks: int, tile_bytes: int, slots: int) -> tuple[in
         return waves, workers
     if (1 - rest / workers) * tile_bytes < FIXUP_BYTES:
         return waves + 1, workers
-    return max(0, waves - 1), workers
+    return waves, workers
 
 
 def _start(kernel: Any, grid: int, config: Config | None, stream: int, *arguments: int) -> None:
@@ -312,7 +325,7 @@ def _start(kernel: Any, grid: int, config: Config | None, stream: int, *argument
 
     launch = driver.CUlaunchConfig()
     launch.gridDimX, launch.gridDimY, launch.gridDimZ = grid, 1, 1
-    launch.blockDimX, launch.blockDimY, launch.blockDimZ = (THREADS if config else 256), 1, 1
+    launch.blockDimX, launch.blockDimY, launch.blockDimZ = (config.threads if config else 256), 1, 1
     launch.sharedMemBytes = config.shared_bytes if config else 0
     launch.hStream = stream
     if config:
@@ -358,10 +371,10 @@ def _launch(
         x = _permuted(x, config, stream)
     partials, flags = _workspace(device, stream)
     tiles_m = -(-num_tokens // config.tokens)
-    tiles_n = -(-out_features // config.rows)
+    tiles_n = -(-out_features // (config.rows * config.cluster))
     k_blocks = -(-in_features // config.k_bytes)
     tile_bytes = config.rows * in_features
-    slots = _num_multiprocessors(device)
+    slots = _num_multiprocessors(device) // config.cluster
     waves, workers = schedule(tiles_m * tiles_n, k_blocks, tile_bytes, slots)
     w_map, x_map = _maps(config, packed, x)
     problem = _Problem(
@@ -372,7 +385,7 @@ def _launch(
     )
     kernel = _kernel(config, config.groups(group_size), x.dtype, device)
     arguments = (w_map.getPtr(), x_map.getPtr(), ctypes.addressof(problem))
-    _start(kernel, workers, config, stream, *arguments)
+    _start(kernel, workers * config.cluster, config, stream, *arguments)
 
 
 def _divides_evenly(group_size: int, num_groups: int) -> bool:

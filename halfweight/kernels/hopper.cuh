@@ -125,7 +125,7 @@ __device__ __forceinline__ int row_in_eight(int fragment_row) {
 // One run of K blocks [k_begin, k_end) of a tile.
 struct Segment { int tile, k_begin, k_end; };
 
-// The runs of one worker (a block): whole tiles, then its share of the stream-K remainder.
+// The runs of one worker (a cluster): whole tiles, then its share of the stream-K remainder.
 struct Schedule {
     const Problem& p;
     int worker, wave;
@@ -177,10 +177,10 @@ __device__ __forceinline__ void leave_partial(const Problem& p, int slot, int th
 
 // Add what the workers [first, last) left for this tile, in their order.
 template <int ID, int THREADS, int COUNT>
-__device__ __forceinline__ void add_partials(const Problem& p, int first, int last, int thread,
-                                             float (&sums)[COUNT]) {
+__device__ __forceinline__ void add_partials(const Problem& p, int first, int last, int stride,
+                                             int rank, int thread, float (&sums)[COUNT]) {
     for (int other = first + thread; other < last; other += THREADS) {
-        int* flag = p.flags + other;
+        int* flag = p.flags + other * stride + rank;
         int ready = 0;
         while (!ready)
             asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(ready) : "l"(flag) : "memory");
@@ -188,7 +188,8 @@ __device__ __forceinline__ void add_partials(const Problem& p, int first, int la
     }
     named_sync<ID, THREADS>();
     for (int other = first; other < last; ++other) {
-        const float* theirs = p.partials + (long long)other * COUNT * THREADS + thread;
+        const float* theirs =
+            p.partials + (long long)(other * stride + rank) * COUNT * THREADS + thread;
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) sums[i] += __ldcg(theirs + i * THREADS);
     }

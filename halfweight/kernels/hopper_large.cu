@@ -5,27 +5,70 @@
 // to registers, become 16-bit there (three instructions for two weights), and never exist as 16-bit
 // in memory. The activations come from `permute_x` in the order of columns that hopper.cuh explains.
 //
-//   warpgroup 0     producer: bulk tensor copies of W [BN, KB] bytes and x [MT, KB] into a ring
-//   warpgroups 1-2  consumers: 64 rows of W each; the next 64 columns are converted between the
-//                   issue of one step of 16 columns and the next, so that the tensor cores never
-//                   wait for a conversion
+//   warpgroup 0      producer: bulk tensor copies of W [BN, KB] bytes and x [MT, KB] into a ring
+//   warpgroups 1...  consumers: 64 rows of W each; the next 64 columns are converted between the
+//                    issue of one step of 16 columns and the next, so that the tensor cores never
+//                    wait for a conversion
 //
 // A weight enters as q * code, an integer of at most 15 bits rounded once to the 16-bit type; the
 // row's power of two is applied to the float32 sum. Nothing overflows whatever the scales are.
 //
 // Rows of 64 bytes need no reordering: two of them fill the banks.
 //
-// Compile-time: MT tokens a tile, STAGES, BF16. The launcher also generates
-// `wgmma(acc, a0..a3, descriptor, accumulate)`.
+// Where L2 is the limit, the two blocks of a cluster take neighbouring rows of W and each fetches
+// half of the x that both multiply.
+//
+// Compile-time: MT tokens a tile, WGS consumer warpgroups, STAGES, CLUSTER (1 or 2), BF16. The
+// launcher also generates `wgmma(acc, a0..a3, descriptor, accumulate)`.
 
-constexpr int BN = 128;
+constexpr int BN = 64 * WGS;
 constexpr int ACC = MT / 2;
 constexpr int KB = 64;
 constexpr int W_BYTES = BN * KB;
 constexpr int X_BYTES = MT * KB * 2;
 constexpr int STAGE_BYTES = W_BYTES + X_BYTES;
-constexpr int CONSUMERS = 256;
+constexpr int CONSUMERS = 128 * WGS;
 constexpr int STORE_TOKENS = MT < 32 ? MT : 32;
+
+__device__ __forceinline__ void release_stage(u32 bar, int lane) {
+#if CLUSTER > 1
+    if (lane < CLUSTER)
+        asm volatile(
+            "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+            "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(bar),
+            "r"(lane) : "memory");
+#else
+    if (lane == 0) barrier_arrive(bar);
+#endif
+}
+__device__ __forceinline__ void cluster_sync() {
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
+                 ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank = 0;
+#if CLUSTER > 1
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return rank;
+}
+__device__ __forceinline__ void copy_x(u32 dst, const TensorMap* map, int column, int token,
+                                       int rank, u32 bar) {
+#if CLUSTER > 1
+    constexpr int SHARE = MT / CLUSTER;
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst + rank * SHARE * 128),
+        "l"(map), "r"(column), "r"(token + rank * SHARE), "r"(bar), "h"((u16)((1 << CLUSTER) - 1))
+        : "memory");
+#else
+    copy_tile(dst, map, column, token, bar);
+#endif
+}
 
 __device__ __forceinline__ void wgmma_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -57,7 +100,7 @@ __device__ __forceinline__ void tile_position(const Problem& p, int tile, int& m
 
 __device__ __forceinline__ void produce(const TensorMap* w_map, const TensorMap* x_map,
                                         const Problem& p, u32 ring, u32 full, u32 empty,
-                                        int worker) {
+                                        int worker, int rank) {
     Schedule schedule(p, worker);
     Segment s;
     int stage = 0, phase = 0;
@@ -69,10 +112,10 @@ __device__ __forceinline__ void produce(const TensorMap* w_map, const TensorMap*
             barrier_wait(empty + 8 * stage, phase ^ 1);
             u32 bar = full + 8 * stage, w = ring + stage * STAGE_BYTES;
             barrier_expect(bar, STAGE_BYTES);
-            copy_tile(w, w_map, k * KB, n * BN, bar);
+            copy_tile(w, w_map, k * KB, (n * CLUSTER + rank) * BN, bar);
             if (!waited) wait_for_previous_kernel();
             waited = true;
-            copy_tile(w + W_BYTES, x_map, k * KB, m * MT, bar);
+            copy_x(w + W_BYTES, x_map, k * KB, m * MT, rank, bar);
             if (++stage == STAGES) { stage = 0; phase ^= 1; }
         }
     }
@@ -141,7 +184,7 @@ __device__ __forceinline__ void step_block(const Problem& p, Cursor& c, const Se
     wgmma_wait<1>();
     if (k > s.k_begin) {
         __syncwarp();
-        if (lane == 0) barrier_arrive(c.empty + 8 * previous);
+        release_stage(c.empty + 8 * previous, lane);
     }
     convert(raw, 0, upper_code, lower_code, next[0]);
 #pragma unroll
@@ -190,7 +233,7 @@ __device__ __forceinline__ void store_rows(const Problem& p, int m, int row, int
 }
 
 __device__ __forceinline__ void consume(const Problem& p, Cursor c, u32 store, u16* store_pointer,
-                                        int worker) {
+                                        int worker, int rank) {
     int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32, quad = lane % 4;
     int row_in_tile = warp * 16 + lane / 4;
     u32 line = row_in_tile * KB + ((quad ^ ((row_in_tile >> 1) & 3)) << 4);
@@ -200,10 +243,11 @@ __device__ __forceinline__ void consume(const Problem& p, Cursor c, u32 store, u
     while (schedule.pop(s)) {
         int m, n;
         tile_position(p, s.tile, m, n);
+        int tile_row = (n * CLUSTER + rank) * BN;
         float acc[ACC];
         u32 even[4][4], odd[4][4], codes[2];
         for (int h = 0; h < 2; ++h) {
-            int row = min(n * BN + row_in_tile + 8 * h, p.out_features - 1);
+            int row = min(tile_row + row_in_tile + 8 * h, p.out_features - 1);
             c.codes[h] = p.codes + (long long)row * p.num_groups;
         }
         c.load_codes(s.k_begin, codes);
@@ -219,45 +263,53 @@ __device__ __forceinline__ void consume(const Problem& p, Cursor c, u32 store, u
         }
         wgmma_wait<0>();
         __syncwarp();
-        if (lane == 0) barrier_arrive(c.empty + 8 * (c.stage == 0 ? STAGES - 1 : c.stage - 1));
+        release_stage(c.empty + 8 * (c.stage == 0 ? STAGES - 1 : c.stage - 1), lane);
         if (s.k_begin > 0) {
-            leave_partial<1, CONSUMERS>(p, worker, thread, acc);
+            leave_partial<1, CONSUMERS>(p, worker * CLUSTER + rank, thread, acc);
             continue;
         }
         if (s.k_end < p.k_blocks)
-            add_partials<1, CONSUMERS>(p, worker + 1, schedule.last_sharer(s), thread, acc);
-        store_rows(p, m, n * BN + warp * 16, lane, store + warp * STORE_TOKENS * 32,
+            add_partials<1, CONSUMERS>(p, worker + 1, schedule.last_sharer(s), CLUSTER, rank, thread,
+                                       acc);
+        store_rows(p, m, tile_row + warp * 16, lane, store + warp * STORE_TOKENS * 32,
                    store_pointer + warp * STORE_TOKENS * 16, acc);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
+#if CLUSTER > 1
+__cluster_dims__(CLUSTER, 1, 1)
+#endif
 w8a16_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map,
             const __grid_constant__ Problem p) {
     extern __shared__ u8 raw[];
     u8* base = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
     u32 ring = shared_address(base);
     u8* after = base + STAGES * STAGE_BYTES;
-    u32 store = shared_address(after), full = store + 8 * STORE_TOKENS * 32, empty = full + 8 * STAGES;
-    int worker = p.num_workers - 1 - (int)blockIdx.x;
+    u32 store = shared_address(after), full = store + 4 * WGS * STORE_TOKENS * 32, empty = full + 8 * STAGES;
+    int rank = cluster_rank();
+    int worker = p.num_workers - 1 - (int)(blockIdx.x / CLUSTER);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, CONSUMERS / 32);
+            barrier_init(empty + 8 * i, 4 * WGS * CLUSTER);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
+    cluster_sync();
     if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x == 0) produce(&w_map, &x_map, p, ring, full, empty, worker);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WGS == 2 ? 40 : WGS == 3 ? 32 : 24));
+        if (threadIdx.x == 0) produce(&w_map, &x_map, p, ring, full, empty, worker, rank);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WGS == 2 ? 232 : WGS == 3 ? 160 : 120));
         int group_shift = 31 - __clz(p.group_size);
         if (p.num_groups == 1) group_shift = 31;
         Cursor cursor = {ring, full, empty, {}, group_shift, p.num_groups - 1, 0, 0, 0};
-        consume(p, cursor, store, (u16*)after, worker);
+        consume(p, cursor, store, (u16*)after, worker, rank);
     }
+    __syncwarp();
+    cluster_sync();
 }
 
 // Activations in the order of columns of hopper.cuh, their row padded with zeros to whole 64s.

@@ -208,7 +208,8 @@ __device__ __forceinline__ void consume(const Problem& p, u32 ring, u32 full, u3
             continue;
         }
         if (s.k_end < p.k_blocks)
-            add_partials<2, OWNERS>(p, worker + 1, schedule.last_sharer(s), wn * 32 + lane, total);
+            add_partials<2, OWNERS>(p, worker + 1, schedule.last_sharer(s), 1, 0, wn * 32 + lane,
+                                    total);
         store(p, row, quad, ends, total);
     }
 }
