@@ -188,11 +188,11 @@ def _add_partials(p: _Product, partials: Tensor) -> None:
 
 
 def _round_activations(p: _Product, parts: int) -> tuple[Tensor, Tensor]:
-    """int8 [parts, M, K] and float32 steps [M, blocks of K]; see the kernel of that name."""
+    """int8 [parts, M, K] and float32 steps [blocks of K, M]; see the kernel of that name."""
     tokens, in_features = p.x.shape
     blocks = -(-in_features // p.block_k)
     rounded = p.x.new_empty((parts, tokens, in_features), dtype=torch.int8)
-    steps = p.x.new_empty((tokens, blocks), dtype=torch.float32)
+    steps = p.x.new_empty((blocks, tokens), dtype=torch.float32)
     together = min(ROUND_VALUES // p.block_k, _power_of_two(blocks))
     _launch(
         "round_activations",

@@ -103,12 +103,13 @@ def four_words(words):
 
 
 @triton.jit
-def pack_bytes(values):
-    """Integers -128..127 as int32 [T, S, 16] -> words [1, T, S, 4] of four bytes."""
+def two_words(values):
+    """Integers -128..127 as float32 [S, T, 8] -> two tensors [1, T, S] of words of four bytes."""
     shape: tl.constexpr = values.shape
-    parts = (values & 255).reshape(1, shape[0], shape[1], 4, 4)
+    parts = (values.to(tl.int32) & 255).reshape(shape[0], shape[1], 2, 4)
     shift = tl.arange(0, 4) * 8
-    return tl.sum(parts << shift[None, None, None, None, :], axis=4)
+    first, second = tl.split(tl.sum(parts << shift[None, None, None, :], axis=3))
+    return tl.trans(first)[None, :, :], tl.trans(second)[None, :, :]
 
 
 @triton.jit
@@ -118,17 +119,31 @@ def round_half_even(value):
 
 
 @triton.jit
-def two_bytes(value):
-    """x [..., L] float32 -> (h, l, s): x = s (h + l / 254), h and l integers in -127..127.
-
-    s [...] is absmax / 127, so x keeps 16 bits; it is NaN where a value is not finite.
-    """
+def largest(value):
+    """Largest |value| along the last axis; NaN where a value is not finite."""
     axis: tl.constexpr = len(value.shape) - 1
-    not_finite = tl.sum(value * 0, axis=axis)
-    step = tl.maximum(tl.max(tl.abs(value), axis=axis), 1e-30) / 127
-    scaled = value / tl.expand_dims(step, axis)
+    return tl.max(tl.abs(value), axis=axis) + tl.sum(value * 0, axis=axis)
+
+
+@triton.jit
+def two_bytes(value, step):
+    """x [..., L] float32 and step = absmax / 127 [...] -> (h, l): x = step (h + l / 254).
+
+    h and l are integers in -127..127, so x keeps 16 bits.
+    """
+    scaled = value / tl.expand_dims(tl.maximum(step, 1e-30), len(value.shape) - 1)
     high = round_half_even(scaled)
-    return high, round_half_even((scaled - high) * 254), step + not_finite
+    return high, round_half_even((scaled - high) * 254)
+
+
+@triton.jit
+def gemv_load_x(x, M, K, stride_x, eight, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr):
+    """x [SEGMENTS, TOKENS, 8] as float32: the first eight of each segment, or the last."""
+    segment = tl.arange(0, SEGMENTS)[:, None, None]
+    token = tl.arange(0, TOKENS)[None, :, None]
+    offset = segment * 16 + eight + tl.arange(0, 8)[None, None, :]
+    mask = (token < M) & (segment < K // 16)
+    return tl.load(x + token * stride_x + offset, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -213,19 +228,19 @@ def gemv(
     word, scale = gemv_load(words, scales, first, N, K, GROUP, stride_w, stride_s, ROWS, SEGMENTS)
     if PDL:
         cuda.gdc_wait()
+    x_a = gemv_load_x(x, M, K, stride_x, 0, SEGMENTS, TOKENS)
+    x_b = gemv_load_x(x, M, K, stride_x, 8, SEGMENTS, TOKENS)
+    step = tl.maximum(largest(x_a), largest(x_b), propagate_nan=tl.PropagateNan.ALL) / 127
+    high_a, low_a = two_bytes(x_a, step)
+    high_b, low_b = two_bytes(x_b, step)
+    h0, h1 = two_words(high_a)
+    h2, h3 = two_words(high_b)
+    l0, l1 = two_words(low_a)
+    l2, l3 = two_words(low_b)
+    x_total = tl.sum((high_a + high_b) * 254 + low_a + low_b, axis=2)
+    offset = tl.trans(x_total)[None, :, :].to(tl.int32) * -128
+    step = tl.trans(step / 254)[None, :, :]
     token = tl.arange(0, TOKENS)
-    k = tl.arange(0, SEGMENTS)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    x_tile = tl.load(
-        x + token[:, None, None] * stride_x + k[None, :, :],
-        mask=(token < M)[:, None, None] & (k < K)[None, :, :],
-        other=0,
-    )
-    high, low, step = two_bytes(x_tile.to(tl.float32))
-    high, low = high.to(tl.int32), low.to(tl.int32)
-    offset = (tl.sum(high, axis=2) * 254 + tl.sum(low, axis=2))[None, :, :] * -128
-    step = (step / 254)[None, :, :]
-    h0, h1, h2, h3 = four_words(pack_bytes(high))
-    l0, l1, l2, l3 = four_words(pack_bytes(low))
     for block in range(first, tl.cdiv(N, ROWS), num_programs):
         next_word, next_scale = gemv_load(
             words, scales, block + num_programs, N, K, GROUP, stride_w, stride_s, ROWS, SEGMENTS
@@ -359,27 +374,22 @@ def matmul_int8(
     x_low = x_tile + tl.cast(M, tl.int64) * K
     w_tile = packed + safe_row.to(tl.int64)[:, None] * stride_w + k_in_block[None, :]
     s_tile = scales + safe_row.to(tl.int64) * stride_s
-    step_tile = steps + safe_token * blocks
+    step_tile = steps + safe_token
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    scale = tl.load(s_tile + begin * BLOCK_K // GROUP)
-    step = tl.load(step_tile + begin)
     for block in range(begin, end):
         k = block * BLOCK_K
         inside = k_in_block[None, :] < K - k
         w = tl.load(w_tile + k, mask=inside, other=128)
         high = tl.load(x_tile + k, mask=inside, other=0)
-        following = tl.minimum(block + 1, blocks - 1)
-        next_scale = tl.load(s_tile + following * BLOCK_K // GROUP)
-        next_step = tl.load(step_tile + following)
+        scale = tl.load(s_tile + k // GROUP)
+        step = tl.load(step_tile + block * M)
         q = signed_byte(w, ASM)
         total = tl.dot(q, tl.trans(high), out_dtype=tl.int32)
         if PARTS == 2:
             low = tl.load(x_low + k, mask=inside, other=0)
             total = total * 254 + tl.dot(q, tl.trans(low), out_dtype=tl.int32)
         acc += total.to(tl.float32) * scale.to(tl.float32)[:, None] * step[None, :]
-        scale = next_scale
-        step = next_step
     store_tile(
         acc, exponents, bias, y, partials, part, token, row, M, N, SPLIT, HAS_EXPONENTS, HAS_BIAS
     )
@@ -393,26 +403,25 @@ def round_activations(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K] -> int8 [PARTS, M, K] and float32 steps [M, K/BLOCK_K].
+    """x [M, K] -> int8 [PARTS, M, K] and float32 steps [K/BLOCK_K, M].
 
-    The steps are s of `two_bytes`, and x = s h; with PARTS 2 they are s / 254, and
-    x = steps (254 h + l).
+    By `two_bytes`: x = steps h, or with PARTS 2 x = steps (254 h + l). The steps lie [blocks, M].
     """
     if PDL:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(K, BLOCK_K)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     k = block[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     inside = k < K
     value = tl.load(x + token * stride_x + k, mask=inside, other=0).to(tl.float32)
-    high, low, step = two_bytes(value)
+    step = largest(value) / 127
+    high, low = two_bytes(value, step)
     tl.store(rounded + token * K + k, high.to(tl.int8), mask=inside)
     if PARTS == 2:
         tl.store(rounded + (M + token) * K + k, low.to(tl.int8), mask=inside)
         step = step / 254
-    tl.store(steps + token * blocks + block, step, mask=block < blocks)
+    tl.store(steps + block.to(tl.int64) * M + token, step, mask=block * BLOCK_K < K)
 
 
 @triton.jit(do_not_specialize=["M"])
