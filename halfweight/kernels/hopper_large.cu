@@ -302,7 +302,7 @@ w8a16_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WGS == 2 ? 40 : WGS == 3 ? 32 : 24));
         if (threadIdx.x == 0) produce(&w_map, &x_map, p, ring, full, empty, worker, rank);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WGS == 2 ? 232 : WGS == 3 ? 160 : 120));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WGS == 2 ? 232 : WGS == 3 ? 160 : 112));
         int group_shift = 31 - __clz(p.group_size);
         if (p.num_groups == 1) group_shift = 31;
         Cursor cursor = {ring, full, empty, {}, group_shift, p.num_groups - 1, 0, 0, 0};
