@@ -36,6 +36,7 @@ MAX_GEMV_SEGMENTS = 4
 MAX_GEMV_WARPS = 16
 ADD_BLOCK = 512
 ROUND_VALUES = 2048
+MAX_TILE_TOKENS = 256
 WORKSPACE_BYTES = 32 << 20
 """16-bit weights that exist at a time during prefill: a block that stays in the L2 cache."""
 
@@ -76,7 +77,6 @@ class _Product:
         return {
             "HAS_EXPONENTS": self.exponents is not None,
             "HAS_BIAS": self.bias is not None,
-            "ASM": device_info(self.x.device).is_nvidia,
         }
 
 
@@ -131,13 +131,15 @@ def _gemv(p: _Product, config: Config) -> None:
         TOKENS=padded_tokens,
         ROWS=config.rows,
         SEGMENTS=segments,
+        ASM=device_info(p.x.device).is_nvidia,
         num_warps=max(config.warps, least_warps),
         **p.options,
     )
 
 
 def _matmul(p: _Product, config: Config) -> None:
-    _tiled("matmul", (p.x, p.x.stride(0)), p, config)
+    is_nvidia = device_info(p.x.device).is_nvidia
+    _tiled("matmul", (p.x, p.x.stride(0)), p, config, ASM=is_nvidia)
 
 
 def _two_int8(p: _Product, config: Config) -> None:
@@ -160,7 +162,8 @@ def _tiled(
         kernel,
         (tiles, split),
         *(*activations, p.packed, p.scales, p.exponents, p.bias, p.y, partials),
-        *(tokens, out_features, in_features, group_size, p.packed.stride(0), p.scale_stride),
+        *(tokens, out_features, in_features, p.packed.stride(0), p.scale_stride),
+        GROUP_BLOCKS=0 if p.scales.shape[1] == 1 else group_size // p.block_k,
         SPLIT=split,
         BLOCK_M=config.tokens,
         BLOCK_N=config.rows,
@@ -182,27 +185,27 @@ def _add_partials(p: _Product, partials: Tensor) -> None:
         *(partials, p.exponents, p.bias, p.y, tokens, out_features),
         SPLIT=split,
         BLOCK=ADD_BLOCK,
-        HAS_EXPONENTS=p.exponents is not None,
-        HAS_BIAS=p.bias is not None,
+        **p.options,
     )
 
 
-def _round_activations(p: _Product, parts: int) -> tuple[Tensor, Tensor]:
-    """int8 [parts, M, K] and float32 steps [blocks of K, M]; see the kernel of that name."""
+def _round_activations(p: _Product, parts: int) -> tuple[Tensor, Tensor, int]:
+    """int8 [parts, M, K], float32 steps [blocks of K, padded M] and their stride."""
     tokens, in_features = p.x.shape
     blocks = -(-in_features // p.block_k)
+    padded = -(-tokens // MAX_TILE_TOKENS) * MAX_TILE_TOKENS
     rounded = p.x.new_empty((parts, tokens, in_features), dtype=torch.int8)
-    steps = p.x.new_empty((blocks, tokens), dtype=torch.float32)
+    steps = p.x.new_empty((blocks, padded), dtype=torch.float32)
     together = min(ROUND_VALUES // p.block_k, _power_of_two(blocks))
     _launch(
         "round_activations",
         (tokens, -(-blocks // together)),
-        *(p.x, rounded, steps, tokens, in_features, p.x.stride(0)),
+        *(p.x, p.x.stride(0), rounded, steps, padded, tokens, in_features),
         PARTS=parts,
         BLOCKS=together,
         BLOCK_K=p.block_k,
     )
-    return rounded, steps
+    return rounded, steps, padded
 
 
 def _dequantize(p: _Product, config: Config) -> None:

@@ -147,18 +147,6 @@ def gemv_load_x(x, M, K, stride_x, eight, SEGMENTS: tl.constexpr, TOKENS: tl.con
 
 
 @triton.jit
-def signed_byte(w, ASM: tl.constexpr):
-    """uint8 q + 128 -> int8 q."""
-    if ASM:
-        q = tl.inline_asm_elementwise(
-            "xor.b32 $0, $1, 0x80808080;", "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4
-        )
-    else:
-        q = (w ^ 128).to(tl.int8, bitcast=True)
-    return q
-
-
-@triton.jit
 def power_of_two(exponent):
     """2^exponent as float32 for an exponent in -126..127."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
@@ -278,6 +266,12 @@ def store_tile(
 
 
 @triton.jit
+def group_of(block, GROUP_BLOCKS: tl.constexpr):
+    """The scale group of a block of K."""
+    return 0 if GROUP_BLOCKS == 0 else block // GROUP_BLOCKS
+
+
+@triton.jit
 def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(token tile, row tile) of this program: columns of 8 token tiles share W and x in L2."""
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -292,7 +286,8 @@ def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def matmul(
     x, stride_x, packed, scales, exponents, bias, y, partials,
-    M, N, K, GROUP, stride_w, stride_s,
+    M, N, K, stride_w, stride_s,
+    GROUP_BLOCKS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -302,7 +297,10 @@ def matmul(
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N], or its partial sums over 1/SPLIT of K; BLOCK_K divides GROUP unless that is K."""
+    """y [M, N], or its partial sums over 1/SPLIT of K.
+
+    GROUP_BLOCKS tiles of BLOCK_K share a scale; 0 where a whole row does.
+    """
     if PDL:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
@@ -321,14 +319,14 @@ def matmul(
     s_tile = scales + safe_row.to(tl.int64) * stride_s
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    scale = tl.load(s_tile + begin * BLOCK_K // GROUP)
+    scale = tl.load(s_tile + group_of(begin, GROUP_BLOCKS))
     for block in range(begin, end):
         k = block * BLOCK_K
         inside = k_in_block[None, :] < K - k
-        w = tl.load(w_tile + k, mask=inside, other=128)
+        w = tl.load(w_tile + k, mask=inside, other=0)
         x_part = tl.load(x_tile + k, mask=inside, other=0)
-        following = tl.minimum(k + BLOCK_K, K - 1) // GROUP
-        next_scale = tl.load(s_tile + following)
+        following = tl.minimum(block + 1, blocks - 1)
+        next_scale = tl.load(s_tile + group_of(following, GROUP_BLOCKS))
         q = exact_float(w, x.dtype.element_ty, ASM)
         acc += tl.dot(q, tl.trans(x_part), input_precision="ieee") * scale.to(tl.float32)[:, None]
         scale = next_scale
@@ -339,16 +337,16 @@ def matmul(
 
 @triton.jit(do_not_specialize=["M"])
 def matmul_int8(
-    rounded, steps, packed, scales, exponents, bias, y, partials,
-    M, N, K, GROUP, stride_w, stride_s,
+    rounded, steps, stride_steps, packed, scales, exponents, bias, y, partials,
+    M, N, K, stride_w, stride_s,
     PARTS: tl.constexpr,
+    GROUP_BLOCKS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_EXPONENTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """The product with activations from `round_activations`: int32 sums a block, then float32.
@@ -374,17 +372,17 @@ def matmul_int8(
     x_low = x_tile + tl.cast(M, tl.int64) * K
     w_tile = packed + safe_row.to(tl.int64)[:, None] * stride_w + k_in_block[None, :]
     s_tile = scales + safe_row.to(tl.int64) * stride_s
-    step_tile = steps + safe_token
+    step_tile = steps + token
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for block in range(begin, end):
         k = block * BLOCK_K
         inside = k_in_block[None, :] < K - k
-        w = tl.load(w_tile + k, mask=inside, other=128)
+        w = tl.load(w_tile + k, mask=inside, other=0)
         high = tl.load(x_tile + k, mask=inside, other=0)
-        scale = tl.load(s_tile + k // GROUP)
-        step = tl.load(step_tile + block * M)
-        q = signed_byte(w, ASM)
+        scale = tl.load(s_tile + group_of(block, GROUP_BLOCKS))
+        step = tl.load(step_tile + block * stride_steps)
+        q = (w ^ 128).to(tl.int8, bitcast=True)
         total = tl.dot(q, tl.trans(high), out_dtype=tl.int32)
         if PARTS == 2:
             low = tl.load(x_low + k, mask=inside, other=0)
@@ -397,7 +395,7 @@ def matmul_int8(
 
 @triton.jit(do_not_specialize=["M"])
 def round_activations(
-    x, rounded, steps, M, K, stride_x,
+    x, stride_x, rounded, steps, stride_steps, M, K,
     PARTS: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -405,7 +403,8 @@ def round_activations(
 ):  # fmt: skip
     """x [M, K] -> int8 [PARTS, M, K] and float32 steps [K/BLOCK_K, M].
 
-    By `two_bytes`: x = steps h, or with PARTS 2 x = steps (254 h + l). The steps lie [blocks, M].
+    By `two_bytes`: x = steps h, or with PARTS 2 x = steps (254 h + l). The steps lie
+    [blocks, tokens], padded to whole tiles of tokens.
     """
     if PDL:
         cuda.gdc_launch_dependents()
@@ -421,7 +420,7 @@ def round_activations(
     if PARTS == 2:
         tl.store(rounded + (M + token) * K + k, low.to(tl.int8), mask=inside)
         step = step / 254
-    tl.store(steps + block.to(tl.int64) * M + token, step, mask=block * BLOCK_K < K)
+    tl.store(steps + block * stride_steps + token, step, mask=block * BLOCK_K < K)
 
 
 @triton.jit(do_not_specialize=["M"])
