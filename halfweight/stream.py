@@ -79,7 +79,8 @@ def write_shard(
                 dtypes[tensor.scale_name] = tensor.scale_dtype
                 records[block.decision.tensor.name] = tensor.record
                 parts = []
-        os.pwrite(file.fileno(), header(with_dtypes(shard.tensors, dtypes), len(shard.header)), 0)
+        first = header(with_dtypes(shard.tensors, dtypes), len(shard.header))
+        _write_all(file.fileno(), memoryview(first), 0)
     return records
 
 
@@ -98,17 +99,17 @@ def _convert_block(
     decision, tensor = block.decision, block.decision.tensor
     raw = source.read(tensor, block.begin, block.end)
     if decision.scheme is None:
-        _write_all(fd, raw, offsets[tensor.name] + block.begin)
+        _write_all(fd, raw.data, offsets[tensor.name] + block.begin)
         return None
     itemsize = DTYPE_BYTES[tensor.dtype]
     rows = quantize_rows(raw, tensor.dtype, decision.scheme, tensor.shape[1])
     packed_at = offsets[f"{module_of(tensor)}.weight_packed"]
-    _write_all(fd, rows.packed, packed_at + block.begin // itemsize)
+    _write_all(fd, rows.packed.data, packed_at + block.begin // itemsize)
     return replace(rows, packed=rows.packed[:0])
 
 
-def _write_all(fd: int, array: NDArray[Any], at: int) -> None:
-    data = array.data.cast("B")
+def _write_all(fd: int, data: memoryview, at: int) -> None:
+    data = data.cast("B")
     while data:
         written = os.pwrite(fd, data, at)
         data, at = data[written:], at + written
@@ -188,9 +189,9 @@ class _Finished:
     def write(self, fd: int, offsets: dict[str, int]) -> None:
         """Write scales and shape record."""
         stored = _in_dtype(self.scales, self.scale_dtype)
-        _write_all(fd, stored, offsets[self.scale_name])
+        _write_all(fd, stored.data, offsets[self.scale_name])
         shape = np.array(self.decision.tensor.shape, np.int64)
-        _write_all(fd, shape, offsets[f"{module_of(self.decision.tensor)}.weight_shape"])
+        _write_all(fd, shape.data, offsets[f"{module_of(self.decision.tensor)}.weight_shape"])
 
 
 def _in_dtype(scales: NDArray[np.float32], dtype: str) -> NDArray[Any]:

@@ -40,7 +40,7 @@ def remove_leftovers(out: Path) -> None:
 
 def _locked(folder: Path, out: Path) -> TextIO:
     """The open lock file; closing it, or dying, lets go."""
-    lock = open(folder / "lock", "w")
+    lock = open(folder / "lock", "w")  # noqa: SIM115  the caller closes it
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

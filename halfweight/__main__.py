@@ -1,0 +1,5 @@
+"""`python -m halfweight` is the command line."""
+
+from halfweight.cli import main
+
+main()
