@@ -35,7 +35,7 @@ __device__ __forceinline__ void release_stage(u32 bar, int lane) {
     if (lane < CLUSTER)
         asm volatile(
             "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-            "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(bar),
+            "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar),
             "r"(lane) : "memory");
 #else
     if (lane == 0) barrier_arrive(bar);
