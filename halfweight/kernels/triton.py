@@ -133,8 +133,15 @@ def _gemv(p: _Product, config: Config) -> None:
         SEGMENTS=segments,
         ASM=device_info(p.x.device).is_nvidia,
         num_warps=max(config.warps, least_warps),
+        **_register_limit(p, config),
         **p.options,
     )
+
+
+def _register_limit(p: _Product, config: Config) -> dict[str, int]:
+    if config.max_registers is None or not device_info(p.x.device).is_nvidia:
+        return {}
+    return {"maxnreg": config.max_registers}
 
 
 def _matmul(p: _Product, config: Config) -> None:
@@ -170,6 +177,7 @@ def _tiled(
         BLOCK_K=p.block_k,
         num_warps=config.warps,
         num_stages=config.stages,
+        **_register_limit(p, config),
         **p.options,
         **meta,
     )

@@ -26,7 +26,8 @@ class Config:
     """One way to compute a product.
 
     tokens and rows are the tile (for gemv: rows a step); split is the number of parts of K.
-    per_processor: programs a multiprocessor holds, gemv only.
+    per_processor: programs a multiprocessor is given, gemv only. max_registers of a thread: fewer
+    than the compiler would take, so that more programs share a multiprocessor; NVIDIA only.
     """
 
     kernel: Kernel
@@ -36,6 +37,7 @@ class Config:
     warps: int = 4
     stages: int = 3
     per_processor: int = 4
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
