@@ -11,7 +11,7 @@ INDEX = "model.safetensors.index.json"
 HIDDEN, FFN, VOCAB, LAYERS = 64, 192, 320, 2
 
 
-def make_llama(folder, *, dtype=torch.bfloat16, tied=False, shard_size="60KB", **config):
+def make_llama(folder, *, dtype=torch.bfloat16, tied=False, shard_size="60KB", layers=LAYERS, **config):
     """Save a random model as transformers does; returns the folder."""
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -19,7 +19,7 @@ def make_llama(folder, *, dtype=torch.bfloat16, tied=False, shard_size="60KB", *
     parsed = LlamaConfig(
         hidden_size=HIDDEN,
         intermediate_size=FFN,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=VOCAB,
