@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from halfweight.kernels import Backend
-from halfweight.kernels.tuning import Config, table_for
+from halfweight.kernels.tuning import Config, best_config
 
 MIN_CAPABILITY = (7, 5)
 BLOCK_K = 128
@@ -105,15 +105,52 @@ def device_info(device: torch.device) -> DeviceInfo:
     )
 
 
-def _launch(kernel: str, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Launch a kernel of triton_kernels on the device of its first argument."""
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+"""What a launch depends on -> (compiled kernel, its compile-time arguments)."""
+
+
+def _launch(
+    kernel: str, grid: tuple[int, int], tokens: int, operands: tuple[Any, ...], **meta: Any
+) -> None:
+    """Launch a kernel of triton_kernels on the device of its operands.
+
+    Triton's own launch takes most of its time to find out which compiled kernel is meant; here it
+    is looked up by what it was compiled for: dtypes, alignment and every number but `tokens`.
+    """
+    device = next(a.device for a in operands if isinstance(a, Tensor))
+    key = (kernel, device, *map(_specialization, operands), *meta.values())
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        found = _compiled.get(key)
+        if found is None:
+            _compile_and_launch(key, kernel, device, (*grid, 1), (tokens, *operands), meta)
+        else:
+            compiled, constants = found
+            compiled[(*grid, 1)](tokens, *operands, *constants)
+
+
+def _specialization(operand: Any) -> Any:
+    if isinstance(operand, Tensor):
+        return operand.dtype, operand.data_ptr() % SEGMENT == 0
+    return operand
+
+
+def _compile_and_launch(
+    key: tuple[Any, ...],
+    kernel: str,
+    device: torch.device,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    meta: dict[str, Any],
+) -> None:
     from halfweight.kernels import triton_kernels
 
-    meta["PDL"] = device_info(args[0].device).has_pdl
-    if meta["PDL"]:
-        meta["launch_pdl"] = True
-    with torch.cuda.device(args[0].get_device()):
-        getattr(triton_kernels, kernel)[grid](*args, **meta)
+    function = getattr(triton_kernels, kernel)
+    constants = {**meta, "PDL": device_info(device).has_pdl}
+    options = {"launch_pdl": True} if constants["PDL"] else {}
+    compiled = function[grid](*arguments, **constants, **options)
+    if device.type == "cuda":
+        names = function.arg_names[len(arguments) :]
+        _compiled[key] = (compiled, tuple(constants[name] for name in names))
 
 
 def _gemv(p: _Product, config: Config) -> None:
@@ -124,10 +161,13 @@ def _gemv(p: _Product, config: Config) -> None:
     programs = device_info(p.x.device).num_processors * config.per_processor
     _launch(
         "gemv",
-        (min(programs, -(-out_features // config.rows)),),
-        *(p.x, p.packed.view(torch.int32), p.scales, p.exponents, p.bias, p.y),
-        *(tokens, out_features, in_features, group_size),
-        *(p.x.stride(0), p.packed.stride(0), p.scale_stride),
+        (min(programs, -(-out_features // config.rows)), 1),
+        tokens,
+        (
+            *(p.x, p.packed.view(torch.int32), p.scales, p.exponents, p.bias, p.y),
+            *(out_features, in_features, group_size),
+            *(p.x.stride(0), p.packed.stride(0), p.scale_stride),
+        ),
         TOKENS=padded_tokens,
         ROWS=config.rows,
         SEGMENTS=segments,
@@ -168,8 +208,11 @@ def _tiled(
     _launch(
         kernel,
         (tiles, split),
-        *(*activations, p.packed, p.scales, p.exponents, p.bias, p.y, partials),
-        *(tokens, out_features, in_features, p.packed.stride(0), p.scale_stride),
+        tokens,
+        (
+            *(*activations, p.packed, p.scales, p.exponents, p.bias, p.y, partials),
+            *(out_features, in_features, p.packed.stride(0), p.scale_stride),
+        ),
         GROUP_BLOCKS=0 if p.scales.shape[1] == 1 else group_size // p.block_k,
         SPLIT=split,
         BLOCK_M=config.tokens,
@@ -190,7 +233,8 @@ def _add_partials(p: _Product, partials: Tensor) -> None:
     _launch(
         "add_partials",
         (-(-out_features // ADD_BLOCK), tokens),
-        *(partials, p.exponents, p.bias, p.y, tokens, out_features),
+        tokens,
+        (partials, p.exponents, p.bias, p.y, out_features),
         SPLIT=split,
         BLOCK=ADD_BLOCK,
         **p.options,
@@ -208,7 +252,8 @@ def _round_activations(p: _Product, parts: int) -> tuple[Tensor, Tensor, int]:
     _launch(
         "round_activations",
         (tokens, -(-blocks // together)),
-        *(p.x, p.x.stride(0), rounded, steps, padded, tokens, in_features),
+        tokens,
+        (p.x, p.x.stride(0), rounded, steps, padded, in_features),
         PARTS=parts,
         BLOCKS=together,
         BLOCK_K=p.block_k,
@@ -244,9 +289,12 @@ def _gather(
     _launch(
         "gather",
         (out.shape[0], -(-in_features // block)),
-        *(out, ids, packed, scales, exponents),
-        *(out_features, in_features, in_features // scales.shape[1]),
-        *(packed.stride(0), scales.stride(0) if scales.shape[0] > 1 else 0),
+        out.shape[0],
+        (
+            *(out, ids, packed, scales, exponents),
+            *(out_features, in_features, in_features // scales.shape[1]),
+            *(packed.stride(0), scales.stride(0) if scales.shape[0] > 1 else 0),
+        ),
         BLOCK_K=block,
         HAS_EXPONENTS=exponents is not None,
         HAS_IDS=ids is not None,
@@ -305,7 +353,7 @@ def linear(
     """x [..., K] times the dequantized weights [N, K], in x's dtype, float32 accumulation."""
 
     def choose(tokens: int, shape: tuple[int, int]) -> Config:
-        config = table_for(device_info(x.device).architecture).find(tokens, shape)
+        config = best_config(device_info(x.device).architecture, tokens, shape)
         return config if takes(config, x.dtype, tokens, shape[1]) else Config("matmul")
 
     return product(x, packed, scales, exponents, bias, choose)
@@ -326,7 +374,7 @@ def linear_int8(
     """Like `linear`, with x rounded to int8 per token and block of K: opt-in, not exact."""
 
     def choose(tokens: int, shape: tuple[int, int]) -> Config:
-        return table_for(device_info(x.device).architecture).find(tokens, shape, int8=True)
+        return best_config(device_info(x.device).architecture, tokens, shape, int8=True)
 
     return product(x, packed, scales, exponents, bias, choose)
 

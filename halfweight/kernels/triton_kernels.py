@@ -192,8 +192,8 @@ def gemv_load(
 
 @triton.jit(do_not_specialize=["M"])
 def gemv(
-    x, words, scales, exponents, bias, y,
-    M, N, K, GROUP, stride_x, stride_w, stride_s,
+    M, x, words, scales, exponents, bias, y,
+    N, K, GROUP, stride_x, stride_w, stride_s,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -285,8 +285,8 @@ def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def matmul(
-    x, stride_x, packed, scales, exponents, bias, y, partials,
-    M, N, K, stride_w, stride_s,
+    M, x, stride_x, packed, scales, exponents, bias, y, partials,
+    N, K, stride_w, stride_s,
     GROUP_BLOCKS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -337,8 +337,8 @@ def matmul(
 
 @triton.jit(do_not_specialize=["M"])
 def matmul_int8(
-    rounded, steps, stride_steps, packed, scales, exponents, bias, y, partials,
-    M, N, K, stride_w, stride_s,
+    M, rounded, steps, stride_steps, packed, scales, exponents, bias, y, partials,
+    N, K, stride_w, stride_s,
     PARTS: tl.constexpr,
     GROUP_BLOCKS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -395,7 +395,7 @@ def matmul_int8(
 
 @triton.jit(do_not_specialize=["M"])
 def round_activations(
-    x, stride_x, rounded, steps, stride_steps, M, K,
+    M, x, stride_x, rounded, steps, stride_steps, K,
     PARTS: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -425,7 +425,7 @@ def round_activations(
 
 @triton.jit(do_not_specialize=["M"])
 def add_partials(
-    partials, exponents, bias, y, M, N,
+    M, partials, exponents, bias, y, N,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_EXPONENTS: tl.constexpr,
@@ -448,16 +448,16 @@ def add_partials(
     tl.store(y + token * N + row[None, :], out, mask=inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gather(
-    out, ids, packed, scales, exponents,
+    M, out, ids, packed, scales, exponents,
     N, K, GROUP, stride_w, stride_s,
     BLOCK_K: tl.constexpr,
     HAS_EXPONENTS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = dequantized row ids[i], or row i without ids; NaN for an id outside 0..N-1."""
+    """out[i < M] = dequantized row ids[i], or row i without ids; NaN for an id outside 0..N-1."""
     if PDL:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import log
 from pathlib import Path
 from typing import Literal
@@ -103,10 +103,19 @@ def table_for(architecture: str) -> Table:
     return table_from_json(shipped.get(architecture, shipped[DEFAULT]))
 
 
+@lru_cache(maxsize=4096)
+def best_config(
+    architecture: str, tokens: int, shape: tuple[int, int], int8: bool = False
+) -> Config:
+    """`Table.find` of an architecture's table, remembered: it is asked at every launch."""
+    return table_for(architecture).find(tokens, shape, int8=int8)
+
+
 def write_table(architecture: str, table: Table) -> Path:
     """Keep a measured table; later products of this process use it too. Returns its path."""
     path = measured_table_path(architecture)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table_to_json(table), indent=1) + "\n")
     table_for.cache_clear()
+    best_config.cache_clear()
     return path
