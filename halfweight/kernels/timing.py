@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from halfweight import kernels
 from halfweight.numerics import QuantizedTensor
 
 Call = Callable[[], object]
@@ -101,6 +104,63 @@ def random_weight(
         torch.randint(64, 256, groups, dtype=torch.uint8, device=device),
         torch.randint(-20, -18, (out_features,), dtype=torch.int8, device=device),
     )
+
+
+VENDOR = "torch 16-bit"
+COMPARED = ("cuda", "triton", "cpu")
+
+
+@dataclass(frozen=True)
+class ProductTime:
+    """One product of x [tokens, in_features] and a weight [out_features, in_features], timed.
+
+    `speedup` is over torch's product with a 16-bit weight in the same run; bytes are those of
+    the weight.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    tokens: int
+    microseconds: float
+    bytes_per_second: float
+    fraction_of_read_bandwidth: float
+    speedup: float
+
+
+def compare(device: torch.device, shape: tuple[int, int], tokens: int) -> list[ProductTime]:
+    """Every backend that runs on `device` beside torch's 16-bit product, on random weights."""
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    x = torch.randn(tokens, shape[1], device=device, dtype=dtype)
+    num_bytes = {VENDOR: 2 * shape[0] * shape[1]}
+    rounds = {VENDOR: _vendor_round(x, shape)}
+    weights = [random_weight(shape, device) for _ in range(num_copies(shape[0] * shape[1]))]
+    for name in COMPARED:
+        if kernels.backend(name).unavailable(device) is None:
+            rounds[name] = Round([_product(name, x, weight) for weight in weights], device)
+            num_bytes[name] = weights[0].num_bytes
+    times, peak = interleaved(rounds), read_bandwidth(device)
+    rates = {name: num_bytes[name] / us * 1e6 for name, us in times.items()}
+    return [
+        ProductTime(name, *shape, tokens, us, rates[name], rates[name] / peak, times[VENDOR] / us)
+        for name, us in times.items()
+    ]
+
+
+def _vendor_round(x: Tensor, shape: tuple[int, int]) -> Round:
+    copies = num_copies(2 * shape[0] * shape[1])
+    weights = [torch.randn(shape, device=x.device, dtype=x.dtype) for _ in range(copies)]
+
+    def call(weight: Tensor) -> Call:
+        return lambda: torch.nn.functional.linear(x, weight)
+
+    return Round([call(weight) for weight in weights], x.device)
+
+
+def _product(name: str, x: Tensor, weight: QuantizedTensor) -> Call:
+    parts = (weight.packed, weight.scales, weight.exponents)
+    linear = kernels.backend(name).linear
+    return lambda: linear(x, *parts, None)
 
 
 @cache
