@@ -11,7 +11,9 @@ INDEX = "model.safetensors.index.json"
 HIDDEN, FFN, VOCAB, LAYERS = 64, 192, 320, 2
 
 
-def make_llama(folder, *, dtype=torch.bfloat16, tied=False, shard_size="60KB", layers=LAYERS, **config):
+def make_llama(
+    folder, *, dtype=torch.bfloat16, tied=False, shard_size="60KB", layers=LAYERS, **config
+):
     """Save a random model as transformers does; returns the folder."""
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
