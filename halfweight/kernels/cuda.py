@@ -109,17 +109,17 @@ class Large:
     def shared_bytes(self) -> int:
         """Dynamic shared memory: alignment, ring, store buffers, barriers."""
         stage = self.k_bytes * (self.rows + 2 * self.tokens)
-        return 1024 + self.stages * (stage + 16) + 4 * self.warpgroups * min(self.tokens, 32) * 32
+        return 1024 + self.stages * (stage + 16) + 4 * self.warpgroups * min(self.tokens, 32) * 64
 
     def groups(self, group_size: int) -> int:
-        """One program serves all group sizes."""
-        return 1
+        """Groups in 64 columns, where that makes another program."""
+        return 2 if group_size == 32 else 1
 
     def defines(self, groups: int) -> dict[str, int]:
         """Compile-time names of the source."""
         return {
             **{"MT": self.tokens, "WGS": self.warpgroups, "STAGES": self.stages},
-            "CLUSTER": self.cluster,
+            **{"CLUSTER": self.cluster, "GROUPS": groups},
         }
 
 
@@ -316,42 +316,26 @@ def schedule(tiles: int, k_blocks: int, tile_bytes: int, slots: int) -> tuple[in
     return waves, workers
 
 
-def _start(kernel: Any, grid: int, config: Config | None, stream: int, *arguments: int) -> None:
+def _start(kernel: Any, grid: int, config: Config, stream: int, *arguments: int) -> None:
     """Launch `kernel` with the arguments at these addresses.
 
-    A product may start before the kernel ahead of it has ended: it waits before it reads x.
+    It may start before the kernel ahead of it has ended: it waits before it reads x.
     """
     from cuda.bindings import driver
 
     launch = driver.CUlaunchConfig()
     launch.gridDimX, launch.gridDimY, launch.gridDimZ = grid, 1, 1
-    launch.blockDimX, launch.blockDimY, launch.blockDimZ = (config.threads if config else 256), 1, 1
-    launch.sharedMemBytes = config.shared_bytes if config else 0
+    launch.blockDimX, launch.blockDimY, launch.blockDimZ = config.threads, 1, 1
+    launch.sharedMemBytes = config.shared_bytes
     launch.hStream = stream
-    if config:
-        early = driver.CUlaunchAttribute()
-        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        value = driver.CUlaunchAttributeValue()
-        value.programmaticStreamSerializationAllowed = 1
-        early.value = value
-        launch.attrs, launch.numAttrs = [early], 1
+    early = driver.CUlaunchAttribute()
+    early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    value = driver.CUlaunchAttributeValue()
+    value.programmaticStreamSerializationAllowed = 1
+    early.value = value
+    launch.attrs, launch.numAttrs = [early], 1
     pointers = (ctypes.c_void_p * len(arguments))(*arguments)
     _check(driver.cuLaunchKernelEx(launch, kernel, ctypes.addressof(pointers), 0), "launch")
-
-
-def _permuted(x: Tensor, config: Large, stream: int) -> Tensor:
-    """x with its columns in the order of hopper.cuh, padded to whole 64s."""
-    from cuda.bindings import driver
-
-    rows, columns = x.shape
-    permuted = torch.empty(rows, -(-columns // 64) * 64, dtype=x.dtype, device=x.device)
-    module = _module(config, 1, x.dtype, x.device.index)
-    kernel = _check(driver.cuModuleGetFunction(module, b"permute_x"), "function")
-    pointers = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(permuted.data_ptr()))
-    arguments = (*pointers, ctypes.c_int(rows), ctypes.c_int(columns))
-    grid = -(-permuted.numel() // (8 * 256))
-    _start(kernel, grid, None, stream, *(ctypes.addressof(a) for a in arguments))
-    return permuted
 
 
 def _launch(
@@ -367,8 +351,6 @@ def _launch(
     device, num_groups = x.device.index, scales.shape[1]
     group_size = in_features // num_groups
     stream = torch.cuda.current_stream(device).cuda_stream
-    if isinstance(config, Large):
-        x = _permuted(x, config, stream)
     partials, flags = _workspace(device, stream)
     tiles_m = -(-num_tokens // config.tokens)
     tiles_n = -(-out_features // (config.rows * config.cluster))

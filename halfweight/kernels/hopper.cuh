@@ -1,12 +1,6 @@
 // What both Hopper kernels share: barriers, bulk tensor copies, conversion of bytes to 16-bit
 // numbers, and the schedule. See hopper_small.cu and hopper_large.cu.
 //
-// Weights in shared memory lie as the file has them, 128 bytes of a row together, in the 128-byte
-// swizzle. A lane reads 16 consecutive bytes of a row at once. The tensor core's fragment wants, in
-// step i of four, positions 16 i + 2 quad + {0, 1, 8, 9} of 64; so position 16 i + 8 h + 2 quad + b
-// is given weight 16 quad + 4 i + 2 h + b, and the activations take the same order. A sum does not
-// mind. Rows are taken as 0 4 1 5 2 6 3 7, so that eight lanes meet all 32 banks.
-//
 // Work: whole tiles first, then what is left is cut into equal runs of K blocks (stream-K), so that
 // every multiprocessor ends at the same time. A run that does not start its tile leaves its float32
 // sums in `partials`; the run that starts the tile adds them in a fixed order, so results do not
@@ -64,9 +58,6 @@ __device__ __forceinline__ void copy_box(u32 dst, const TensorMap* map, int c1, 
         "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(dst), "l"(map), "r"(0), "r"(c1), "r"(c2), "r"(bar)
         : "memory");
 }
-__device__ __forceinline__ void start_next_kernel() {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
 __device__ __forceinline__ void wait_for_previous_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
@@ -117,11 +108,6 @@ __device__ __forceinline__ float to_float(u16 v) {
     return f;
 #endif
 }
-// Row of a fragment's row 0..7 inside its eight rows of a tile.
-__device__ __forceinline__ int row_in_eight(int fragment_row) {
-    return (fragment_row & 1) * 4 + (fragment_row >> 1);
-}
-
 // One run of K blocks [k_begin, k_end) of a tile.
 struct Segment { int tile, k_begin, k_end; };
 

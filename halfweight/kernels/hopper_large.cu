@@ -3,7 +3,8 @@
 // The transposed product y^T = W x^T makes the weights the first operand of wgmma, which may come
 // from registers: INT8 bytes travel from the file's layout in global memory through shared memory
 // to registers, become 16-bit there (three instructions for two weights), and never exist as 16-bit
-// in memory. The activations come from `permute_x` in the order of columns that hopper.cuh explains.
+// in memory. A lane reads just the two bytes that each register of a fragment wants: more loads than
+// hopper_small.cu makes, but they hide behind the tensor cores, and x needs no other order.
 //
 //   warpgroup 0      producer: bulk tensor copies of W [BN, KB] bytes and x [MT, KB] into a ring
 //   warpgroups 1...  consumers: 64 rows of W each; the next 64 columns are converted between the
@@ -13,13 +14,12 @@
 // A weight enters as q * code, an integer of at most 15 bits rounded once to the 16-bit type; the
 // row's power of two is applied to the float32 sum. Nothing overflows whatever the scales are.
 //
-// Rows of 64 bytes need no reordering: two of them fill the banks.
-//
 // Where L2 is the limit, the two blocks of a cluster take neighbouring rows of W and each fetches
 // half of the x that both multiply.
 //
-// Compile-time: MT tokens a tile, WGS consumer warpgroups, STAGES, CLUSTER (1 or 2), BF16. The
-// launcher also generates `wgmma(acc, a0..a3, descriptor, accumulate)`.
+// Compile-time: MT tokens a tile, WGS consumer warpgroups, STAGES, CLUSTER (1 or 2), GROUPS (scales
+// in 64 columns: 1 or 2), BF16. The launcher also generates `wgmma(acc, a0..a3, descriptor,
+// accumulate)`.
 
 constexpr int BN = 64 * WGS;
 constexpr int ACC = MT / 2;
@@ -125,34 +125,47 @@ __device__ __forceinline__ void produce(const TensorMap* w_map, const TensorMap*
 struct Cursor {
     u32 ring, full, empty;
     const u8* codes[2];
-    int group_shift, last_group, column;
+    int group_shift, last_group;
     int stage, phase;
 
     __device__ __forceinline__ void advance() {
         if (++stage == STAGES) { stage = 0; phase ^= 1; }
     }
-    __device__ __forceinline__ void load_codes(int k, u32 (&loaded)[2]) const {
-        int group = min((k * KB + column) >> group_shift, last_group);
-        loaded[0] = __ldg(codes[0] + group);
-        loaded[1] = __ldg(codes[1] + group);
+    __device__ __forceinline__ void load_codes(int k, u32 (&loaded)[GROUPS][2]) const {
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g) {
+            int group = min((k * KB + g * (KB / GROUPS)) >> group_shift, last_group);
+            loaded[g][0] = __ldg(codes[0] + group);
+            loaded[g][1] = __ldg(codes[1] + group);
+        }
     }
 };
 
-struct Raw { uint4 upper, lower; };
+// The pairs of bytes that a lane's fragments of 64 columns want: [step][register].
+typedef u32 Raw[4][4];
 
-// Wait for a stage and read this lane's 16 bytes of two rows.
-__device__ __forceinline__ Raw read_stage(const Cursor& c, u32 line) {
-    barrier_wait(c.full + 8 * c.stage, c.phase);
-    u32 address = c.ring + c.stage * STAGE_BYTES + line;
-    return {load16(address), load16(address + 8 * KB)};
+__device__ __forceinline__ u32 byte_pair(u32 address) {
+    u16 v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
+    return v;
 }
 
-__device__ __forceinline__ void convert(const Raw& raw, int step, u32 upper_code, u32 lower_code,
+// Wait for a stage and read from it. `line` is the lane's row and pair, `swizzle` its row's.
+__device__ __forceinline__ void read_stage(const Cursor& c, u32 line, u32 swizzle, Raw& raw) {
+    barrier_wait(c.full + 8 * c.stage, c.phase);
+    u32 address = c.ring + c.stage * STAGE_BYTES + line;
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            raw[step][i] = byte_pair(address + ((step << 4) ^ swizzle) + i % 2 * 8 * KB + i / 2 * 8);
+}
+
+__device__ __forceinline__ void convert(const Raw& raw, int step, const u32 (&codes)[GROUPS][2],
                                         u32 (&a)[4]) {
-    a[0] = multiply(to_16bit<true>(word(raw.upper, step)), upper_code);
-    a[1] = multiply(to_16bit<true>(word(raw.lower, step)), lower_code);
-    a[2] = multiply(to_16bit<false>(word(raw.upper, step)), upper_code);
-    a[3] = multiply(to_16bit<false>(word(raw.lower, step)), lower_code);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        a[i] = multiply(to_16bit<true>(raw[step][i]), codes[step * GROUPS / 4][i % 2]);
 }
 
 __device__ __forceinline__ void issue(u32 x, int step, const u32 (&a)[4], float (&acc)[ACC],
@@ -165,64 +178,81 @@ __device__ __forceinline__ void issue(u32 x, int step, const u32 (&a)[4], float 
     wgmma_commit();
 }
 
-__device__ __forceinline__ u32 code_pair(u32 code) { return pack((float)code, (float)code); }
+// Codes as pairs of 16-bit numbers, ready to multiply.
+__device__ __forceinline__ void to_pairs(const u32 (&codes)[GROUPS][2], u32 (&pairs)[GROUPS][2]) {
+#pragma unroll
+    for (int i = 0; i < GROUPS * 2; ++i) {
+        float code = (float)codes[i / 2][i % 2];
+        pairs[i / 2][i % 2] = pack(code, code);
+    }
+}
 
 // Multiply one K block from `a` while `next` is filled for the block after it, if there is one.
 __device__ __forceinline__ void step_block(const Problem& p, Cursor& c, const Segment& s, int k,
-                                           u32 line, int lane, u32 (&codes)[2],
-                                           const u32 (&a)[4][4], u32 (&next)[4][4],
-                                           float (&acc)[ACC]) {
+                                           u32 line, u32 swizzle, int lane,
+                                           u32 (&codes)[GROUPS][2], const u32 (&a)[4][4],
+                                           u32 (&next)[4][4], float (&acc)[ACC]) {
     u32 x = c.ring + c.stage * STAGE_BYTES + W_BYTES;
     int previous = c.stage == 0 ? STAGES - 1 : c.stage - 1;
-    bool more = k + 1 < s.k_end;
     issue(x, 0, a[0], acc, k == s.k_begin);
     c.advance();
     Raw raw = {};
-    u32 upper_code = code_pair(codes[0]), lower_code = code_pair(codes[1]);
-    if (more) raw = read_stage(c, line);
+    u32 pairs[GROUPS][2];
+    to_pairs(codes, pairs);
+    if (k + 1 < s.k_end) read_stage(c, line, swizzle, raw);
     c.load_codes(k + 2, codes);
     wgmma_wait<1>();
     if (k > s.k_begin) {
         __syncwarp();
         release_stage(c.empty + 8 * previous, lane);
     }
-    convert(raw, 0, upper_code, lower_code, next[0]);
+    convert(raw, 0, pairs, next[0]);
 #pragma unroll
     for (int step = 1; step < 4; ++step) {
         issue(x, step, a[step], acc, false);
-        convert(raw, step, upper_code, lower_code, next[step]);
+        convert(raw, step, pairs, next[step]);
     }
 }
 
-// Rows `row` to row + 15 of all the tile's tokens. `acc` holds them in fragment order.
-__device__ __forceinline__ void store_rows(const Problem& p, int m, int row, int lane, u32 buffer,
-                                           u16* buffer_pointer, const float* acc) {
-    float scale[2], offset[2];
+// What two rows' sums are multiplied with and added to at the end.
+struct RowEnds { float scale[2], offset[2]; };
+
+__device__ __forceinline__ RowEnds load_row_ends(const Problem& p, int row) {
+    RowEnds ends;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        int n = min(row + lane / 4 + 8 * r, p.out_features - 1);
-        scale[r] = ldexpf(1.0f, p.exponents[n]);
-        offset[r] = p.bias ? to_float(p.bias[n]) : 0.0f;
+        int n = min(row + 8 * r, p.out_features - 1);
+        ends.scale[r] = ldexpf(1.0f, p.exponents[n]);
+        ends.offset[r] = p.bias ? to_float(p.bias[n]) : 0.0f;
     }
+    return ends;
+}
+
+// Rows `row` to row + 15 of all the tile's tokens, turned to rows of y in two buffers of the warp.
+__device__ __forceinline__ void store_rows(const Problem& p, int m, int row, int lane,
+                                           const RowEnds& ends, u16* buffers,
+                                           const float (&acc)[ACC]) {
+    bool whole = p.out_features % 8 == 0;
 #pragma unroll
     for (int base = 0; base < MT; base += STORE_TOKENS) {
-        __syncwarp();
+        u16* buffer = buffers + base / STORE_TOKENS % 2 * STORE_TOKENS * 16;
+        u32 address = shared_address(buffer) + lane % 8 * 32 + lane / 8 % 2 * 16;
 #pragma unroll
         for (int j = 0; j < STORE_TOKENS / 8; ++j) {
             const float* c = acc + (base / 8 + j) * 4;
-            u32 low = pack(c[0] * scale[0] + offset[0], c[1] * scale[0] + offset[0]);
-            u32 high = pack(c[2] * scale[1] + offset[1], c[3] * scale[1] + offset[1]);
-            u32 address = buffer + (j * 8 + lane % 8) * 32 + (lane / 8 % 2) * 16;
+            u32 low = pack(c[0] * ends.scale[0] + ends.offset[0], c[1] * ends.scale[0] + ends.offset[0]);
+            u32 high = pack(c[2] * ends.scale[1] + ends.offset[1], c[3] * ends.scale[1] + ends.offset[1]);
             asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::
-                         "r"(address), "r"(low), "r"(high) : "memory");
+                         "r"(address + j * 256), "r"(low), "r"(high) : "memory");
         }
         __syncwarp();
+#pragma unroll
         for (int i = lane; i < STORE_TOKENS * 2; i += 32) {
             int token = m * MT + base + i / 2, n = row + i % 2 * 8;
             if (token >= p.num_tokens) continue;
-            const u16* source = buffer_pointer + i * 8;
             u16* target = p.y + (long long)token * p.out_features + n;
-            if (p.out_features % 8 == 0 && n + 8 <= p.out_features) {
+            const u16* source = buffer + i * 8;
+            if (whole && n + 8 <= p.out_features) {
                 *(uint4*)target = *(const uint4*)source;
             } else {
                 for (int e = 0; e < 8; ++e)
@@ -232,12 +262,11 @@ __device__ __forceinline__ void store_rows(const Problem& p, int m, int row, int
     }
 }
 
-__device__ __forceinline__ void consume(const Problem& p, Cursor c, u32 store, u16* store_pointer,
-                                        int worker, int rank) {
-    int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32, quad = lane % 4;
+__device__ __forceinline__ void consume(const Problem& p, Cursor c, u16* buffers, int worker,
+                                        int rank) {
+    int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
     int row_in_tile = warp * 16 + lane / 4;
-    u32 line = row_in_tile * KB + ((quad ^ ((row_in_tile >> 1) & 3)) << 4);
-    c.column = 16 * quad;
+    u32 line = row_in_tile * KB + lane % 4 * 2, swizzle = (row_in_tile >> 1 & 3) << 4;
     Schedule schedule(p, worker);
     Segment s;
     while (schedule.pop(s)) {
@@ -245,22 +274,24 @@ __device__ __forceinline__ void consume(const Problem& p, Cursor c, u32 store, u
         tile_position(p, s.tile, m, n);
         int tile_row = (n * CLUSTER + rank) * BN;
         float acc[ACC];
-        u32 even[4][4], odd[4][4], codes[2];
+        u32 even[4][4], odd[4][4], codes[GROUPS][2], pairs[GROUPS][2];
         for (int h = 0; h < 2; ++h) {
             int row = min(tile_row + row_in_tile + 8 * h, p.out_features - 1);
             c.codes[h] = p.codes + (long long)row * p.num_groups;
         }
         c.load_codes(s.k_begin, codes);
-        Raw raw = read_stage(c, line);
-        u32 upper_code = code_pair(codes[0]), lower_code = code_pair(codes[1]);
+        Raw raw;
+        read_stage(c, line, swizzle, raw);
+        to_pairs(codes, pairs);
 #pragma unroll
-        for (int step = 0; step < 4; ++step) convert(raw, step, upper_code, lower_code, even[step]);
+        for (int step = 0; step < 4; ++step) convert(raw, step, pairs, even[step]);
         c.load_codes(s.k_begin + 1, codes);
         for (int k = s.k_begin; k < s.k_end; k += 2) {
-            step_block(p, c, s, k, line, lane, codes, even, odd, acc);
+            step_block(p, c, s, k, line, swizzle, lane, codes, even, odd, acc);
             if (k + 1 == s.k_end) break;
-            step_block(p, c, s, k + 1, line, lane, codes, odd, even, acc);
+            step_block(p, c, s, k + 1, line, swizzle, lane, codes, odd, even, acc);
         }
+        RowEnds ends = load_row_ends(p, tile_row + row_in_tile);
         wgmma_wait<0>();
         __syncwarp();
         release_stage(c.empty + 8 * (c.stage == 0 ? STAGES - 1 : c.stage - 1), lane);
@@ -271,8 +302,7 @@ __device__ __forceinline__ void consume(const Problem& p, Cursor c, u32 store, u
         if (s.k_end < p.k_blocks)
             add_partials<1, CONSUMERS>(p, worker + 1, schedule.last_sharer(s), CLUSTER, rank, thread,
                                        acc);
-        store_rows(p, m, tile_row + warp * 16, lane, store + warp * STORE_TOKENS * 32,
-                   store_pointer + warp * STORE_TOKENS * 16, acc);
+        store_rows(p, m, tile_row + warp * 16, lane, ends, buffers + warp * STORE_TOKENS * 32, acc);
     }
 }
 
@@ -286,7 +316,7 @@ w8a16_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
     u8* base = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
     u32 ring = shared_address(base);
     u8* after = base + STAGES * STAGE_BYTES;
-    u32 store = shared_address(after), full = store + 4 * WGS * STORE_TOKENS * 32, empty = full + 8 * STAGES;
+    u32 full = shared_address(after) + 4 * WGS * STORE_TOKENS * 64, empty = full + 8 * STAGES;
     int rank = cluster_rank();
     int worker = p.num_workers - 1 - (int)(blockIdx.x / CLUSTER);
     if (threadIdx.x == 0) {
@@ -305,26 +335,9 @@ w8a16_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WGS == 2 ? 232 : WGS == 3 ? 160 : 112));
         int group_shift = 31 - __clz(p.group_size);
         if (p.num_groups == 1) group_shift = 31;
-        Cursor cursor = {ring, full, empty, {}, group_shift, p.num_groups - 1, 0, 0, 0};
-        consume(p, cursor, store, (u16*)after, worker, rank);
+        Cursor cursor = {ring, full, empty, {}, group_shift, p.num_groups - 1, 0, 0};
+        consume(p, cursor, (u16*)after, worker, rank);
     }
     __syncwarp();
     cluster_sync();
-}
-
-// Activations in the order of columns of hopper.cuh, their row padded with zeros to whole 64s.
-extern "C" __global__ void permute_x(const u32* x, uint4* permuted, int num_tokens,
-                                     int in_features) {
-    int pieces = (in_features + 63) / 64 * 8;
-    start_next_kernel();
-    long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (index >= (long long)num_tokens * pieces) return;
-    int token = index / pieces, piece = index % pieces;
-    int half_step = piece % 8, word_index = piece / 8 * 32 + half_step;
-    const u32* line = x + (long long)token * (in_features / 2);
-    u32 v[4];
-#pragma unroll
-    for (int quad = 0; quad < 4; ++quad)
-        v[quad] = word_index + 8 * quad < in_features / 2 ? line[word_index + 8 * quad] : 0;
-    permuted[index] = {v[0], v[1], v[2], v[3]};
 }

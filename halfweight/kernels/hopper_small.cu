@@ -6,6 +6,13 @@
 // half a box, for groups of 64) is summed in float32 by the tensor core, and the group's code
 // multiplies that sum: nothing is rounded but the result.
 //
+// Weights lie in shared memory as the file has them, 128 bytes of a row together, in the 128-byte
+// swizzle. A lane reads 16 consecutive bytes of a row at once. The tensor core's fragment wants, in
+// step i of four, positions 16 i + 2 quad + {0, 1, 8, 9} of 64; so position 16 i + 8 h + 2 quad + b
+// is given weight 16 quad + 4 i + 2 h + b, and the activations, read 16 at a time by the same lane,
+// take the same order. A sum does not mind. Rows are taken as 0 4 1 5 2 6 3 7, so that eight lanes
+// meet all 32 banks.
+//
 //   last warpgroup  producer: boxes of W [BN, 128] bytes and of x [MT, 64] 16-bit numbers, all of
 //                   a stage in two copies (the matrices seen as [rows, K / 128, 128 bytes])
 //   WN x WK warps   consumers: 16 RT rows each, UNITS times 64 columns of a stage each
@@ -24,6 +31,11 @@ constexpr int CONSUMERS = 32 * WN * WK;
 constexpr int OWNERS = 32 * WN;
 constexpr int ACC = RT * NT * 4;
 constexpr int CODES = UNITS == 1 ? 1 : UNITS / 2 * GROUPS;  // scales a row, for one warp and stage
+
+// Row of a fragment's row 0..7 inside its eight rows of a tile.
+__device__ __forceinline__ int row_in_eight(int fragment_row) {
+    return (fragment_row & 1) * 4 + (fragment_row >> 1);
+}
 
 __device__ __forceinline__ void mma(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
 #if BF16
