@@ -1,17 +1,18 @@
 """CUDA C++ backend for Hopper (compute capability 9.0).
 
-Two kernels share hopper.cuh: hopper_small.cu for up to 64 tokens, where reading the weights is the
-whole cost, and hopper_large.cu for more, where the tensor cores are. Both are persistent, fed by
-bulk copies, and read the weights as the file has them. The source is compiled by NVRTC when a shape
-first needs it (about a second, then kept for the process); tensor maps are encoded once for each
-weight and each activation buffer. What neither kernel takes (scales that are not grid8, float32
-activations, gathers) goes to the portable backend, by rule and not by failure.
+Two kernels share hopper.cuh: hopper_small.cu for up to 32 tokens, where reading the weights is the
+whole cost, and hopper_large.cu for more, where L2 and the tensor cores are. Both are persistent,
+fed by bulk copies, and read the weights as the file has them. hopper.py chooses between them.
+
+The source is compiled by NVRTC when a shape first needs it (about a second, then kept for the
+process); tensor maps are encoded once for each weight and each activation buffer. One token is the
+Triton backend's GEMV where K is short. What neither kernel takes (scales that are not grid8,
+float32 activations, gathers) goes to the Triton backend too, by rule and not by failure.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,129 +23,15 @@ from torch import Tensor
 
 from halfweight.errors import HalfweightError
 from halfweight.kernels import Backend
-from halfweight.kernels import reference as portable
+from halfweight.kernels import triton as portable
+from halfweight.kernels.hopper import LARGE, SMALL, Config, Large, Plan, choose
 
 COMPUTE_CAPABILITY = (9, 0)
+GEMV_COLUMNS = 8192
+"""One token with at most so many columns is the Triton backend's GEMV, which starts sooner."""
 
 
-@dataclass(frozen=True)
-class Small:
-    """A compiled form of hopper_small.cu: its compile-time names, `tokens` = 8 NT."""
-
-    tokens: int
-    row_tiles: int
-    warps_n: int
-    warps_k: int
-    units: int
-    stages: int
-
-    file = "hopper_small.cu"
-    entry = b"w8a16_small"
-    threads = 384
-    cluster = 1
-
-    @property
-    def rows(self) -> int:
-        """Rows of W a block takes: BN."""
-        return 16 * self.row_tiles * self.warps_n
-
-    @property
-    def k_bytes(self) -> int:
-        """Columns a stage: KB."""
-        return 64 * self.warps_k * self.units
-
-    @property
-    def partial_floats(self) -> int:
-        """Float32 sums a block may leave for another."""
-        return self.rows * self.tokens
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: alignment, ring, sums of the other warps, barriers."""
-        stage = self.k_bytes * (self.rows + 2 * self.tokens)
-        return 1024 + self.stages * (stage + 16) + (self.warps_k - 1) * self.partial_floats * 4
-
-    def groups(self, group_size: int) -> int:
-        """Groups a box of 128 columns, where that makes another program."""
-        return 2 if group_size == 64 else 1
-
-    def defines(self, groups: int) -> dict[str, int]:
-        """Compile-time names of the source."""
-        return {
-            **{"NT": self.tokens // 8, "RT": self.row_tiles, "WN": self.warps_n},
-            **{"WK": self.warps_k, "UNITS": self.units, "STAGES": self.stages},
-            "GROUPS": groups,
-        }
-
-
-@dataclass(frozen=True)
-class Large:
-    """A compiled form of hopper_large.cu: tokens a tile, consumer warpgroups, stages, cluster."""
-
-    tokens: int
-    warpgroups: int
-    stages: int
-    cluster: int = 1
-
-    file = "hopper_large.cu"
-    entry = b"w8a16_large"
-    k_bytes = 64
-
-    @property
-    def rows(self) -> int:
-        """Rows of W a block takes: BN."""
-        return 64 * self.warpgroups
-
-    @property
-    def threads(self) -> int:
-        """Consumers and a warpgroup of which one thread produces."""
-        return 128 * (self.warpgroups + 1)
-
-    @property
-    def partial_floats(self) -> int:
-        """Float32 sums a block may leave for another."""
-        return self.rows * self.tokens
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: alignment, ring, store buffers, barriers."""
-        stage = self.k_bytes * (self.rows + 2 * self.tokens)
-        return 1024 + self.stages * (stage + 16) + 4 * self.warpgroups * min(self.tokens, 32) * 64
-
-    def groups(self, group_size: int) -> int:
-        """Groups in 64 columns, where that makes another program."""
-        return 2 if group_size == 32 else 1
-
-    def defines(self, groups: int) -> dict[str, int]:
-        """Compile-time names of the source."""
-        return {
-            **{"MT": self.tokens, "WGS": self.warpgroups, "STAGES": self.stages},
-            **{"CLUSTER": self.cluster, "GROUPS": groups},
-        }
-
-
-Config = Small | Large
 Shape = tuple[int, ...]
-
-FIXUP_BYTES = 44_000
-"""What sharing a tile costs a block: about 2 us at the rate of one multiprocessor."""
-
-SMALL = (
-    Small(tokens=8, row_tiles=1, warps_n=1, warps_k=8, units=2, stages=6),
-    Small(tokens=16, row_tiles=1, warps_n=2, warps_k=4, units=2, stages=6),
-    Small(tokens=32, row_tiles=2, warps_n=2, warps_k=4, units=1, stages=6),
-    Small(tokens=64, row_tiles=2, warps_n=4, warps_k=2, units=1, stages=5),
-)
-LARGE = (Large(128, 2, 8), Large(128, 3, 6), Large(256, 2, 5, 1))
-
-
-def config_for(num_tokens: int, in_features: int, group_size: int) -> Config:
-    """The configuration for a batch of `num_tokens`."""
-    if group_size % 64 == 0 and in_features % 128 == 0:
-        for small in SMALL:
-            if num_tokens <= small.tokens:
-                return small
-    return LARGE[0] if num_tokens <= LARGE[0].tokens else LARGE[1]
 
 
 class _Problem(ctypes.Structure):
@@ -301,21 +188,6 @@ def _num_multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def schedule(tiles: int, k_blocks: int, tile_bytes: int, slots: int) -> tuple[int, int]:
-    """(whole waves of tiles, workers).
-
-    All tiles go whole where an uneven last wave costs less than sharing tiles between blocks; else
-    whole waves do, and the rest is shared.
-    """
-    workers = min(slots, tiles * k_blocks)
-    waves, rest = divmod(tiles, workers)
-    if rest == 0:
-        return waves, workers
-    if (1 - rest / workers) * tile_bytes < FIXUP_BYTES:
-        return waves + 1, workers
-    return waves, workers
-
-
 def _start(kernel: Any, grid: int, config: Config, stream: int, *arguments: int) -> None:
     """Launch `kernel` with the arguments at these addresses.
 
@@ -345,29 +217,24 @@ def _launch(
     exponents: Tensor,
     bias: Tensor | None,
     y: Tensor,
-    config: Config,
+    plan: Plan,
 ) -> None:
     (num_tokens, in_features), out_features = x.shape, packed.shape[0]
     device, num_groups = x.device.index, scales.shape[1]
     group_size = in_features // num_groups
     stream = torch.cuda.current_stream(device).cuda_stream
     partials, flags = _workspace(device, stream)
-    tiles_m = -(-num_tokens // config.tokens)
-    tiles_n = -(-out_features // (config.rows * config.cluster))
-    k_blocks = -(-in_features // config.k_bytes)
-    tile_bytes = config.rows * in_features
-    slots = _num_multiprocessors(device) // config.cluster
-    waves, workers = schedule(tiles_m * tiles_n, k_blocks, tile_bytes, slots)
+    config = plan.config
     w_map, x_map = _maps(config, packed, x)
     problem = _Problem(
         *(scales.data_ptr(), exponents.data_ptr(), 0 if bias is None else bias.data_ptr()),
         *(y.data_ptr(), partials.data_ptr(), flags.data_ptr()),
         *(num_tokens, out_features, in_features, group_size, num_groups),
-        *(tiles_m, tiles_n, k_blocks, waves, workers),
+        *(plan.tiles_m, plan.tiles_n, plan.k_blocks, plan.whole_waves, plan.num_workers),
     )
     kernel = _kernel(config, config.groups(group_size), x.dtype, device)
     arguments = (w_map.getPtr(), x_map.getPtr(), ctypes.addressof(problem))
-    _start(kernel, workers * config.cluster, config, stream, *arguments)
+    _start(kernel, plan.num_workers * config.cluster, config, stream, *arguments)
 
 
 def _divides_evenly(group_size: int, num_groups: int) -> bool:
@@ -385,6 +252,7 @@ def takes(x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None) -
         and packed.data_ptr() % 16 == 0
         and _divides_evenly(packed.shape[1] // scales.shape[1], scales.shape[1])
         and x.numel() > 0
+        and (x.numel() > packed.shape[1] or packed.shape[1] > GEMV_COLUMNS)
     )
 
 
@@ -399,8 +267,10 @@ def linear(
         rows = rows.clone()
     y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    config = config_for(rows.shape[0], rows.shape[1], rows.shape[1] // scales.shape[1])
-    _launch(rows, packed, scales.contiguous(), exponents, bias, y, config)
+    group_size = packed.shape[1] // scales.shape[1]
+    multiprocessors = _num_multiprocessors(x.device.index)
+    chosen = choose(rows.shape[0], *packed.shape, group_size, multiprocessors)
+    _launch(rows, packed, scales.contiguous(), exponents, bias, y, chosen)
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
 

@@ -1,0 +1,194 @@
+"""Which tile a product on Hopper takes, and how its tiles are dealt to the multiprocessors.
+
+A configuration is one compiled form of hopper_small.cu or hopper_large.cu. Its time for a block
+of K is a constant, measured on an H100 by benchmarks/kernels.py: the bandwidth share of one
+multiprocessor where reading weights is the limit, L2 or the tensor cores else. From it `plan` knows
+whether an uneven last wave of whole tiles costs less than sharing tiles between blocks (stream-K),
+and `choose` which configuration is the fastest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class Small:
+    """A compiled form of hopper_small.cu: its compile-time names, `tokens` = 8 NT."""
+
+    tokens: int
+    row_tiles: int
+    warps_n: int
+    warps_k: int
+    units: int
+    stages: int
+
+    file = "hopper_small.cu"
+    fixup_us = 3.5
+    entry = b"w8a16_small"
+    threads = 384
+    cluster = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of W a block takes: BN."""
+        return 16 * self.row_tiles * self.warps_n
+
+    @property
+    def k_bytes(self) -> int:
+        """Columns a stage: KB."""
+        return 64 * self.warps_k * self.units
+
+    @property
+    def block_us(self) -> float:
+        """Microseconds a stage takes: one multiprocessor's share of the memory bandwidth."""
+        return self.rows * self.k_bytes / 22_000
+
+    @property
+    def partial_floats(self) -> int:
+        """Float32 sums a block may leave for another."""
+        return self.rows * self.tokens
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: alignment, ring, sums of the other warps, barriers."""
+        stage = self.k_bytes * (self.rows + 2 * self.tokens)
+        return 1024 + self.stages * (stage + 16) + (self.warps_k - 1) * self.partial_floats * 4
+
+    def groups(self, group_size: int) -> int:
+        """Groups a box of 128 columns, where that makes another program."""
+        return 2 if group_size == 64 else 1
+
+    def defines(self, groups: int) -> dict[str, int]:
+        """Compile-time names of the source."""
+        return {
+            **{"NT": self.tokens // 8, "RT": self.row_tiles, "WN": self.warps_n},
+            **{"WK": self.warps_k, "UNITS": self.units, "STAGES": self.stages},
+            "GROUPS": groups,
+        }
+
+
+@dataclass(frozen=True)
+class Large:
+    """A compiled form of hopper_large.cu: tokens a tile, consumer warpgroups, stages, cluster.
+
+    `block_us` is how long 64 columns of a tile take on an H100, measured.
+    """
+
+    tokens: int
+    warpgroups: int
+    stages: int
+    cluster: int
+    block_us: float
+
+    file = "hopper_large.cu"
+    entry = b"w8a16_large"
+    k_bytes = 64
+
+    @property
+    def fixup_us(self) -> float:
+        """What it costs when blocks share tiles: measured, grows with the sums exchanged."""
+        return 3 + 0.045 * self.tokens
+
+    @property
+    def rows(self) -> int:
+        """Rows of W a block takes: BN."""
+        return 64 * self.warpgroups
+
+    @property
+    def threads(self) -> int:
+        """Consumers and a warpgroup of which one thread produces."""
+        return 128 * (self.warpgroups + 1)
+
+    @property
+    def partial_floats(self) -> int:
+        """Float32 sums a block may leave for another."""
+        return self.rows * self.tokens
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: alignment, ring, store buffers, barriers."""
+        stage = self.k_bytes * (self.rows + 2 * self.tokens)
+        return 1024 + self.stages * (stage + 16) + 4 * self.warpgroups * min(self.tokens, 32) * 64
+
+    def groups(self, group_size: int) -> int:
+        """Groups in 64 columns, where that makes another program."""
+        return 2 if group_size == 32 else 1
+
+    def defines(self, groups: int) -> dict[str, int]:
+        """Compile-time names of the source."""
+        return {
+            **{"MT": self.tokens, "WGS": self.warpgroups, "STAGES": self.stages},
+            **{"CLUSTER": self.cluster, "GROUPS": groups},
+        }
+
+
+Config = Small | Large
+
+
+SMALL = (
+    Small(tokens=8, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=4),
+    Small(tokens=16, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=3),
+    Small(tokens=32, row_tiles=1, warps_n=2, warps_k=4, units=2, stages=4),
+)
+LARGE = (
+    Large(tokens=64, warpgroups=2, stages=12, cluster=1, block_us=0.44),
+    Large(tokens=64, warpgroups=4, stages=8, cluster=1, block_us=0.79),
+    Large(tokens=128, warpgroups=2, stages=8, cluster=1, block_us=0.52),
+    Large(tokens=256, warpgroups=2, stages=5, cluster=1, block_us=0.80),
+    Large(tokens=256, warpgroups=2, stages=5, cluster=2, block_us=0.79),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is computed: tiles of `config`, the first `whole_waves` of them not shared."""
+
+    config: Config
+    tiles_m: int
+    tiles_n: int
+    k_blocks: int
+    whole_waves: int
+    num_workers: int
+    microseconds: float
+
+
+def candidates(num_tokens: int, in_features: int, group_size: int) -> list[Config]:
+    """The configurations that compute such a product with the least padding of the batch."""
+    if group_size % 64 == 0 and in_features % 128 == 0:
+        for small in SMALL:
+            if num_tokens <= small.tokens:
+                return [small]
+    tokens = min((c.tokens for c in LARGE if c.tokens >= num_tokens), default=LARGE[-1].tokens)
+    return [c for c in LARGE if c.tokens == tokens]
+
+
+def plan(
+    config: Config, num_tokens: int, out_features: int, in_features: int, multiprocessors: int
+) -> Plan:
+    """The faster of two schedules: tiles whole, or what is left after whole waves shared."""
+    tiles_m = -(-num_tokens // config.tokens)
+    tiles_n = -(-out_features // (config.rows * config.cluster))
+    k_blocks = -(-in_features // config.k_bytes)
+    tiles = tiles_m * tiles_n
+    workers = min(multiprocessors // config.cluster, tiles * k_blocks)
+    block_us = k_blocks * config.block_us
+    whole, shared = -(-tiles // workers), tiles // workers
+    whole_us, shared_us = whole * block_us, tiles / workers * block_us + config.fixup_us
+    waves = whole if whole_us <= shared_us else shared
+    return Plan(config, tiles_m, tiles_n, k_blocks, waves, workers, min(whole_us, shared_us))
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    num_tokens: int, out_features: int, in_features: int, group_size: int, multiprocessors: int
+) -> Plan:
+    """The plan that should take the least time."""
+    return min(
+        (
+            plan(config, num_tokens, out_features, in_features, multiprocessors)
+            for config in candidates(num_tokens, in_features, group_size)
+        ),
+        key=lambda p: p.microseconds,
+    )

@@ -1,0 +1,45 @@
+"""The choice of tiles for Hopper: pure arithmetic, tested everywhere."""
+
+from __future__ import annotations
+
+import pytest
+
+from halfweight.kernels.hopper import LARGE, SMALL, Large, Small, candidates, choose, plan
+
+SHARED_BYTES = 227 * 1024
+MULTIPROCESSORS = 132
+SHAPES = [(6144, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (576, 576), (48, 1536)]
+
+
+@pytest.mark.parametrize("config", [*SMALL, *LARGE], ids=str)
+def test_a_block_fits_a_multiprocessor(config: Small | Large) -> None:
+    assert config.shared_bytes <= SHARED_BYTES
+    assert max(config.rows, config.tokens) <= 256  # a box of a bulk copy
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 32, 33, 64, 65, 128, 129, 1000, 4096])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_a_plan_covers_every_tile_once(tokens: int, rows: int, columns: int) -> None:
+    for config in candidates(tokens, columns, 64):
+        p = plan(config, tokens, rows, columns, MULTIPROCESSORS)
+        tiles = p.tiles_m * p.tiles_n
+        assert p.tiles_m * config.tokens >= tokens
+        assert p.tiles_n * config.rows * config.cluster >= rows
+        assert p.k_blocks * config.k_bytes >= columns
+        assert 1 <= p.num_workers * config.cluster <= MULTIPROCESSORS
+        shared = tiles - p.whole_waves * p.num_workers
+        assert shared < p.num_workers  # the rest is less than a wave, or nothing
+
+
+def test_small_batches_use_the_small_kernel_where_its_boxes_fit() -> None:
+    assert isinstance(choose(4, 4096, 4096, 128, MULTIPROCESSORS).config, Small)
+    assert isinstance(choose(4, 4096, 4096, 32, MULTIPROCESSORS).config, Large)  # groups of 32
+    assert isinstance(choose(4, 576, 576, 64, MULTIPROCESSORS).config, Large)  # 576 = 4.5 * 128
+    assert isinstance(choose(33, 4096, 4096, 128, MULTIPROCESSORS).config, Large)
+
+
+def test_an_uneven_last_wave_is_shared_only_where_that_is_faster() -> None:
+    nearly_full = choose(1024, 4096, 14336, 128, MULTIPROCESSORS)  # 128 tiles for 132 blocks
+    assert nearly_full.whole_waves * nearly_full.num_workers >= 64
+    mostly_empty = choose(256, 4096, 14336, 128, MULTIPROCESSORS)  # 32 tiles
+    assert mostly_empty.whole_waves == 0
