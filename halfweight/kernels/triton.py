@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from halfweight.kernels import Backend
+from halfweight.kernels.launch import device_info, launch
 from halfweight.kernels.tuning import Config, best_config
 
 MIN_CAPABILITY = (7, 5)
@@ -80,86 +80,13 @@ class _Product:
         }
 
 
-@dataclass(frozen=True)
-class DeviceInfo:
-    """What a choice of kernel depends on; the interpreter's CPU looks like a tiny GPU."""
-
-    architecture: str
-    num_processors: int
-    is_nvidia: bool
-    has_pdl: bool
-
-
-@cache
-def device_info(device: torch.device) -> DeviceInfo:
-    """Architecture ('sm_90', 'gfx942'), multiprocessors, and what the compiler may use."""
-    if device.type != "cuda":
-        return DeviceInfo("interpreter", 2, is_nvidia=False, has_pdl=False)
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        name = properties.gcnArchName.split(":")[0]
-        return DeviceInfo(name, properties.multi_processor_count, is_nvidia=False, has_pdl=False)
-    major, minor = torch.cuda.get_device_capability(device)
-    return DeviceInfo(
-        f"sm_{major}{minor}", properties.multi_processor_count, is_nvidia=True, has_pdl=major >= 9
-    )
-
-
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-"""What a launch depends on -> (compiled kernel, its compile-time arguments)."""
-
-
-def _launch(
-    kernel: str, grid: tuple[int, int], tokens: int, operands: tuple[Any, ...], **meta: Any
-) -> None:
-    """Launch a kernel of triton_kernels on the device of its operands.
-
-    Triton's own launch takes most of its time to find out which compiled kernel is meant; here it
-    is looked up by what it was compiled for: dtypes, alignment and every number but `tokens`.
-    """
-    device = next(a.device for a in operands if isinstance(a, Tensor))
-    key = (kernel, device, *map(_specialization, operands), *meta.values())
-    with torch.cuda.device(device if device.type == "cuda" else -1):
-        found = _compiled.get(key)
-        if found is None:
-            _compile_and_launch(key, kernel, device, (*grid, 1), (tokens, *operands), meta)
-        else:
-            compiled, constants = found
-            compiled[(*grid, 1)](tokens, *operands, *constants)
-
-
-def _specialization(operand: Any) -> Any:
-    if isinstance(operand, Tensor):
-        return operand.dtype, operand.data_ptr() % SEGMENT == 0
-    return operand
-
-
-def _compile_and_launch(
-    key: tuple[Any, ...],
-    kernel: str,
-    device: torch.device,
-    grid: tuple[int, ...],
-    arguments: tuple[Any, ...],
-    meta: dict[str, Any],
-) -> None:
-    from halfweight.kernels import triton_kernels
-
-    function = getattr(triton_kernels, kernel)
-    constants = {**meta, "PDL": device_info(device).has_pdl}
-    options = {"launch_pdl": True} if constants["PDL"] else {}
-    compiled = function[grid](*arguments, **constants, **options)
-    if device.type == "cuda":
-        names = function.arg_names[len(arguments) :]
-        _compiled[key] = (compiled, tuple(constants[name] for name in names))
-
-
 def _gemv(p: _Product, config: Config) -> None:
     tokens, out_features, in_features, group_size = p.sizes
     segments = _power_of_two(in_features) // SEGMENT
     padded_tokens = _power_of_two(tokens)
     least_warps = padded_tokens * segments // (32 * MAX_GEMV_SEGMENTS)
     programs = device_info(p.x.device).num_processors * config.per_processor
-    _launch(
+    launch(
         "gemv",
         (min(programs, -(-out_features // config.rows)), 1),
         tokens,
@@ -205,7 +132,7 @@ def _tiled(
     split = min(config.split, -(-in_features // p.block_k))
     partials = p.y.new_empty((split, *p.y.shape), dtype=torch.float32) if split > 1 else None
     tiles = -(-tokens // config.tokens) * -(-out_features // config.rows)
-    _launch(
+    launch(
         kernel,
         (tiles, split),
         tokens,
@@ -230,7 +157,7 @@ def _tiled(
 
 def _add_partials(p: _Product, partials: Tensor) -> None:
     split, tokens, out_features = partials.shape
-    _launch(
+    launch(
         "add_partials",
         (-(-out_features // ADD_BLOCK), tokens),
         tokens,
@@ -249,7 +176,7 @@ def _round_activations(p: _Product, parts: int) -> tuple[Tensor, Tensor, int]:
     rounded = p.x.new_empty((parts, tokens, in_features), dtype=torch.int8)
     steps = p.x.new_empty((blocks, padded), dtype=torch.float32)
     together = min(ROUND_VALUES // p.block_k, _power_of_two(blocks))
-    _launch(
+    launch(
         "round_activations",
         (tokens, -(-blocks // together)),
         tokens,
@@ -286,7 +213,7 @@ def _gather(
     """out [num_rows, K]: dequantized rows `ids`, or the first num_rows."""
     out_features, in_features = packed.shape
     block = min(1024, _power_of_two(in_features))
-    _launch(
+    launch(
         "gather",
         (out.shape[0], -(-in_features // block)),
         out.shape[0],

@@ -1,250 +1,33 @@
-"""Device code of the Triton backend: GEMV, tiled products, activation rounding, gather.
+"""Device code of the tiled products, of rounding activations, and of the gather.
 
 The weight arrives as the file's bytes, uint8 q + 128 in rows of K. Three ideas carry this file:
 
-1. A byte becomes a float by placing it in the mantissa of a number whose unit is 1 and subtracting
-   that number and 128: one byte permute and one subtraction, exact, no conversion instruction.
-   `exact_float` does it by inline assembly on NVIDIA (ASM), by plain arithmetic elsewhere.
+1. A byte becomes a 16-bit number in registers (`exact_float`), or int8 by flipping one bit.
 2. Scales multiply float32 sums of one group, never a weight: q is exact in every 16-bit type, so
    the products are those of W8A16 in float32. The row's power of two comes once, at the end.
-3. Tiled products compute y^T = W x^T, so that converted weights are the operand that lives in
-   registers and only x goes through shared memory.
+3. Products compute y^T = W x^T, so that converted weights are the operand that lives in registers
+   and only x goes through shared memory.
 
+Where K is not a multiple of a tile, x is loaded as zeros; the weight there is anything finite.
 Offsets inside a tile are 32-bit, the tile's first row is 64-bit: weights may pass 2^31 bytes.
-With PDL (sm_90 and later) a kernel begins to read weights, which nothing writes, while the kernel
-before it in the stream still runs, and waits before it touches anything else.
+With PDL (sm_90 and later) a kernel starts before the one before it in the stream has ended, and
+waits for that end before it touches anything but weights.
 """
 
 # mypy: ignore-errors
-# ruff: noqa: SIM300
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-
-@triton.jit
-def exact_float(w, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """uint8 q + 128 -> q in DTYPE, exactly."""
-    if ASM and DTYPE == tl.float16:
-        q = tl.inline_asm_elementwise(
-            "{.reg .b32 a, b, m; mov.b32 m, 0x64806480; prmt.b32 a, $2, 0x64646464, 0x4140;"
-            "prmt.b32 b, $2, 0x64646464, 0x4342;"
-            "sub.f16x2 $0, a, m; sub.f16x2 $1, b, m;}",
-            "=r,=r,r",
-            [w],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=4,
-        )
-    elif ASM and DTYPE == tl.bfloat16:
-        # 0x43uu is 128 + (u & 127) with bit 7 in the exponent's last place: take it out of one
-        # operand and put its complement in the other, and the difference is u - 128.
-        q = tl.inline_asm_elementwise(
-            "{.reg .b32 a, b, c, d, m; mov.b32 m, 0xbf80bf80;"
-            "prmt.b32 a, $2, 0x43434343, 0x4140; prmt.b32 b, $2, 0x43434343, 0x4342;"
-            "lop3.b32 c, a, 0x00800080, 0xff80ff80, 0x28;"
-            "lop3.b32 d, b, 0x00800080, 0xff80ff80, 0x28;"
-            "and.b32 a, a, 0xff7fff7f; and.b32 b, b, 0xff7fff7f;"
-            "fma.rn.bf16x2 $0, c, m, a; fma.rn.bf16x2 $1, d, m, b;}",
-            "=r,=r,r",
-            [w],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        q = (w.to(tl.int32) - 128).to(DTYPE)
-    return q
-
-
-@triton.jit
-def dot_four(word, other):
-    """Sum of four products, bytes of `word` less 128 times signed bytes of `other`."""
-    total = (((word & 255) - 128) * ((other << 24) >> 24)) + (
-        (((word >> 8) & 255) - 128) * ((other << 16) >> 24)
-    )
-    total += (((word >> 16) & 255) - 128) * ((other << 8) >> 24)
-    return total + (((word >> 24) & 255) - 128) * (other >> 24)
-
-
-@triton.jit
-def dot_segment(w0, w1, w2, w3, h0, h1, h2, h3, l0, l1, l2, l3, offset, ASM: tl.constexpr):
-    """254 h.q + l.q over 16 weights in four words; `offset` is -128 (254 sum h + sum l)."""
-    if ASM:
-        total = tl.inline_asm_elementwise(
-            "{.reg .s32 a, b; mov.b32 a, 0;"
-            "dp4a.u32.s32 a, $1, $5, a; dp4a.u32.s32 b, $1, $9, $13;"
-            "dp4a.u32.s32 a, $2, $6, a; dp4a.u32.s32 b, $2, $10, b;"
-            "dp4a.u32.s32 a, $3, $7, a; dp4a.u32.s32 b, $3, $11, b;"
-            "dp4a.u32.s32 a, $4, $8, a; dp4a.u32.s32 b, $4, $12, b;"
-            "mad.lo.s32 $0, a, 254, b;}",
-            "=r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [w0, w1, w2, w3, h0, h1, h2, h3, l0, l1, l2, l3, offset],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        high = dot_four(w0, h0) + dot_four(w1, h1) + dot_four(w2, h2) + dot_four(w3, h3)
-        low = dot_four(w0, l0) + dot_four(w1, l1) + dot_four(w2, l2) + dot_four(w3, l3)
-        total = high * 254 + low
-    return total
-
-
-@triton.jit
-def four_words(words):
-    """[..., 4] -> four tensors [...]."""
-    even, odd = tl.split(words.reshape(words.shape[0], words.shape[1], words.shape[2], 2, 2))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
-
-
-@triton.jit
-def two_words(values):
-    """Integers -128..127 as float32 [S, T, 8] -> two tensors [1, T, S] of words of four bytes."""
-    shape: tl.constexpr = values.shape
-    parts = (values.to(tl.int32) & 255).reshape(shape[0], shape[1], 2, 4)
-    shift = tl.arange(0, 4) * 8
-    first, second = tl.split(tl.sum(parts << shift[None, None, None, :], axis=3))
-    return tl.trans(first)[None, :, :], tl.trans(second)[None, :, :]
-
-
-@triton.jit
-def round_half_even(value):
-    """Nearest integer of |value| < 2^22 as float32, ties to even."""
-    return (value + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def largest(value):
-    """Largest |value| along the last axis; NaN where a value is not finite."""
-    axis: tl.constexpr = len(value.shape) - 1
-    return tl.max(tl.abs(value), axis=axis) + tl.sum(value * 0, axis=axis)
-
-
-@triton.jit
-def two_bytes(value, step):
-    """x [..., L] float32 and step = absmax / 127 [...] -> (h, l): x = step (h + l / 254).
-
-    h and l are integers in -127..127, so x keeps 16 bits.
-    """
-    scaled = value / tl.expand_dims(tl.maximum(step, 1e-30), len(value.shape) - 1)
-    high = round_half_even(scaled)
-    return high, round_half_even((scaled - high) * 254)
-
-
-@triton.jit
-def gemv_load_x(x, M, K, stride_x, eight, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr):
-    """x [SEGMENTS, TOKENS, 8] as float32: the first eight of each segment, or the last."""
-    segment = tl.arange(0, SEGMENTS)[:, None, None]
-    token = tl.arange(0, TOKENS)[None, :, None]
-    offset = segment * 16 + eight + tl.arange(0, 8)[None, None, :]
-    mask = (token < M) & (segment < K // 16)
-    return tl.load(x + token * stride_x + offset, mask=mask, other=0).to(tl.float32)
-
-
-@triton.jit
-def power_of_two(exponent):
-    """2^exponent as float32 for an exponent in -126..127."""
-    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def times_power_of_two(value, exponents, row, inside, HAS_EXPONENTS: tl.constexpr):
-    """value [..., rows] times 2^exponents[row], in two steps so that neither factor underflows."""
-    if HAS_EXPONENTS:
-        exponent = tl.load(exponents + row, mask=inside, other=0).to(tl.int32)
-        half = exponent >> 1
-        value = value * power_of_two(half)[None, :] * power_of_two(exponent - half)[None, :]
-    return value
-
-
-@triton.jit
-def gemv_load(
-    words, scales, block, N, K, GROUP, stride_w, stride_s,
-    ROWS: tl.constexpr, SEGMENTS: tl.constexpr,
-):  # fmt: skip
-    """Words [ROWS, 1, SEGMENTS, 4] of four bytes and scales [ROWS, 1, SEGMENTS] of a row block.
-
-    Both are loaded in the shape that makes the compiler give one segment to one thread.
-    """
-    first = block.to(tl.int64) * ROWS
-    row = tl.arange(0, ROWS)
-    k_word = tl.arange(0, SEGMENTS * 4)
-    segment = tl.arange(0, SEGMENTS)
-    inside = first + row < N
-    word = tl.load(
-        words + first * (stride_w // 4) + row[:, None] * (stride_w // 4) + k_word[None, :],
-        mask=inside[:, None] & (k_word < K // 4)[None, :],
-        other=0,
-        eviction_policy="evict_first",
-    )
-    scale = tl.load(
-        scales + first * stride_s + row[None, :] * stride_s + (segment * 16 // GROUP)[:, None],
-        mask=inside[None, :] & (segment * 16 < K)[:, None],
-        other=0,
-    )
-    return word.reshape(ROWS, 1, SEGMENTS, 4), tl.trans(scale)[:, None, :]
-
-
-@triton.jit(do_not_specialize=["M"])
-def gemv(
-    M, x, words, scales, exponents, bias, y,
-    N, K, GROUP, stride_x, stride_w, stride_s,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    HAS_EXPONENTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ASM: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """y [M <= TOKENS, N]: x stays in registers, whole rows of W stream past it as int32 words.
-
-    A thread takes segments of 16 weights, and rounds its 16 activations to two int8 parts: the
-    products are exact in integers, four at a time, and x keeps 16 bits. A program takes every
-    num_programs-th block of ROWS rows; a row spans all its threads. The bytes of the next block
-    are on their way while this block is multiplied.
-    """
-    if PDL:
-        cuda.gdc_launch_dependents()
-    first = tl.program_id(0)
-    num_programs = tl.num_programs(0)
-    word, scale = gemv_load(words, scales, first, N, K, GROUP, stride_w, stride_s, ROWS, SEGMENTS)
-    if PDL:
-        cuda.gdc_wait()
-    x_a = gemv_load_x(x, M, K, stride_x, 0, SEGMENTS, TOKENS)
-    x_b = gemv_load_x(x, M, K, stride_x, 8, SEGMENTS, TOKENS)
-    step = tl.maximum(largest(x_a), largest(x_b), propagate_nan=tl.PropagateNan.ALL) / 127
-    high_a, low_a = two_bytes(x_a, step)
-    high_b, low_b = two_bytes(x_b, step)
-    h0, h1 = two_words(high_a)
-    h2, h3 = two_words(high_b)
-    l0, l1 = two_words(low_a)
-    l2, l3 = two_words(low_b)
-    x_total = tl.sum((high_a + high_b) * 254 + low_a + low_b, axis=2)
-    offset = tl.trans(x_total)[None, :, :].to(tl.int32) * -128
-    step = tl.trans(step / 254)[None, :, :]
-    token = tl.arange(0, TOKENS)
-    for block in range(first, tl.cdiv(N, ROWS), num_programs):
-        next_word, next_scale = gemv_load(
-            words, scales, block + num_programs, N, K, GROUP, stride_w, stride_s, ROWS, SEGMENTS
-        )
-        w0, w1, w2, w3 = four_words(word)
-        total = dot_segment(w0, w1, w2, w3, h0, h1, h2, h3, l0, l1, l2, l3, offset, ASM)
-        parts = total.to(tl.float32) * (scale.to(tl.float32) * step)
-        sums = tl.trans(tl.sum(parts, axis=2))
-        row = block * ROWS + tl.arange(0, ROWS)
-        inside = row < N
-        sums = times_power_of_two(sums, exponents, row, inside, HAS_EXPONENTS)
-        if HAS_BIAS:
-            sums += tl.load(bias + row, mask=inside, other=0).to(tl.float32)[None, :]
-        out = y + token[:, None] * N + row[None, :]
-        tl.store(out, sums, mask=(token < M)[:, None] & inside[None, :])
-        word, scale = next_word, next_scale
+from halfweight.kernels.triton_numbers import (
+    exact_float,
+    largest,
+    power_of_two,
+    times_power_of_two,
+    two_bytes,
+)
 
 
 @triton.jit

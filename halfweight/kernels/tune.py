@@ -10,6 +10,7 @@ from itertools import product as combinations
 import torch
 
 from halfweight.kernels import timing, triton
+from halfweight.kernels.launch import device_info
 from halfweight.kernels.tuning import Config, Entry, Table, table_for
 from halfweight.numerics import QuantizedTensor
 
@@ -68,7 +69,7 @@ def tune(
     deadline = time.monotonic() + limit_seconds
     exact = _measure(device, shapes, BATCHES, exact_candidates, deadline, progress)
     int8 = _measure(device, shapes, INT8_BATCHES, int8_candidates, deadline, progress)
-    fallback = table_for(triton.device_info(device).architecture)
+    fallback = table_for(device_info(device).architecture)
     return Table(exact or fallback.exact, int8 or fallback.int8)
 
 
