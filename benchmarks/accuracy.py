@@ -1,0 +1,211 @@
+"""What 8-bit formats cost in accuracy: one table of bits, weight error, perplexity and divergence.
+
+    python benchmarks/texts.py unpacked texts
+    python benchmarks/accuracy.py run MODEL texts/handbook.txt texts/austen.txt --work WORK
+    python benchmarks/accuracy.py encoder ENCODER texts/handbook.txt
+    python benchmarks/accuracy.py table
+
+MODEL is a folder of 16-bit or 32-bit safetensors. All arithmetic but that of the weights is
+float32, and the weights are dequantized into the plain model, so a row differs from the next by its
+weights alone. A run that was cut goes on where it was; with a larger --windows it extends what is
+in WORK. `table` writes docs/accuracy.md from the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from envelope import envelope, write_result
+from torch import Tensor, nn
+from variants import DEFAULT, Q8_0, TENSOR, VARIANTS, Variant
+
+from halfweight.evaluation import SplitModel, compare, split
+from halfweight.scheme import Recipe, TensorInfo
+from halfweight.scoring import Sample, TokenScores, sample, summarize
+
+CONTEXT = 1024
+OUTLIER_FACTOR, OUTLIER_COLUMNS = 20.0, 4
+PLANTED = (TENSOR, "bitsandbytes row", DEFAULT, Q8_0)
+"""Variants that are also measured on the model with planted outliers."""
+NORM_BEFORE = {
+    "self_attn.q_proj": "input_layernorm",
+    "self_attn.k_proj": "input_layernorm",
+    "self_attn.v_proj": "input_layernorm",
+    "mlp.gate_proj": "post_attention_layernorm",
+    "mlp.up_proj": "post_attention_layernorm",
+}
+"""Linears of a Llama layer, and the norm whose output they read."""
+
+
+@dataclass(frozen=True)
+class WeightError:
+    """Of all quantized weights of a model: bits each with scales, signal to noise in decibels."""
+
+    num_weights: int
+    bits_per_weight: float
+    sqnr_db: float
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that halfweight quantizes, by name; a tied head once."""
+    parameters = dict(model.named_parameters())
+    infos = [TensorInfo(name, "F32", tuple(p.shape)) for name, p in parameters.items()]
+    decisions = Recipe().decide_all(infos)
+    return {d.tensor.name: parameters[d.tensor.name].data for d in decisions if d.scheme}
+
+
+@torch.no_grad()
+def install(weights: dict[str, Tensor], source: dict[str, Tensor], variant: Variant) -> WeightError:
+    """Overwrite `weights` by what `variant` makes of `source`."""
+    num_bytes = num_weights = 0
+    noise = signal = 0.0
+    for name, original in source.items():
+        stored = variant.store(original)
+        assert stored is not None, f"{variant.name} cannot take {name}"
+        weights[name].copy_(stored.weight)
+        num_bytes += stored.num_bytes
+        num_weights += original.numel()
+        noise += float((stored.weight - original).double().square().sum())
+        signal += float(original.double().square().sum())
+    sqnr = 10 * math.log10(signal / noise)
+    return WeightError(num_weights, 8 * num_bytes / num_weights, sqnr)
+
+
+@torch.no_grad()
+def plant_outliers(model: nn.Module) -> dict[str, Tensor]:
+    """The weights with a few input columns x 20, each undone in the norm before it, in place.
+
+    The function the model computes stays the same up to float32 rounding.
+    """
+    parameters = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    columns: dict[str, Tensor] = {}
+    for name, norm in [(n, p) for n, p in parameters.items() if n.endswith("layernorm.weight")]:
+        columns[name] = torch.randperm(len(norm), generator=generator)[:OUTLIER_COLUMNS]
+        norm[columns[name]] /= OUTLIER_FACTOR
+    for name, weight in parameters.items():
+        for linear, norm_name in NORM_BEFORE.items():
+            if name.endswith(f".{linear}.weight"):
+                layer = name.removesuffix(f".{linear}.weight")
+                weight[:, columns[f"{layer}.{norm_name}.weight"]] *= OUTLIER_FACTOR
+    return {name: weight.clone() for name, weight in weights_of(model).items()}
+
+
+def load(path: Path, device: torch.device) -> nn.Module:
+    """The model in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
+
+
+def samples(model: Path, texts: list[Path], num_windows: int) -> dict[str, Sample]:
+    """The first `num_windows` windows of each text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = {}
+    for text in texts:
+        ids = torch.tensor(tokenizer(text.read_text())["input_ids"])
+        found[text.stem] = sample(ids, context=CONTEXT, tokens=num_windows * CONTEXT)
+    return found
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure the chosen variants, and write what all files in the work folder come to."""
+    device = torch.device(arguments.device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    runs = samples(arguments.model, arguments.texts, arguments.windows)
+    reference = split(load(arguments.model, device))
+    model = load(arguments.model, device)
+    weights = weights_of(model)
+    source = {name: weight.clone() for name, weight in weights.items()}
+    parts = split(model)
+    for variant in chosen(arguments.only):
+        measure(variant.name, variant, weights, source, parts, reference, runs, arguments.work)
+    if arguments.planted:
+        whole = load(arguments.model, device)
+        source = plant_outliers(whole)
+        weights, parts = weights_of(whole), split(whole)
+        for name in PLANTED:
+            key = f"planted {name}"
+            measure(key, VARIANTS[name], weights, source, parts, reference, runs, arguments.work)
+    write_result(
+        "accuracy",
+        envelope(device, {"promised_perplexity_change": 0.01}),
+        collect(arguments.work, [text.stem for text in arguments.texts]),
+    )
+
+
+def chosen(names: list[str]) -> list[Variant]:
+    return [VARIANTS[name] for name in names] if names else list(VARIANTS.values())
+
+
+def measure(
+    key: str,
+    variant: Variant,
+    weights: dict[str, Tensor],
+    source: dict[str, Tensor],
+    parts: SplitModel,
+    reference: SplitModel,
+    runs: dict[str, Sample],
+    work: Path,
+) -> None:
+    """Extend the score files of one variant to all of `runs`."""
+    error = install(weights, source, variant)
+    (work / f"{key}.json").write_text(json.dumps(asdict(error)))
+    for text, part in runs.items():
+        scores = compare(
+            lambda: parts,
+            lambda: reference,
+            part,
+            work / f"{text}.states",
+            work / f"{key}.{text}.scores",
+        )
+        change = summarize(scores).comparison
+        print(f"{key:32} {text:10} {len(scores):7} KL {change.kl_mean.value:.3e}", flush=True)
+
+
+def collect(work: Path, texts: list[str]) -> list[dict[str, Any]]:
+    """One entry a variant with scores: its weight error, and figures of all texts and of each."""
+    entries = []
+    for path in sorted(work.glob("*.json")):
+        files = {text: path.with_name(f"{path.stem}.{text}.scores") for text in texts}
+        scores = {t: np.fromfile(f, TokenScores) for t, f in files.items() if f.exists()}
+        if len(scores) == len(texts):
+            entries.append(
+                {
+                    "variant": path.stem,
+                    **json.loads(path.read_text()),
+                    "all": asdict(summarize(np.concatenate(list(scores.values())))),
+                    "texts": {text: asdict(summarize(part)) for text, part in scores.items()},
+                }
+            )
+    return entries
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    runs = commands.add_parser("run", help="perplexity and divergence of a language model")
+    runs.add_argument("model", type=Path)
+    runs.add_argument("texts", type=Path, nargs="+")
+    runs.add_argument("--work", type=Path, default=Path("build/accuracy"))
+    runs.add_argument("--windows", type=int, default=49, help="of 1024 tokens, from each text")
+    runs.add_argument("--only", nargs="*", default=[], choices=list(VARIANTS))
+    runs.add_argument("--planted", action="store_true", help="also with planted outliers")
+    runs.add_argument("--device", default="cpu")
+    runs.set_defaults(function=run)
+    arguments = parser.parse_args()
+    arguments.function(arguments)
+
+
+if __name__ == "__main__":
+    main()
