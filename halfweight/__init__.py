@@ -12,6 +12,7 @@ _PUBLIC = {
     "HalfweightError": "errors",
     "Recipe": "scheme",
     "Scheme": "scheme",
+    "evaluate": "evaluation",
     "inspect": "contents",
     "quantize": "convert",
     "verify": "verification",
