@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from halfweight.kernels.triton_numbers import largest, times_power_of_two, two_bytes
+from halfweight.kernels.triton_numbers import finish, largest, load_row_ends, two_bytes
 
 
 @triton.jit
@@ -146,22 +146,21 @@ def gemv(
     l0, l1 = two_words(low_a)
     l2, l3 = two_words(low_b)
     x_total = tl.sum((high_a + high_b) * 254 + low_a + low_b, axis=2)
-    offset = tl.trans(x_total)[None, :, :].to(tl.int32) * -128
+    byte_offset = tl.trans(x_total)[None, :, :].to(tl.int32) * -128
     step = tl.trans(step / 254)[None, :, :]
     token = tl.arange(0, TOKENS)
     for block in range(first, tl.cdiv(N, ROWS), num_programs):
         next_word, next_scale = gemv_load(
             words, scales, block + num_programs, N, K, GROUP, stride_w, stride_s, ROWS, SEGMENTS
         )
+        row = block * ROWS + tl.arange(0, ROWS)
+        exponent, offset = load_row_ends(exponents, bias, row, N, HAS_EXPONENTS, HAS_BIAS)
         w0, w1, w2, w3 = four_words(word)
-        total = dot_segment(w0, w1, w2, w3, h0, h1, h2, h3, l0, l1, l2, l3, offset, ASM)
+        total = dot_segment(w0, w1, w2, w3, h0, h1, h2, h3, l0, l1, l2, l3, byte_offset, ASM)
         parts = total.to(tl.float32) * (scale.to(tl.float32) * step)
         sums = tl.trans(tl.sum(parts, axis=2))
-        row = block * ROWS + tl.arange(0, ROWS)
-        inside = row < N
-        sums = times_power_of_two(sums, exponents, row, inside, HAS_EXPONENTS)
-        if HAS_BIAS:
-            sums += tl.load(bias + row, mask=inside, other=0).to(tl.float32)[None, :]
         out = y + token[:, None] * N + row[None, :]
-        tl.store(out, sums, mask=(token < M)[:, None] & inside[None, :])
+        tl.store(
+            out, finish(sums, exponent, offset), mask=(token < M)[:, None] & (row < N)[None, :]
+        )
         word, scale = next_word, next_scale

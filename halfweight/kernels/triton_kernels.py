@@ -23,9 +23,10 @@ from triton.language.extra import cuda
 
 from halfweight.kernels.triton_numbers import (
     exact_float,
+    finish,
     largest,
+    load_row_ends,
     power_of_two,
-    times_power_of_two,
     two_bytes,
 )
 
@@ -42,10 +43,8 @@ def store_tile(
     if SPLIT > 1:
         tl.store(partials + part.to(tl.int64) * M * N + position, out, mask=mask)
     else:
-        out = times_power_of_two(out, exponents, row, row < N, HAS_EXPONENTS)
-        if HAS_BIAS:
-            out += tl.load(bias + row, mask=row < N, other=0).to(tl.float32)[None, :]
-        tl.store(y + position, out, mask=mask)
+        exponent, offset = load_row_ends(exponents, bias, row, N, HAS_EXPONENTS, HAS_BIAS)
+        tl.store(y + position, finish(out, exponent, offset), mask=mask)
 
 
 @triton.jit
@@ -225,9 +224,8 @@ def add_partials(
     total = tl.zeros((BLOCK,), tl.float32)
     for part in tl.static_range(SPLIT):
         total += tl.load(partials + (part * M + token) * N + row, mask=inside, other=0)
-    out = times_power_of_two(total[None, :], exponents, row, inside, HAS_EXPONENTS)
-    if HAS_BIAS:
-        out += tl.load(bias + row, mask=inside, other=0).to(tl.float32)[None, :]
+    exponent, offset = load_row_ends(exponents, bias, row, N, HAS_EXPONENTS, HAS_BIAS)
+    out = finish(total[None, :], exponent, offset)
     tl.store(y + token * N + row[None, :], out, mask=inside[None, :])
 
 

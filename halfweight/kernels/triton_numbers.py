@@ -55,13 +55,24 @@ def power_of_two(exponent):
 
 
 @triton.jit
-def times_power_of_two(value, exponents, row, inside, HAS_EXPONENTS: tl.constexpr):
-    """value [..., rows] times 2^exponents[row], in two steps so that neither factor underflows."""
+def load_row_ends(exponents, bias, row, N, HAS_EXPONENTS: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """What finishes the sums of rows: int32 exponents, float32 bias; zeros where there is none."""
+    inside = row < N
+    exponent = tl.zeros_like(row)
+    offset = exponent.to(tl.float32)
     if HAS_EXPONENTS:
         exponent = tl.load(exponents + row, mask=inside, other=0).to(tl.int32)
-        half = exponent >> 1
-        value = value * power_of_two(half)[None, :] * power_of_two(exponent - half)[None, :]
-    return value
+    if HAS_BIAS:
+        offset = tl.load(bias + row, mask=inside, other=0).to(tl.float32)
+    return exponent, offset
+
+
+@triton.jit
+def finish(sums, exponent, offset):
+    """sums [tokens, rows] 2^exponent + offset, in two steps so that no power underflows."""
+    half = exponent >> 1
+    scaled = sums * power_of_two(half)[None, :] * power_of_two(exponent - half)[None, :]
+    return scaled + offset[None, :]
 
 
 @triton.jit
