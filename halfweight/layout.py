@@ -91,7 +91,7 @@ def lay_out(tensors: Iterable[TensorInfo], recipe: Recipe) -> Layout:
         )
     for decision in decisions:
         _refuse_fused_experts(decision.tensor, recipe)
-    return Layout(recipe, decisions, plan_shards(decisions))
+    return Layout(recipe, decisions, plan_shards(decisions, MAX_SHARD_BYTES))
 
 
 def _refuse_fused_experts(tensor: TensorInfo, recipe: Recipe) -> None:
@@ -129,12 +129,12 @@ def scale_dtype(scheme: Scheme) -> str:
     return scheme.format.disk_dtype or "BF16"
 
 
-def plan_shards(decisions: Sequence[Decision]) -> tuple[OutputShard, ...]:
-    """Decisions in order, cut into files of at most MAX_SHARD_BYTES (or one tensor)."""
+def plan_shards(decisions: Sequence[Decision], max_bytes: int) -> tuple[OutputShard, ...]:
+    """Decisions in order, cut into files of at most `max_bytes` (or one tensor)."""
     cuts: list[list[Decision]] = [[]]
     size = 0
     for decision in decisions:
-        if cuts[-1] and size + decision.disk_bytes > MAX_SHARD_BYTES:
+        if cuts[-1] and size + decision.disk_bytes > max_bytes:
             cuts.append([])
             size = 0
         cuts[-1].append(decision)

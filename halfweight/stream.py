@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,11 +33,6 @@ class _Block:
     begin: int
     end: int
 
-    @property
-    def is_last(self) -> bool:
-        """Whether the tensor ends with this block."""
-        return self.end == self.decision.tensor.num_bytes
-
 
 def _blocks(decision: Decision) -> list[_Block]:
     tensor = decision.tensor
@@ -57,31 +52,50 @@ def write_shard(
 ) -> dict[str, Any]:
     """Write one output file; returns what the manifest says of its quantized tensors.
 
-    At most `window` blocks are in memory. `advance(tensor name, bytes)` is called as the source is
-    used up. Raises CheckpointError for a NaN or infinite weight, OSError from the disk.
+    At most `window` blocks are in memory. `pool` reads and quantizes; writing is left to this
+    thread, for writers to one file only wait for each other. `advance(tensor name, bytes)` is
+    called as the source is used up. Raises CheckpointError for a NaN or infinite weight, OSError
+    from the disk.
     """
     records: dict[str, Any] = {}
     dtypes: dict[str, str] = {}
     blocks = [block for decision in shard.decisions for block in _blocks(decision)]
     with open(path, "wb") as file:
-        _reserve(file.fileno(), shard.num_bytes)
-        convert = partial(_convert_block, source, file.fileno(), shard.offsets)
-        parts: list[QuantizedRows] = []
-        for block, rows in _in_order(pool, convert, blocks, window):
-            advance(block.decision.tensor.name, block.end - block.begin)
-            if rows is None:
-                continue
-            parts.append(rows)
-            if block.is_last:
-                tensor = _Finished.of(block.decision, parts)
-                tensor.check_finite(source)
-                tensor.write(file.fileno(), shard.offsets)
-                dtypes[tensor.scale_name] = tensor.scale_dtype
-                records[block.decision.tensor.name] = tensor.record
-                parts = []
+        fd = file.fileno()
+        _reserve(fd, shard.num_bytes)
+        results = _in_order(pool, partial(_convert_block, source), blocks, window)
+        for tensor in _written(fd, shard, results, advance):
+            tensor.check_finite(source)
+            tensor.write(fd, shard.offsets)
+            dtypes[tensor.scale_name] = tensor.scale_dtype
+            records[tensor.decision.tensor.name] = tensor.record
         first = header(with_dtypes(shard.tensors, dtypes), len(shard.header))
-        _write_all(file.fileno(), memoryview(first), 0)
+        _write_all(fd, memoryview(first), 0)
     return records
+
+
+def _written(
+    fd: int,
+    shard: OutputShard,
+    results: Iterable[tuple[_Block, QuantizedRows | NDArray[np.uint8]]],
+    advance: Callable[[str, int], None],
+) -> Iterator[_Finished]:
+    """Write blocks as they come; yields each quantized tensor once its packed bytes are written."""
+    parts: list[tuple[NDArray[np.float32], NDArray[Any]]] = []
+    for block, result in results:
+        tensor = block.decision.tensor
+        advance(tensor.name, block.end - block.begin)
+        if not isinstance(result, QuantizedRows):
+            _write_all(fd, result.data, shard.offsets[tensor.name] + block.begin)
+            continue
+        packed_at = shard.offsets[f"{module_of(tensor)}.weight_packed"]
+        begin = block.begin // DTYPE_BYTES[tensor.dtype]
+        _write_all(fd, result.packed.data, packed_at + begin)
+        parts.append((result.scales, result.statistics))
+        if block.end == tensor.num_bytes:
+            scales, statistics = (np.concatenate(part) for part in zip(*parts, strict=True))
+            yield _Finished(block.decision, scales, statistics)
+            parts = []
 
 
 def _reserve(fd: int, num_bytes: int) -> None:
@@ -92,20 +106,13 @@ def _reserve(fd: int, num_bytes: int) -> None:
         os.ftruncate(fd, num_bytes)
 
 
-def _convert_block(
-    source: Source, fd: int, offsets: dict[str, int], block: _Block
-) -> QuantizedRows | None:
-    """Write a block's packed bytes (or, where kept, its own); returns scales and statistics."""
+def _convert_block(source: Source, block: _Block) -> QuantizedRows | NDArray[np.uint8]:
+    """A block's rows quantized, or where the tensor is kept its bytes."""
     decision, tensor = block.decision, block.decision.tensor
     raw = source.read(tensor, block.begin, block.end)
     if decision.scheme is None:
-        _write_all(fd, raw.data, offsets[tensor.name] + block.begin)
-        return None
-    itemsize = DTYPE_BYTES[tensor.dtype]
-    rows = quantize_rows(raw, tensor.dtype, decision.scheme, tensor.shape[1])
-    packed_at = offsets[f"{module_of(tensor)}.weight_packed"]
-    _write_all(fd, rows.packed.data, packed_at + block.begin // itemsize)
-    return replace(rows, packed=rows.packed[:0])
+        return raw
+    return quantize_rows(raw, tensor.dtype, decision.scheme, tensor.shape[1])
 
 
 def _write_all(fd: int, data: memoryview, at: int) -> None:
@@ -136,12 +143,6 @@ class _Finished:
     decision: Decision
     scales: NDArray[np.float32]
     statistics: NDArray[Any]
-
-    @classmethod
-    def of(cls, decision: Decision, parts: Sequence[QuantizedRows]) -> _Finished:
-        """The parts of one tensor, in the order of its rows."""
-        scales = np.concatenate([rows.scales for rows in parts])
-        return cls(decision, scales, np.concatenate([rows.statistics for rows in parts]))
 
     @property
     def scale_name(self) -> str:
