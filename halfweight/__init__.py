@@ -9,11 +9,13 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ConversionReport": "convert",
+    "HalfweightConfig": "hf",
     "HalfweightError": "errors",
     "Recipe": "scheme",
     "Scheme": "scheme",
     "evaluate": "evaluation",
     "inspect": "contents",
+    "load": "hf",
     "quantize": "convert",
     "verify": "verification",
 }

@@ -50,7 +50,7 @@ def load_on_meta(
     try:
         parsed = AutoConfig.for_model(**_without_quantization(config))
         weights = {t.name: torch.empty(t.shape, device="meta") for t in tensors}
-        with _quiet():
+        with quiet():
             _, found = model_class.from_pretrained(
                 None,
                 config=parsed,
@@ -97,7 +97,7 @@ def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar and no load report from transformers meanwhile."""
     from transformers.utils import logging
 

@@ -1,0 +1,182 @@
+"""The modules that stand in for nn.Linear and nn.Embedding: INT8 weights, one product.
+
+A module holds a weight [N, K] as a plain set of tensors, in the file's own bytes:
+
+    weight_packed    uint8 [N, K]     q + 128
+    weight_scale     uint8 [N, K/G]   grid8 codes, or floats where the file's scales lie on no grid
+    weight_exponent  int8 [N]         the rows' powers of two, None beside float scales
+
+They are parameters, not buffers, because tensor parallelism shards only those. A tied head is a
+QuantizedLinear that shares the embedding's tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from halfweight.numerics import QuantizedTensor, grid8_from_scales, scales_float32
+
+
+class QuantizedWeight(nn.Module):
+    """A weight [out_features, in_features] in INT8, and the backend that multiplies with it."""
+
+    weight_packed: nn.Parameter
+    weight_scale: nn.Parameter
+    weight_exponent: nn.Parameter | None
+
+    def __init__(
+        self, shape: tuple[int, int], group_size: int, scale_dtype: torch.dtype, backend_name: str
+    ) -> None:
+        """Without data (on meta) until `hold` or a loader gives it some."""
+        super().__init__()
+        rows, columns = shape
+        self.backend_name = backend_name
+        self.weight_packed = _parameter(
+            torch.empty(rows, columns, dtype=torch.uint8, device="meta")
+        )
+        scales = torch.empty(rows, columns // group_size, dtype=scale_dtype, device="meta")
+        self.weight_scale = _parameter(scales)
+        self.register_parameter("weight_exponent", None)
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight: N."""
+        return self.weight_packed.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight: K."""
+        return self.weight_packed.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Weights along K that share a scale."""
+        return self.in_features // self.weight_scale.shape[1]
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The weight as the numerics know it."""
+        return QuantizedTensor(self.weight_packed, self.weight_scale, self.weight_exponent)
+
+    def hold(self, quantized: QuantizedTensor) -> None:
+        """Take these tensors as the weight, without a copy."""
+        self.weight_packed = _parameter(quantized.packed)
+        self.weight_scale = _parameter(quantized.scales)
+        exponents = quantized.exponents
+        self.weight_exponent = None if exponents is None else _parameter(exponents)
+
+    def compact_scales(self) -> None:
+        """Hold the scales as one byte each where they lie on a grid8 grid, exactly."""
+        if self.weight_exponent is not None:
+            return
+        found = grid8_from_scales(self.weight_scale)
+        if found is not None:
+            self.hold(QuantizedTensor(self.weight_packed, *found))
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The weight as it lies on disk: int32 [N, K/4], scales [N, K/G] float, int64 [2]."""
+        scales: Tensor = self.weight_scale
+        if self.weight_exponent is not None:
+            scales = scales_float32(self.weight_scale, self.weight_exponent).to(torch.bfloat16)
+        return {
+            "weight_packed": self.weight_packed.contiguous().view(torch.int32),
+            "weight_scale": scales,
+            "weight_shape": torch.tensor(self.weight_packed.shape, dtype=torch.int64),
+        }
+
+    def extra_repr(self) -> str:
+        """Shape, groups and backend, for print(model)."""
+        scales = "grid8" if self.weight_exponent is not None else str(self.weight_scale.dtype)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"group_size={self.group_size}, scales={scales}, backend={self.backend_name}"
+        )
+
+
+class QuantizedLinear(QuantizedWeight):
+    """y = x W^T + bias with W in INT8, dequantized inside the product."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        group_size: int,
+        scale_dtype: torch.dtype,
+        backend_name: str,
+        bias: nn.Parameter | None = None,
+        int8_activations: bool = False,
+    ) -> None:
+        """`bias` [N] in 16 bits or None; `int8_activations` rounds x to INT8 (opt-in)."""
+        super().__init__(shape, group_size, scale_dtype, backend_name)
+        self.int8_activations = int8_activations
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> y [..., N] in x's dtype."""
+        y: Tensor = torch.ops.halfweight.linear(
+            x,
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_exponent,
+            self.bias,
+            self.backend_name,
+            self.int8_activations,
+        )
+        return y
+
+
+class QuantizedEmbedding(QuantizedWeight):
+    """Rows of an INT8 table, dequantized as they are gathered; scaled where the model says so."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        group_size: int,
+        scale_dtype: torch.dtype,
+        backend_name: str,
+        dtype: torch.dtype,
+        embed_scale: float | None = None,
+    ) -> None:
+        """`dtype` of the rows; `embed_scale` multiplies them, as Gemma's embedding does."""
+        super().__init__(shape, group_size, scale_dtype, backend_name)
+        self.dtype = dtype
+        if embed_scale is not None:
+            embed_scale = float(torch.tensor(embed_scale, dtype=dtype))
+        self.embed_scale = embed_scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> rows [..., K]."""
+        rows: Tensor = torch.ops.halfweight.embedding(
+            ids,
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_exponent,
+            self.dtype,
+            self.backend_name,
+        )
+        return rows if self.embed_scale is None else rows * self.embed_scale
+
+
+def stand_in(
+    module: nn.Module,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    backend_name: str,
+    dtype: torch.dtype,
+    int8_activations: bool = False,
+) -> QuantizedWeight | None:
+    """A quantized module without data in place of a Linear or Embedding; None for any other."""
+    if isinstance(module, nn.Linear):
+        shape = (module.out_features, module.in_features)
+        return QuantizedLinear(
+            shape, group_size, scale_dtype, backend_name, module.bias, int8_activations
+        )
+    if isinstance(module, nn.Embedding):
+        shape = (module.num_embeddings, module.embedding_dim)
+        scale = getattr(module, "scalar_embed_scale", None)
+        return QuantizedEmbedding(shape, group_size, scale_dtype, backend_name, dtype, scale)
+    return None
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)

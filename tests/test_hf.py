@@ -1,0 +1,164 @@
+"""Loading into transformers: equal logits, byte-exact memory, saving and quantizing on the fly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_llama
+from transformers import AutoModelForCausalLM
+
+import halfweight
+from halfweight.checkpoint import quantized_modules, read_headers
+from halfweight.errors import CheckpointError, UsageError
+from halfweight.hf import HalfweightConfig, load
+from halfweight.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+from halfweight.numerics import dequantize
+from halfweight.scheme import Recipe, Scheme
+
+IDS = torch.tensor([[5, 3, 17, 300, 0, 2, 9, 41]])
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def folders(request, tmp_path_factory):
+    """(16-bit folder, INT8 folder) of one random Llama."""
+    root = tmp_path_factory.mktemp("model")
+    source = make_llama(root / "source", tied=request.param)
+    halfweight.quantize(source, root / "int8", Recipe(Scheme(32)))
+    return source, root / "int8"
+
+
+def quantized(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedWeight)}
+
+
+def with_dequantized_weights(source, model):
+    """The 16-bit model in float32 with each weight replaced by what INT8 makes of it."""
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for name, module in quantized(model).items():
+        plain.get_submodule(name).weight.data = dequantize(module.quantized)
+    return plain
+
+
+def test_logits_are_those_of_the_dequantized_weights(folders):
+    source, int8 = folders
+    model = load(int8, dtype=torch.float32)
+    expected = with_dequantized_weights(source, model)(IDS).logits
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_linear_embedding_and_head_is_in_int8_with_one_byte_scales(folders):
+    model = load(folders[1])
+    kinds = {type(m) for m in quantized(model).values()}
+    assert kinds == {QuantizedLinear, QuantizedEmbedding}
+    assert not [m for m in model.modules() if type(m) in (torch.nn.Linear, torch.nn.Embedding)]
+    for module in quantized(model).values():
+        assert module.weight_packed.dtype == module.weight_scale.dtype == torch.uint8
+        assert module.weight_exponent.dtype == torch.int8
+
+
+def test_a_tied_head_shares_the_tables_bytes(tmp_path):
+    source = make_llama(tmp_path / "source", tied=True)
+    halfweight.quantize(source, tmp_path / "int8", Recipe(Scheme(32)))
+    model = load(tmp_path / "int8")
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for part in ("weight_packed", "weight_scale", "weight_exponent"):
+        assert getattr(table, part).data_ptr() == getattr(head, part).data_ptr()
+
+
+def test_weights_are_the_mapped_file_not_a_copy(folders):
+    model = load(folders[1])
+    stored = quantized_modules(read_headers(folders[1]))
+    shards = {w.packed.shard for w in stored.values()}
+    mapped = sum(shard.stat().st_size for shard in shards)
+    addresses = [m.weight_packed.data_ptr() for m in quantized(model).values()]
+    assert max(addresses) - min(addresses) >= 0  # views of one or more mappings
+    with open("/proc/self/maps") as maps:
+        ranges = [line for line in maps if str(folders[1]) in line]
+    assert ranges
+    assert mapped > 0
+    spans = [tuple(int(x, 16) for x in line.split()[0].split("-")) for line in ranges]
+    assert all(any(a <= address < b for a, b in spans) for address in addresses)
+
+
+def test_save_pretrained_writes_the_same_bytes_and_loads_again(folders, tmp_path):
+    model = load(folders[1])
+    model.save_pretrained(tmp_path / "saved")
+    expected, found = {}, {}
+    for folder, tensors in ((folders[1], expected), (tmp_path / "saved", found)):
+        for shard in folder.glob("*.safetensors"):
+            tensors |= load_file(shard)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    again = load(tmp_path / "saved")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_on_the_fly_equals_the_converter(folders, tmp_path):
+    source, int8 = folders
+    model = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=HalfweightConfig(group_size=32)
+    )
+    assert torch.equal(model(IDS).logits, load(int8)(IDS).logits)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved")(IDS).logits, model(IDS).logits)
+
+
+def test_compiles_without_a_graph_break(folders):
+    model = load(folders[1], dtype=torch.float32)
+    expected = model(IDS).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(IDS).logits, expected)
+
+
+def test_kept_tensors_stay_in_16_bits(tmp_path):
+    source = make_llama(tmp_path / "source")
+    halfweight.quantize(source, tmp_path / "int8", Recipe(Scheme(32), ("*embed*", "lm_head*")))
+    model = load(tmp_path / "int8")
+    assert type(model.get_input_embeddings()) is torch.nn.Embedding
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_a_16_bit_folder_loads_as_it_is(tmp_path):
+    source = make_llama(tmp_path / "source")
+    expected = AutoModelForCausalLM.from_pretrained(source)(IDS).logits
+    assert torch.equal(load(source)(IDS).logits, expected)
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    source = make_llama(tmp_path / "source", shard_size="10MB")
+    halfweight.quantize(source, tmp_path / "int8", Recipe(Scheme(32)))
+    (shard,) = (tmp_path / "int8").glob("*.safetensors")
+    tensors = load_file(shard)
+    del tensors["model.norm.weight"]
+    save_file(tensors, shard)
+    for index in (tmp_path / "int8").glob("*.index.json"):
+        index.unlink()
+    shard.rename(tmp_path / "int8" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing: tensor model\.norm\.weight"):
+        load(tmp_path / "int8")
+
+
+def test_a_packed_module_the_model_lacks_is_named(tmp_path):
+    source = make_llama(tmp_path / "source", shard_size="10MB")
+    halfweight.quantize(source, tmp_path / "int8", Recipe(Scheme(32)))
+    (shard,) = (tmp_path / "int8").glob("*.safetensors")
+    tensors = load_file(shard)
+    for part in ("weight_packed", "weight_scale", "weight_shape"):
+        tensors[f"model.extra.{part}"] = tensors[f"lm_head.{part}"].clone()
+    save_file(tensors, shard)
+    for index in (tmp_path / "int8").glob("*.index.json"):
+        index.unlink()
+    shard.rename(tmp_path / "int8" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"module model\.extra is not in the model"):
+        load(tmp_path / "int8")
+
+
+def test_unknown_activations_and_backends_are_refused(folders):
+    with pytest.raises(UsageError, match="activations is 'int4'"):
+        load(folders[1], activations="int4")
+    with pytest.raises(UsageError, match="has no int8 activations"):
+        load(folders[1], activations="int8", backend="reference")
+    with pytest.raises(UsageError, match="backend 'nope' is not known"):
+        load(folders[1], backend="nope")
