@@ -94,6 +94,6 @@ def two_bytes(value, step):
 
     h and l are integers in -127..127, so x keeps 16 bits.
     """
-    scaled = value / tl.expand_dims(tl.maximum(step, 1e-30), len(value.shape) - 1)
+    scaled = value * tl.expand_dims(1 / tl.maximum(step, 1e-30), len(value.shape) - 1)
     high = round_half_even(scaled)
     return high, round_half_even((scaled - high) * 254)
