@@ -20,7 +20,8 @@ from halfweight.numerics_cpu import QuantizedRows, as_float32, quantize_rows
 from halfweight.scheme import DTYPE_BYTES, Decision
 from halfweight.source import Source
 
-BLOCK_BYTES = 4_000_000
+BLOCK_BYTES = 1_000_000
+"""Read at a time: small enough to stay in a core's cache until it is quantized."""
 T = TypeVar("T")
 R = TypeVar("R")
 
