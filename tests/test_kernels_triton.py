@@ -154,6 +154,20 @@ def test_strides_slices_and_leading_dimensions():
         assert relative_error(y.reshape(-1, 32), flat, part) < 1e-3
 
 
+def test_weights_that_are_not_aligned_or_not_contiguous():
+    tensor = weight((32, 256))
+    x = torch.randn(1, 256, device=DEVICE).half()
+    shifted = torch.empty(32 * 256 + 1, dtype=torch.uint8, device=DEVICE)[1:].view(32, 256)
+    shifted.copy_(tensor.packed)
+    columns = tensor.packed.T.contiguous().T
+    for packed in (shifted, columns):
+        y = kernels.linear(x, packed, tensor.scales, tensor.exponents, None, "triton")
+        assert relative_error(y, x, tensor) < 1e-3
+    scales = tensor.scales.T.contiguous().T
+    y = kernels.linear(x, tensor.packed, scales, tensor.exponents, None, "triton")
+    assert relative_error(y, x, tensor) < 1e-3
+
+
 def test_no_tokens():
     tensor = weight((16, 64))
     parts = (tensor.packed, tensor.scales, tensor.exponents)

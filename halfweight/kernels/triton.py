@@ -2,14 +2,15 @@
 
 Which kernel computes a product depends on the batch, by a measured table (see tuning.py):
 
-    1 to 4 tokens    gemv        x in registers, whole rows of W stream past
+    decode           gemv        x in registers, whole rows of W stream past
     to about 1,000   matmul      16-bit tensor cores, bytes converted in registers
                      two_int8    int8 tensor cores, x split into two int8 parts; as exact
     prefill          dequantize  a block of W to 16 bits at a time, then the vendor's product
     opt-in           int8        int8 tensor cores, x rounded to int8 per token and block
 
-The device code is in triton_kernels.py; this file chooses, allocates and launches. Products of a
-split K leave float32 partial sums that a second kernel adds in order: no atomics, same bits always.
+The device code is in triton_gemv.py and triton_kernels.py; this file chooses, allocates and
+launches. Products of a split K leave float32 partial sums that a second kernel adds in order: no
+atomics, same bits always.
 """
 
 from __future__ import annotations
@@ -258,16 +259,26 @@ def product(
         rows = rows.contiguous()
     y = x.new_empty((rows.shape[0], out_features))
     if y.numel() > 0:
-        bias = None if bias is None else bias.to(x.dtype).contiguous()
-        operands = _Product(rows, _aligned(packed), _unit_stride(scales), exponents, bias, y)
         config = choose(rows.shape[0], (out_features, in_features))
-        KERNELS[config.kernel](operands, config)
+        if not _takes_operands(config, rows, packed, scales):
+            config = Config("matmul")
+        bias = None if bias is None else bias.to(x.dtype).contiguous()
+        exponents = None if exponents is None else exponents.contiguous()
+        parts = (_unit_stride(packed), _unit_stride(scales), exponents, bias)
+        KERNELS[config.kernel](_Product(rows, *parts, y), config)
     return y.reshape(*x.shape[:-1], out_features)
 
 
-def _aligned(packed: Tensor) -> Tensor:
-    packed = _unit_stride(packed)
-    return packed.clone() if packed.data_ptr() % SEGMENT or packed.stride(0) % SEGMENT else packed
+def _takes_operands(config: Config, x: Tensor, packed: Tensor, scales: Tensor) -> bool:
+    """Whether a kernel computes this product; matmul computes any.
+
+    The GEMV begins to read weights before the kernel before it has ended, so they must not be
+    copies made here.
+    """
+    if not takes(config, x.dtype, *x.shape):
+        return False
+    aligned = packed.data_ptr() % SEGMENT == 0 and packed.stride(0) % SEGMENT == 0
+    return config.kernel != "gemv" or (aligned and packed.stride(1) == 1 == scales.stride(1))
 
 
 def _unit_stride(matrix: Tensor) -> Tensor:
@@ -280,14 +291,13 @@ def linear(
     """x [..., K] times the dequantized weights [N, K], in x's dtype, float32 accumulation."""
 
     def choose(tokens: int, shape: tuple[int, int]) -> Config:
-        config = best_config(device_info(x.device).architecture, tokens, shape)
-        return config if takes(config, x.dtype, tokens, shape[1]) else Config("matmul")
+        return best_config(device_info(x.device).architecture, tokens, shape)
 
     return product(x, packed, scales, exponents, bias, choose)
 
 
 def takes(config: Config, dtype: torch.dtype, tokens: int, in_features: int) -> bool:
-    """Whether a kernel computes this product; matmul computes any."""
+    """Whether a kernel computes a product of these sizes."""
     if config.kernel == "gemv":
         segments = _power_of_two(tokens) * _power_of_two(in_features) // SEGMENT
         fits = segments <= 32 * MAX_GEMV_WARPS * MAX_GEMV_SEGMENTS

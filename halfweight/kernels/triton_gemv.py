@@ -7,6 +7,9 @@ instruction, exact in integers. One conversion and one scale for 16 weights rema
 
 Tensors are loaded in shapes that make the compiler give one segment of 16 weights, its scale and
 its activations to one thread, so that nothing crosses threads before the sum over a row.
+
+With PDL (sm_90 and later) the first bytes of the weight are asked for while the kernel before this
+one still runs. The weight must therefore not be what that kernel wrote; x may be.
 """
 
 # mypy: ignore-errors
