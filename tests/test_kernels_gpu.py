@@ -14,12 +14,11 @@ pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 BACKENDS = [
     name
-    for name in kernels.BACKENDS
+    for name in ("cuda", "triton", "triton-invariant")
     if torch.cuda.is_available() and kernels.backend(name).unavailable(GPU) is None
-] or ["none"]
-TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
-SHAPES = [(1, 32), (777, 96), (640, 576), (136, 1056), (1001, 4096), (333, 14336), (129, 28672)]
-TOKENS = (1, 2, 3, 4, 5, 8, 15, 16, 17, 33, 64, 65, 127, 200, 257, 700, 1500)
+]
+SHAPES = [(1, 32), (777, 96), (640, 576), (1001, 4096), (333, 14336), (129, 28672)]
+TOKENS = (1, 2, 3, 8, 17, 33, 64, 65, 130, 257, 700, 1500)
 
 
 @pytest.fixture(autouse=True)
@@ -53,14 +52,22 @@ def assert_close(y, x, tensor, bias, tolerance):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_batch_and_odd_shapes(name, dtype, shape):
+def test_every_batch_and_odd_shapes(name, shape):
     tensor = weight(shape)
-    bias = torch.randn(shape[0], device=GPU, dtype=dtype)
+    bias = torch.randn(shape[0], device=GPU).half()
     for tokens in TOKENS:
-        x = torch.randn(tokens, shape[1], device=GPU, dtype=dtype)
-        assert_close(multiply(x, tensor, bias, name), x, tensor, bias, TOLERANCE[dtype])
+        x = torch.randn(tokens, shape[1], device=GPU).half()
+        assert_close(multiply(x, tensor, bias, name), x, tensor, bias, 1e-3)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_bfloat16(name):
+    tensor = weight((777, 4096), 128)
+    bias = torch.randn(777, device=GPU).bfloat16()
+    for tokens in TOKENS:
+        x = torch.randn(tokens, 4096, device=GPU).bfloat16()
+        assert_close(multiply(x, tensor, bias, name), x, tensor, bias, 4e-3)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
