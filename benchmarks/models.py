@@ -1,0 +1,69 @@
+"""Random models of real shapes on the local disk: a 16-bit checkpoint and its INT8 conversion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import halfweight
+from halfweight.speed import Folders, activation_dtype
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama that matter for speed and memory."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    context: int = 8192
+
+    @property
+    def config(self) -> LlamaConfig:
+        """As transformers wants it, without a stop token."""
+        return LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=self.context,
+            rope_theta=500000.0,
+            tie_word_embeddings=False,
+            bos_token_id=0,
+            eos_token_id=None,
+        )
+
+
+SHAPES = {
+    "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128256),
+    "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 128256),
+    "tiny": Shape(128, 256, 2, 4, 2, 512, context=512),
+}
+
+
+def folders(name: str, under: Path) -> Folders:
+    """The two checkpoints of the shape `name`, made under a folder unless they are there."""
+    source, quantized = under / f"{name}-16-bit", under / f"{name}-int8"
+    if not (source / "complete").exists():
+        torch.manual_seed(0)
+        dtype = activation_dtype(DEVICE)
+        with DEVICE:
+            model = AutoModelForCausalLM.from_config(SHAPES[name].config, dtype=dtype)
+        model.save_pretrained(source, max_shard_size="2GB")
+        del model
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+        (source / "complete").touch()
+    if not quantized.exists():
+        halfweight.quantize(source, quantized)
+    return Folders(source, quantized)
