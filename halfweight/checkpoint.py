@@ -197,6 +197,11 @@ def _only_shard(root: Path) -> Path:
 
 def _refuse_other_formats(files: Iterable[Path]) -> None:
     for path in files:
+        if path.suffix == ".gguf":
+            raise CheckpointError(
+                f"{path}: a GGUF file, expected .safetensors",
+                hint=f"halfweight quantize {path} OUT makes safetensors of it",
+            )
         if path.suffix in PICKLE_SUFFIXES:
             raise CheckpointError(
                 f"{path}: a pickle, which can run code when opened; expected .safetensors",

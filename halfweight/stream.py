@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from halfweight.errors import CheckpointError
 from halfweight.layout import OutputShard, header, module_of, scale_dtype, with_dtypes
 from halfweight.numerics_cpu import QuantizedRows, as_float32, quantize_rows
-from halfweight.scheme import DTYPE_BYTES, Decision
+from halfweight.scheme import DTYPE_BYTES, FLOAT_DTYPE_BYTES, Decision, TensorInfo
 from halfweight.source import Source
 
 BLOCK_BYTES = 1_000_000
@@ -37,7 +37,8 @@ class _Block:
 
 def _blocks(decision: Decision) -> list[_Block]:
     tensor = decision.tensor
-    row_bytes = tensor.num_bytes // tensor.shape[0] if decision.scheme is not None else 1
+    itemsize = DTYPE_BYTES[tensor.dtype]
+    row_bytes = itemsize if decision.scheme is None else itemsize * tensor.shape[1]
     step = max(1, BLOCK_BYTES // row_bytes) * row_bytes
     starts = range(0, tensor.num_bytes, step)
     return [_Block(decision, a, min(a + step, tensor.num_bytes)) for a in starts]
@@ -66,7 +67,8 @@ def write_shard(
         _reserve(fd, shard.num_bytes)
         results = _in_order(pool, partial(_convert_block, source), blocks, window)
         for tensor in _written(fd, shard, results, advance):
-            tensor.check_finite(source)
+            if tensor.statistics["bad"].any():
+                raise _not_finite(source, tensor.decision.tensor)
             tensor.write(fd, shard.offsets)
             dtypes[tensor.scale_name] = tensor.scale_dtype
             records[tensor.decision.tensor.name] = tensor.record
@@ -112,8 +114,32 @@ def _convert_block(source: Source, block: _Block) -> QuantizedRows | NDArray[np.
     decision, tensor = block.decision, block.decision.tensor
     raw = source.read(tensor, block.begin, block.end)
     if decision.scheme is None:
+        if (
+            tensor.dtype in FLOAT_DTYPE_BYTES
+            and not np.isfinite(as_float32(raw, tensor.dtype)).all()
+        ):
+            raise _not_finite(source, tensor)
         return raw
     return quantize_rows(raw, tensor.dtype, decision.scheme, tensor.shape[1])
+
+
+def _not_finite(source: Source, tensor: TensorInfo) -> CheckpointError:
+    """The error of a tensor with NaN or Inf in it: how many, and the first."""
+    count, first, value = 0, 0, 0.0
+    itemsize = DTYPE_BYTES[tensor.dtype]
+    for begin in range(0, tensor.num_bytes, BLOCK_BYTES * itemsize):
+        end = min(begin + BLOCK_BYTES * itemsize, tensor.num_bytes)
+        values = as_float32(source.read(tensor, begin, end), tensor.dtype)
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size and not count:
+            first, value = begin // itemsize + int(bad[0]), float(values[bad[0]])
+        count += bad.size
+    index = [int(i) for i in np.unravel_index(first, tensor.shape)]
+    return CheckpointError(
+        f"tensor {tensor.name}: {count} of {tensor.num_elements} weights not finite, "
+        f"first {value} at {index}",
+        hint="repair the source checkpoint; a NaN or Inf weight has no INT8 value",
+    )
 
 
 def _write_all(fd: int, data: memoryview, at: int) -> None:
@@ -170,23 +196,6 @@ class _Finished:
             "squared_norm": float(self.statistics["squared_norm"].sum()),
             "crushed_groups": int(self.statistics["crushed_groups"].sum()),
         }
-
-    def check_finite(self, source: Source) -> None:
-        """Raise CheckpointError naming tensor, first index and count of NaN and Inf."""
-        count = int(self.statistics["bad"].sum())
-        if count == 0:
-            return
-        tensor = self.decision.tensor
-        row = int(np.argmax(self.statistics["bad"] > 0))
-        row_bytes = tensor.num_bytes // tensor.shape[0]
-        raw = source.read(tensor, row * row_bytes, (row + 1) * row_bytes)
-        values = as_float32(raw, tensor.dtype)
-        column = int(np.argmin(np.isfinite(values)))
-        raise CheckpointError(
-            f"tensor {tensor.name}: {count} of {tensor.num_elements} weights not finite, "
-            f"first {values[column]} at {[row, column]}",
-            hint="repair the source checkpoint; a NaN or Inf weight has no INT8 value",
-        )
 
     def write(self, fd: int, offsets: dict[str, int]) -> None:
         """Write scales and shape record."""

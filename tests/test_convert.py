@@ -367,6 +367,24 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, value):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_a_kept_weight_that_is_not_finite_is_named_too(tmp_path, monkeypatch, name):
+    from halfweight import stream
+
+    source = make_llama(tmp_path / "src")
+
+    def spoil(tensors):
+        if name in tensors:
+            tensors[name] = tensors[name].clone()
+            tensors[name].view(-1)[-2:] = float("inf")
+
+    rewrite(source, spoil)
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 64)
+    last = r"\[62\]" if "norm" in name else r"\[319, 62\]"
+    with pytest.raises(CheckpointError, match=rf"tensor {name}: 2 of .* first inf at {last}"):
+        convert.quantize(source, tmp_path / "out", Recipe(keep=("*embed*",)))
+
+
 def test_nothing_to_quantize_is_an_error(llama, tmp_path):
     with pytest.raises(UsageError, match="nothing to quantize: all 21 tensors are kept"):
         convert.quantize(llama, tmp_path / "out", Recipe(keep=("*",)))

@@ -13,6 +13,7 @@ from halfweight import convert
 from halfweight.checkpoint import quantized_modules, read_headers, resolve
 from halfweight.errors import CheckpointError
 from halfweight.scheme import Recipe
+from halfweight.source import open_source
 
 
 @pytest.fixture
@@ -160,6 +161,14 @@ def test_pickles(source):
     assert "save_pretrained" in error.hint
 
 
+def test_gguf_where_safetensors_are_needed(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for path in (tmp_path, tmp_path / "model.gguf"):
+        with pytest.raises(CheckpointError, match=r"model.gguf: a GGUF file, expected") as caught:
+            read_headers(path)
+        assert "halfweight quantize" in caught.value.hint
+
+
 def test_already_quantized(source):
     convert.quantize(source, source.parent / "once")
     with pytest.raises(CheckpointError, match="already quantized by compressed-tensors"):
@@ -206,6 +215,30 @@ def test_header_length_beyond_the_file(source, length, match):
     shard = shards(source)[0]
     shard.write_bytes(struct.pack("<Q", length) + b"{}" * 50)
     refused(source, match)
+
+
+def test_shards_that_cannot_be_read(source):
+    shard = shards(source)[0]
+    shard.unlink()
+    shard.mkdir()
+    refused(source, "not a regular file")
+    shard.rmdir()
+    os.mkfifo(shard)
+    refused(source, "not a regular file")
+
+
+def test_a_shard_that_gets_shorter_while_it_is_read(source, tmp_path):
+    shard = shards(source)[0]
+    found = open_source(source, str(source))
+    (tensor, *_) = (t for t in read_headers(source).tensors if t.shard == shard)
+    os.truncate(shard, tensor.begin + 10)
+    with pytest.raises(CheckpointError, match=rf"ended at byte {tensor.begin + 10}, inside"):
+        found.read(tensor.info, 0, tensor.info.num_bytes)
+
+
+def test_json_over_the_cap_is_not_read(source):
+    os.truncate(source / "config.json", 100_000_001)
+    refused(source, "config.json: 100000001 bytes of JSON, expected at most 100000000")
 
 
 def test_a_header_over_the_cap_is_not_read(tmp_path):
