@@ -77,11 +77,27 @@ def quantize(
 def inspect(
     path: Annotated[str, typer.Argument(help="A folder, a .safetensors file or a Hub id.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    errors: Annotated[
+        bool, typer.Option("--errors", help="Show what quantization did to each weight.")
+    ] = False,
+    source: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="With --errors: compare with this, to find worst groups."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="With --errors: write a heat map of layers and modules.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Show what a checkpoint holds, in bytes by kind; reads headers only."""
     from halfweight import contents
 
+    if errors or source or html:
+        from halfweight.checkpoint import resolve
+        from halfweight.cli.weight_errors import show_errors
+
+        show_errors(resolve(path), source, html, json_output)
+        return
     found = contents.inspect(path)
     if json_output:
         print_json(_contents_json(found, tensors))
