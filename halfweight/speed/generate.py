@@ -1,8 +1,9 @@
 """Generation speed: every rival's model in one harness, static cache, compiled, greedy.
 
-The harness is the best honest one for the 16-bit baseline: transformers' model with a static cache
-of exactly the length needed, one decode step compiled whole by torch.compile with CUDA graphs, the
-argmax inside it, no host synchronization between tokens. Rivals run in it unchanged.
+The harness is halfweight's own `Decoder`, which takes any model of transformers and is the best
+honest one for the 16-bit baseline: a static cache of exactly the length needed, one decode step
+compiled whole by torch.compile with CUDA graphs (or recorded as it stands), no host synchronization
+between tokens.
 
 A decode step reads each weight once and the cache of each sequence once; those bytes over the
 measured read bandwidth are the floor of its time.
@@ -13,18 +14,20 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from statistics import median
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
 
+from halfweight.generate import Decoder, Step
 from halfweight.kernels.timing import read_bandwidth
-from halfweight.speed import Folders, from_fresh_process, open_model, synchronize
+from halfweight.speed import SIXTEEN_BIT, Folders, from_fresh_process, open_model, synchronize
 
 T = TypeVar("T")
 WARM_STEPS = 4
@@ -34,7 +37,7 @@ WARM_STEPS = 4
 @dataclass(frozen=True)
 class Workload:
     """What to generate: `new_tokens` after `prompt_tokens`, for each batch size; the long prompt
-    (at batch 1) whose first token is timed. `compiled` False skips torch.compile (on a CPU).
+    (at batch 1) whose first token is timed. `steps` are Decoder's, tried in turn.
     """
 
     batch_sizes: tuple[int, ...] = (1, 16, 64)
@@ -42,7 +45,7 @@ class Workload:
     new_tokens: int = 256
     long_prompt_tokens: int = 2048
     repeats: int = 3
-    compiled: bool = True
+    steps: tuple[Step, ...] = ("graph", "compiled")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class DecodeTime:
     """Decoding of one rival at one batch size; medians over the repeats."""
 
     rival: str
+    step: Step
     batch_size: int
     tokens_per_second: float
     step_milliseconds: float
@@ -71,44 +75,36 @@ class FirstTokenTime:
 Row = DecodeTime | FirstTokenTime
 
 
-class StaticLoop:
-    """Greedy decoding of sequences of up to `max_length` tokens, all of one batch in step."""
+@dataclass(frozen=True)
+class Speedup:
+    """A rival against the 16-bit model: decoding at each batch size (each by its best step), and
+    the time to the first token (below 1 is faster); None where either is missing.
+    """
 
-    def __init__(
-        self,
-        model: Any,
-        max_length: int,
-        *,
-        compiled: bool = False,
-        cache_class: Callable[..., Any] = StaticCache,
-    ) -> None:
-        self._model = model
-        self._cache = cache_class(model.config, max_cache_len=max_length)
-        self._step = self._forward
-        if compiled:
-            self._step = torch.compile(self._forward, mode="reduce-overhead", fullgraph=True)
+    rival: str
+    decode: dict[int, float]
+    first_token_ratio: float | None
 
-    @torch.no_grad()
-    def prefill(self, ids: Tensor, chunk_tokens: int | None = None) -> Tensor:
-        """Forget all, read prompts [B, T] (`chunk_tokens` at a time); the next tokens [B, 1]."""
-        self._cache.reset()
-        for chunk in torch.split(ids, chunk_tokens or ids.shape[1], dim=1):
-            token = self._forward(chunk)
-        return token
 
-    @torch.no_grad()
-    def decode(self, token: Tensor, num_tokens: int) -> Tensor:
-        """The `num_tokens` tokens [B, num_tokens] that follow `token` [B, 1]."""
-        tokens = []
-        for _ in range(num_tokens):
-            token = self._step(token).clone()
-            tokens.append(token)
-        return torch.cat(tokens, dim=1)
-
-    def _forward(self, ids: Tensor) -> Tensor:
-        out = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        token: Tensor = out.logits.argmax(dim=-1)
-        return token
+def speedups(rows: Sequence[Row]) -> list[Speedup]:
+    """Every rival but the 16-bit model itself."""
+    rates: dict[str, dict[int, float]] = defaultdict(dict)
+    first: dict[str, float] = {}
+    for row in rows:
+        if isinstance(row, FirstTokenTime):
+            first[row.rival] = row.milliseconds
+            continue
+        best = max(row.tokens_per_second, rates[row.rival].get(row.batch_size, 0.0))
+        rates[row.rival][row.batch_size] = best
+    base, base_first = rates.pop(SIXTEEN_BIT, {}), first.get(SIXTEEN_BIT)
+    return [
+        Speedup(
+            rival,
+            {batch: rate / base[batch] for batch, rate in found.items() if batch in base},
+            first[rival] / base_first if base_first and rival in first else None,
+        )
+        for rival, found in rates.items()
+    ]
 
 
 def compare(
@@ -142,8 +138,8 @@ def measure(rival: str, folders: Folders, device_name: str, workload: Workload) 
     peak = read_bandwidth(device)
     model = open_model(rival, folders, device)
     yield _first_token(rival, model, device, workload)
-    for batch_size in workload.batch_sizes:
-        yield _decode(rival, model, device, workload, batch_size, peak)
+    for step, batch_size in product(workload.steps, workload.batch_sizes):
+        yield _decode(rival, model, device, workload, step, batch_size, peak)
         torch.compiler.reset()
         gc.collect()
 
@@ -152,29 +148,51 @@ def _first_token(
     rival: str, model: Any, device: torch.device, workload: Workload
 ) -> FirstTokenTime:
     num_tokens = workload.long_prompt_tokens
-    loop = StaticLoop(model, num_tokens + 1)
-    ids = random_ids(model, (1, num_tokens), device)
-    seconds = [_timed(device, lambda: loop.prefill(ids))[0] for _ in range(workload.repeats + 2)]
+    decoder = Decoder(model, 1, num_tokens + 1)
+    prompt = random_prompts(model, 1, num_tokens)
+    seconds = [
+        _timed(device, lambda: decoder.prefill(prompt).argmax(dim=-1))[0]
+        for _ in range(workload.repeats + 2)
+    ]
     return FirstTokenTime(rival, num_tokens, 1e3 * median(seconds[2:]))
 
 
 def _decode(
-    rival: str, model: Any, device: torch.device, workload: Workload, batch_size: int, peak: float
+    rival: str,
+    model: Any,
+    device: torch.device,
+    workload: Workload,
+    step: Step,
+    batch_size: int,
+    peak: float,
 ) -> DecodeTime:
     length = workload.prompt_tokens + workload.new_tokens
-    loop = StaticLoop(model, length, compiled=workload.compiled)
-    ids = random_ids(model, (batch_size, workload.prompt_tokens), device)
-    warm_up, _ = _timed(device, lambda: loop.decode(loop.prefill(ids), WARM_STEPS))
+    decoder = Decoder(model, batch_size, length, step=step)
+    prompts = random_prompts(model, batch_size, workload.prompt_tokens)
+    warm_up, _ = _timed(device, lambda: _advance(decoder, decoder.prefill(prompts), WARM_STEPS))
     num_steps, samples = workload.new_tokens - 1, []
     for _ in range(workload.repeats):
-        decode = partial(loop.decode, loop.prefill(ids), num_steps)
-        samples.append(_timed(device, decode)[0])
-    step = median(samples) / num_steps
+        steps = partial(_advance, decoder, decoder.prefill(prompts), num_steps)
+        samples.append(_timed(device, steps)[0])
+    seconds = median(samples) / num_steps
     num_bytes = step_bytes(model, batch_size, length - num_steps // 2)
-    rate = num_bytes / step
+    rate = num_bytes / seconds
     return DecodeTime(
-        rival, batch_size, batch_size / step, 1e3 * step, num_bytes, rate, rate / peak, warm_up
+        rival,
+        step,
+        batch_size,
+        tokens_per_second=batch_size / seconds,
+        step_milliseconds=1e3 * seconds,
+        step_bytes=num_bytes,
+        bytes_per_second=rate,
+        fraction_of_read_bandwidth=rate / peak,
+        warm_up_seconds=warm_up,
     )
+
+
+def _advance(decoder: Decoder, logits: Tensor, num_steps: int) -> None:
+    for _ in range(num_steps):
+        logits = decoder.advance(logits.argmax(dim=-1))
 
 
 def _timed(device: torch.device, call: Callable[[], T]) -> tuple[float, T]:
@@ -218,7 +236,11 @@ def _data_bytes(parameter: Tensor) -> int:
     return sum(_data_bytes(getattr(parameter, name)) for name in names)
 
 
-def random_ids(model: Any, shape: tuple[int, int], device: torch.device) -> Tensor:
-    """Token ids of `shape`, the same for every rival."""
+def random_prompts(model: Any, batch_size: int, num_tokens: int) -> list[list[int]]:
+    """Prompts of random token ids, the same for every rival."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
+    shape = (batch_size, num_tokens)
+    ids: list[list[int]] = torch.randint(
+        model.config.vocab_size, shape, generator=generator
+    ).tolist()
+    return ids
