@@ -93,11 +93,14 @@ def quantize(
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
     stop: Event | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> ConversionReport:
     """Quantize a model to the folder `out`, which appears only when it is complete.
 
     `source` is a folder of safetensors, a .gguf file or a Hub id. Run again after a kill, the same
     call resumes and gives the same bytes. `stop`, once set, ends the run after the shard in hand.
+    `check` gets the finished folder before it is published: what it raises keeps `out` from
+    appearing, and finished shards are kept for the next run.
 
     Raises CheckpointError for a bad source, UsageError for an `out` that is in the way,
     DiskFullError, and InterruptedConversionError after `stop`.
@@ -110,6 +113,8 @@ def quantize(
     if not overwrite and _is_published(out, job):
         log.warning("%s: already complete", out)
         remove_leftovers(out)
+        if check is not None:
+            check(out)
         return _report(out, layout, read_manifest(out)["shards"], len(layout.shards))
     _check_out(out, path, overwrite)
     for note in load_on_meta(opened.name, opened.config, opened.tensors):
@@ -120,6 +125,8 @@ def quantize(
         _convert(opened, layout, workspace, jobs or os.cpu_count() or 1, progress, stop)
         write_beside_shards(workspace, opened, layout)
         check_structure(workspace.checkpoint)
+        if check is not None:
+            check(workspace.checkpoint)
         workspace.publish()
         return _report(out, layout, workspace.finished, resumed)
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from halfweight.checkpoint import quantized_modules, read_headers, resolve
-from halfweight.errors import CheckpointError, DiskFullError, UsageError
+from halfweight.errors import CheckpointError, DiskFullError, UsageError, VerificationError
 from halfweight.scoring import (
     Evaluation,
     Head,
@@ -96,6 +96,27 @@ def evaluate(
     if ready is not None:
         ready(job)
     return job.run(progress)
+
+
+def require(
+    model: Path,
+    *,
+    reference: str | os.PathLike[str],
+    text: Path,
+    max_kl: float,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate, and raise VerificationError if the mean divergence is above `max_kl` nats."""
+    found = evaluate(model, reference=reference, text=text, progress=progress)
+    assert found.comparison is not None
+    divergence = found.comparison.kl_mean.value
+    if not divergence <= max_kl:
+        raise VerificationError(
+            f"KL divergence from the source is {divergence:.6f} nats on {found.num_tokens} tokens "
+            f"of {text}, expected at most {max_kl:g}",
+            hint="try a smaller group size, or --keep the worst of `halfweight inspect --errors`",
+        )
+    return found
 
 
 @dataclass(frozen=True)

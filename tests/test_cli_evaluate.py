@@ -76,3 +76,28 @@ def test_a_missing_text_is_bad_input(capsys, pair):
     assert code == 4
     assert "no-such-text: cannot be read as UTF-8 text" in err
     assert "hint: give a file of plain text" in err
+
+
+def test_quantize_check_passes_a_close_model(capsys, pair, tmp_path):
+    source, _, text = pair
+    arguments = ("--check", str(text), "--max-kl", "0.01")
+    code, _, err = run(capsys, "quantize", str(source), str(tmp_path / "out"), *arguments)
+    assert code == 0
+    assert "KL divergence from the source: 0.0000" in err
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_quantize_check_publishes_nothing_that_fails(capsys, pair, tmp_path):
+    source, _, text = pair
+    arguments = ("quantize", str(source), str(tmp_path / "out"))
+    code, _, err = run(capsys, *arguments, "--check", str(text), "--max-kl", "0")
+    assert code == 5
+    assert "error: KL divergence from the source is 0.0000" in err
+    assert "expected at most 0" in err
+    assert "hint: try a smaller group size" in err
+    assert not (tmp_path / "out").exists()
+    code, output, _ = run(capsys, *arguments)  # without the check: all shards were kept
+    assert code == 0
+    assert "wrote " in output
+    code, _, err = run(capsys, *arguments, "--check", str(text), "--max-kl", "0")
+    assert code == 5  # a complete folder is checked too

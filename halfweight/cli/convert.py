@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -45,6 +45,12 @@ def quantize(
     ] = "least_squares",
     jobs: Annotated[int | None, typer.Option(min=1, help="Threads [default: all cores].")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an OUT that is not empty.")] = False,
+    check: Annotated[
+        Path | None, typer.Option(metavar="TEXT", help="Compare with SRC on this text at the end.")
+    ] = None,
+    max_kl: Annotated[
+        float, typer.Option(min=0, help="With --check: the largest mean KL divergence, in nats.")
+    ] = 0.01,
     json_output: Json = False,
 ) -> None:
     """Quantize a model to INT8. Interrupted or killed, the same command goes on where it was."""
@@ -66,6 +72,7 @@ def quantize(
             overwrite=overwrite,
             progress=show,
             stop=stop,
+            check=_divergence_check(source, check, max_kl) if check else None,
         )
     if json_output:
         print_json(_fields(report))
@@ -137,6 +144,18 @@ def verify(
         stderr.print(note, markup=False, highlight=False)
     if not json_output:
         stdout.print(f"{path}: {result.num_files} files, {size(result.num_bytes)}, all as written")
+
+
+def _divergence_check(source: str, text: Path, max_kl: float) -> Callable[[Path], None]:
+    def check(folder: Path) -> None:
+        from halfweight.evaluation import require
+
+        found = require(folder, reference=source, text=text, max_kl=max_kl)
+        assert found.comparison is not None
+        figure = f"{found.comparison.kl_mean.value:.6f} nats on {found.num_tokens} tokens"
+        stderr.print(f"KL divergence from the source: {figure}", highlight=False)
+
+    return check
 
 
 def _group_size(text: str) -> GroupSize:
