@@ -15,23 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numba
-import numba.core.cgutils
-import numba.extending
 import numpy as np
-from llvmlite import ir
 from numpy.typing import NDArray
 
+from halfweight.numerics_simd import LANES, squared_error, store_group
 from halfweight.scheme import Scheme
 
 QMAX = np.float32(127)
 CODE_OFFSETS = np.array([0, -1, 1, -2, 2, -3, 3], dtype=np.float32)
 SCALE_FACTORS = 1 + CODE_OFFSETS / np.float32(256)
-LANES = 16
 MAX_ORDERED_GROUP = 256
 MIN_EXPONENT, MAX_EXPONENT = -120, 119
 F16_REBIAS = np.float32(2.0**112)
-ROUNDER = np.float32(1.5 * 2**23)
-"""Added and taken away again, it rounds a small number half to even, in vectors unlike rint."""
 NONE, ONE = np.float32(0), np.float32(1)
 
 SMALLEST_SCALE = {"float32": 2.0**-120, "bfloat16": 2.0**-120, "float16": 2.0**-14, "grid8": 0}
@@ -164,61 +159,6 @@ def _round_bits(value: Any, dropped: int) -> Any:
     return cell[0]
 
 
-@numba.extending.intrinsic  # type: ignore[untyped-decorator]
-def _squared_error(typing: Any, group: Any, inverse: Any, scale: Any) -> Any:
-    """Sum of (w - q s)^2 over a group [16 i] of float32, in the definition's fixed order.
-
-    Written in vectors of LANES because the fixed order forbids what a compiler would reorder, and
-    scalar code is ten times slower. With inverse and scale 0 it is the sum of w^2.
-    """
-    signature = numba.float32(group, numba.float32, numba.float32)
-
-    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        array = numba.core.cgutils.create_struct_proxy(group)(context, builder, arguments[0])
-        lanes = ir.VectorType(ir.FloatType(), LANES)
-        rint = numba.core.cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(lanes, [lanes]), f"llvm.rint.v{LANES}f32"
-        )
-        high, low = (ir.Constant(lanes, [limit] * LANES) for limit in (QMAX, -QMAX))
-        inverses, scales = (_splat(builder, value) for value in arguments[1:])
-        total = numba.core.cgutils.alloca_once_value(builder, ir.Constant(lanes, None))
-        stop = builder.extract_value(array.shape, 0)
-        step = ir.Constant(stop.type, LANES)
-        start = ir.Constant(stop.type, 0)
-        with numba.core.cgutils.for_range_slice(builder, start, stop, step) as (index, _):
-            at = builder.bitcast(builder.gep(array.data, [index]), lanes.as_pointer())
-            weights = builder.load(at)
-            weights.align = 4
-            q = builder.call(rint, [builder.fmul(weights, inverses)])
-            q = builder.select(builder.fcmp_ordered("<", q, high), q, high)
-            q = builder.select(builder.fcmp_ordered(">", q, low), q, low)
-            error = builder.fsub(weights, builder.fmul(q, scales))
-            builder.store(builder.fadd(builder.load(total), builder.fmul(error, error)), total)
-        return _folded(builder, builder.load(total))
-
-    return signature, generate
-
-
-def _splat(builder: Any, value: Any) -> Any:
-    """A vector of LANES copies."""
-    undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
-    one = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-    return builder.shuffle_vector(one, undefined, zeros)
-
-
-def _folded(builder: Any, total: Any) -> Any:
-    """Lanes added in halves: j and j + 8, then j and j + 4, j + 2, j + 1."""
-    width = LANES
-    while width > 1:
-        width //= 2
-        index = ir.VectorType(ir.IntType(32), width)
-        low = builder.shuffle_vector(total, total, ir.Constant(index, list(range(width))))
-        high = ir.Constant(index, list(range(width, 2 * width)))
-        total = builder.fadd(low, builder.shuffle_vector(total, total, high))
-    return builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
-
-
 @_compiled
 def _absmax(bits: Any) -> Any:
     """The largest |w| of a group, found among the bits as integers: vectors, unlike float max."""
@@ -229,19 +169,15 @@ def _absmax(bits: Any) -> Any:
 
 
 @_compiled
-def _store_group(group: Any, scale: Any, packed: Any) -> bool:
-    """Write q + 128; True where more than half of the non-zero weights became 0."""
-    inverse = ONE / scale
-    num_nonzero = num_lost = 0
+def _is_crushed(group: Any, num_zeros: int) -> bool:
+    """Whether more than half of the non-zero weights became one of the `num_zeros` zeros."""
+    if 2 * num_zeros <= group.size:
+        return False
+    num_nonzero = 0
     for k in range(group.size):
-        scaled = group[k] * inverse
-        scaled = scaled if scaled < QMAX else QMAX
-        scaled = scaled if scaled > -QMAX else -QMAX
-        q = np.int32((scaled + ROUNDER) - ROUNDER)
-        packed[k] = np.uint8(q + 128)
         num_nonzero += group[k] != 0
-        num_lost += (q == 0) & (group[k] != 0)
-    return 2 * num_lost > num_nonzero
+    num_lost = num_zeros - (group.size - num_nonzero)
+    return bool(2 * num_lost > num_nonzero)
 
 
 @_compiled
@@ -286,11 +222,12 @@ def _quantize_rows(
                 else:
                     scale = min(max(absmax[g] * SCALE_FACTORS[c], smallest), largest)
                     scale = _round_bits(scale, dropped)
-                error = _squared_error(group, ONE / scale, scale)
+                error = squared_error(group, ONE / scale, scale)
                 if c == 0 or error < best_error:
                     best_scale, best_error = scale, error
             scales[r, g] = best_scale
             stored = packed[r, g * group_size : (g + 1) * group_size]
-            statistics[r].crushed_groups += _store_group(group, best_scale, stored)
+            num_zeros = store_group(group, ONE / best_scale, stored)
+            statistics[r].crushed_groups += _is_crushed(group, num_zeros)
             statistics[r].squared_error += best_error
-            statistics[r].squared_norm += _squared_error(group, NONE, NONE)
+            statistics[r].squared_norm += squared_error(group, NONE, NONE)
