@@ -26,6 +26,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from halfweight.device_memory import available_bytes
 from halfweight.errors import UsageError
 from halfweight.kv_cache import Int8Cache
 
@@ -34,7 +35,7 @@ KvCache = Literal["16bit", "int8"]
 FinishReason = Literal["stop", "length", "nan"]
 
 CHUNK_TOKENS = 2048
-"""Tokens of each prompt that go through the model at a time: bounds the memory of prefill."""
+"""Tokens, of all prompts together, that go through the model at a time: bounds prefill's memory."""
 NAN = -1
 """The token that stands for logits with a NaN in them."""
 
@@ -106,8 +107,9 @@ class Decoder:
         self._mask.fill_(1)
         self._mask[:, : ids.shape[1]] = mask
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        for begin in range(0, ids.shape[1], CHUNK_TOKENS):
-            part = slice(begin, begin + CHUNK_TOKENS)
+        step = max(1, CHUNK_TOKENS // len(prompts))
+        for begin in range(0, ids.shape[1], step):
+            part = slice(begin, begin + step)
             logits = self._forward(ids[:, part], positions[:, part])
         self._positions.copy_(positions[:, -1:])
         return logits
@@ -211,6 +213,27 @@ def check_prompts(
                     f"prompt {i} has token id {token}, expected 0 to {config.vocab_size - 1}",
                     hint="the tokenizer is not this model's",
                 )
+
+
+def largest_batch(model: PreTrainedModel, max_length: int, kv_cache: KvCache = "16bit") -> int:
+    """Sequences of `max_length` tokens whose cache and logits fit what the device has free.
+
+    A tenth is left for activations. 64 on a CPU, which can swap. At least 1: what then does not fit
+    fails with its own message.
+    """
+    free = available_bytes(model.device)
+    if free is None:
+        return 64
+    config = model.config.get_text_config(decoder=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * max_length
+    size = model.dtype.itemsize
+    width = head_dim + size if kv_cache == "int8" else head_dim * size
+    logits = config.vocab_size * 4 * 3
+    widths = config.intermediate_size + 4 * config.hidden_size
+    prefill = min(max_length, CHUNK_TOKENS) * widths * 2 * size
+    each = int(numbers * width + logits + prefill)
+    return max(1, int(free * 0.9) // each)
 
 
 class _Sampler:

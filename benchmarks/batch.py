@@ -1,0 +1,124 @@
+"""The largest batch that completes under a hard memory limit: 16 bits, INT8, INT8 with INT8 cache.
+
+    python benchmarks/batch.py [--limit-gb 24] [--context 4096]
+
+The limit is enforced by torch's allocator. A batch completes if prompts that fill all of the
+context but the last few tokens are read, in chunks, and those tokens are generated. The largest is
+found by running: doubling until one fails, then halving the gap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from arguments import parse, workplace
+from envelope import envelope, write_result
+from models import DEVICE, folders
+
+from halfweight.generate import Decoder, KvCache
+from halfweight.speed import HALFWEIGHT, SIXTEEN_BIT, Folders, from_fresh_process, open_model
+from halfweight.speed.generate import random_prompts
+
+NEW_TOKENS = 8
+VARIANTS: dict[str, tuple[str, KvCache]] = {
+    "16-bit weights and cache": (SIXTEEN_BIT, "16bit"),
+    "INT8 weights": (HALFWEIGHT, "16bit"),
+    "INT8 weights and cache": (HALFWEIGHT, "int8"),
+}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One batch of one variant: whether it completed, its peak memory, its time."""
+
+    variant: str
+    batch_size: int
+    completed: bool
+    peak_bytes: int
+    seconds: float
+
+
+def next_try(good: int, bad: int | None, most: int) -> int | None:
+    """The batch to try when `good` completed and `bad` (if any yet) did not; None when done."""
+    if bad is not None:
+        return (good + bad) // 2 if bad - good > 1 else None
+    return min(max(1, 2 * good), most) if good < most else None
+
+
+def attempts(
+    variant: str, found: Folders, context: int, limit_bytes: int, most: int
+) -> Iterator[Attempt]:
+    """Every attempt of one variant, in this process, which should be a fresh one."""
+    if DEVICE.type == "cuda":
+        total = torch.cuda.get_device_properties(DEVICE).total_memory
+        torch.cuda.set_per_process_memory_fraction(limit_bytes / total, DEVICE)
+    rival, kv_cache = VARIANTS[variant]
+    model = open_model(rival, found, DEVICE)
+    good, bad = 0, None
+    while (batch_size := next_try(good, bad, most)) is not None:
+        attempt = _attempt(variant, model, kv_cache, batch_size, context)
+        yield attempt
+        good, bad = (batch_size, bad) if attempt.completed else (good, batch_size)
+
+
+def _attempt(variant: str, model: Any, kv_cache: KvCache, batch_size: int, context: int) -> Attempt:
+    gc.collect()
+    on_gpu = DEVICE.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(DEVICE)
+    begin = time.perf_counter()
+    try:
+        _run(model, kv_cache, batch_size, context)
+        completed = True
+    except torch.OutOfMemoryError:
+        completed = False
+    peak = torch.cuda.max_memory_allocated(DEVICE) if on_gpu else 0
+    return Attempt(variant, batch_size, completed, peak, time.perf_counter() - begin)
+
+
+def _run(model: Any, kv_cache: KvCache, batch_size: int, context: int) -> None:
+    decoder = Decoder(model, batch_size, context, kv_cache=kv_cache)
+    tokens = decoder.prefill(random_prompts(model, batch_size, context - NEW_TOKENS)).argmax(-1)
+    for _ in range(NEW_TOKENS - 1):
+        tokens = decoder.advance(tokens).argmax(dim=-1)
+    assert int(tokens.min()) >= 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--limit-gb", type=float, default=24, help="GB of 10^9 bytes")
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--most", type=int, default=256, help="do not try more than this")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    options, deadline = parse(parser)
+    limit = int(options.limit_gb * 1e9)
+    facts = envelope(DEVICE, {"memory_limit_bytes": limit})
+    results: dict[str, Any] = {"shape": options.shape, "context": options.context, "attempts": []}
+    best: dict[str, int] = {}
+    with workplace(options.models) as place:
+        found = folders(options.shape, place)
+        for variant in options.variants:
+            job = (attempts, variant, found, options.context, limit, options.most)
+            for row in from_fresh_process(*job, deadline=deadline):
+                best[variant] = max(best.get(variant, 0), row.batch_size * row.completed)
+                results["attempts"].append(asdict(row))
+                results["largest"] = best
+                write_result(options.name or "batch", facts, results, out=options.out)
+                word = "completes" if row.completed else "does not fit"
+                print(
+                    f"{variant}, batch {row.batch_size}: {word}, peak "
+                    f"{row.peak_bytes / 1e9:.2f} GB, {row.seconds:.1f} s",
+                    flush=True,
+                )
+    print(best)
+
+
+if __name__ == "__main__":
+    main()
