@@ -39,7 +39,10 @@ RATIO_LIMIT, RATIO_GOAL = 2.0, 1.2
 
 @dataclass(frozen=True)
 class Run:
-    """One command: wall and processor seconds, peak resident bytes."""
+    """One command: wall and processor seconds, peak resident bytes.
+
+    The system counts the memory of this program, which starts the command, as the command's own.
+    """
 
     wall_s: float
     cpu_s: float
@@ -164,6 +167,7 @@ def summary(
         "ratio_to_cp_and_sync": wall["quantize"] / wall["cp_sync"],
         "ratio_limit": RATIO_LIMIT,
         "ratio_goal": RATIO_GOAL,
+        "load_average_at_end": os.getloadavg(),
         "peak_bytes": peak,
         "peak_bound_bytes": bound,
         "runs": {name: [asdict(r) for r in found] for name, found in runs.items()},

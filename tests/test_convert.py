@@ -5,10 +5,12 @@ import json
 import logging
 import os
 import stat
+import tracemalloc
 from threading import Event
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import FFN, HIDDEN, INDEX, VOCAB, edit_json, hashes, make_llama, rewrite, tensors_of
 
 from halfweight import convert, layout, numerics
@@ -432,6 +434,21 @@ def test_index_names_every_tensor(llama, tmp_path, small_shards):
     out = read_headers(tmp_path / "out")
     assert index["weight_map"] == {t.name: t.shard.name for t in out.tensors}
     assert index["metadata"]["total_size"] == out.num_bytes
+
+
+def test_memory_does_not_grow_with_the_tensor(tmp_path):
+    """64 MB of embedding pass through a few blocks; its packed bytes, 16 MB, are never all held."""
+    source = tmp_path / "src"
+    source.mkdir()
+    config = {"architectures": ["NoSuchModel"], "model_type": "llama"}
+    (source / "config.json").write_text(json.dumps(config))
+    save_file({"embed.weight": torch.randn(16384, 1024)}, source / "model.safetensors")
+    convert.quantize(source, tmp_path / "warm", jobs=2)
+    tracemalloc.start()
+    convert.quantize(source, tmp_path / "out", jobs=2)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 12_000_000
 
 
 def test_rows_longer_than_a_block(tmp_path, monkeypatch):
