@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from halfweight import kernels
+from halfweight.errors import UsageError
 from halfweight.kernels import cpu, reference
 from halfweight.numerics import QuantizedTensor, quantize
 from halfweight.scheme import SCALE_FORMATS, Scheme
@@ -89,3 +90,51 @@ def test_embedding_equals_the_reference(scale_format, dtype):
     ids = torch.tensor([[3, 0, 49], [3, 7, 7]])
     rows = kernels.embedding(ids, *parts, dtype, "cpu")
     assert torch.equal(rows, reference.embedding(ids, *parts, dtype))
+
+
+def rounded(x, block):
+    """x as the int8 path sees it: the nearest of 255 steps in each block."""
+    blocks = x.double().reshape(*x.shape[:-1], -1, block)
+    step = blocks.abs().amax(dim=-1, keepdim=True) / 127
+    return ((blocks / step).round() * step).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("group_size", "block"), [(64, 64), (128, 128), (256, 256), ("row", 256)])
+@pytest.mark.parametrize("tokens", [1, 3, 6, 41])
+def test_int8_activations_equal_the_product_with_rounded_x(group_size, block, tokens):
+    tensor = weight((37, 768), group_size)
+    parts = (tensor.packed, tensor.scales, tensor.exponents)
+    x, bias = torch.randn(tokens, 768), torch.randn(37)
+    y = kernels.linear(x, *parts, bias, "cpu", True)
+    expected = reference.linear(rounded(x, block), *parts, bias)
+    assert (y.double() - expected).norm() / expected.norm() < 1e-4
+    exact = reference.linear(x.double(), *parts, bias)
+    assert 1e-4 < (y.double() - exact).norm() / exact.norm() < 2e-2
+
+
+def test_int8_activations_of_zeros_are_zeros():
+    tensor = weight()
+    parts = (tensor.packed, tensor.scales, tensor.exponents)
+    assert not kernels.linear(torch.zeros(2, 576), *parts, None, "cpu", True).any()
+
+
+def test_int8_activations_refuse_small_groups():
+    tensor = weight((48, 576), 32)
+    parts = (tensor.packed, tensor.scales, tensor.exponents)
+    with pytest.raises(UsageError, match="need groups of 64, found group size 32"):
+        kernels.linear(torch.randn(2, 576), *parts, None, "cpu", True)
+
+
+def test_one_thread_and_many_give_the_same_bits():
+    tensor = weight((1030, 576), 64)
+    parts = (tensor.packed, tensor.scales, tensor.exponents)
+    x, threads = torch.randn(576), torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(kernels.linear(x, *parts, None, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

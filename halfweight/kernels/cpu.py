@@ -1,68 +1,136 @@
 """Numba backend for CPUs: compiled at run time, no build step, cached on disk.
 
-Decode (a few tokens) reads the packed bytes once, in a loop that LLVM vectorizes. Prefill
-dequantizes a block of rows at a time, small enough to stay in cache, and gives it to the vendor's
-matrix product.
+    up to 8 tokens   linear_floats      reads the packed bytes once (cpu_loops.py)
+    prefill          blocks of rows dequantized in cache, then the vendor's matrix product
+    opt-in           linear_int8        activations rounded to int8 in blocks of a group, any batch
+
+All of it runs on torch's own threads, as many as `torch.get_num_threads()` says. Small matrices
+take one thread: waking another would cost more than it saves.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import numba
-import numpy as np
 import torch
 from torch import Tensor
 
-from halfweight.kernels import Backend
-from halfweight.numerics import QuantizedTensor, dequantize, scales_float32
+from halfweight.errors import UsageError
+from halfweight.kernels import Backend, cpu_loops
+from halfweight.kernels.threads import Arguments, Kernel, num_threads
+from halfweight.numerics import QuantizedTensor, dequantize
 
 MAX_DIRECT_TOKENS = 8
 """Larger batches go through dequantized blocks and the vendor's matrix product."""
-BLOCK_WEIGHTS = 1 << 18
+BLOCK_WEIGHTS = 1 << 21
+"""Weights dequantized at a time for prefill: they stay in a shared cache."""
+MIN_THREAD_BYTES = 1 << 16
+"""Weights that are worth a thread."""
+CHUNK_BYTES = 1 << 16
+"""Weights a thread takes at a time."""
+STEP_BLOCKS = (256, 128, 64)
+"""Activations that share an int8 step: the largest that divides the weight's group."""
+FORMATS = {
+    torch.float32: cpu_loops.FLOAT32,
+    torch.bfloat16: cpu_loops.BFLOAT16,
+    torch.float16: cpu_loops.FLOAT16,
+    torch.uint8: cpu_loops.GRID8,
+}
+
+_linear_floats = Kernel(cpu_loops.linear_floats)
+_round_tokens = Kernel(cpu_loops.round_tokens)
+_linear_int8 = Kernel(cpu_loops.linear_int8)
 
 
-def _compiled(function: Any) -> Any:
-    return numba.njit(cache=True, nogil=True, fastmath=True)(function)
-
-
-@_compiled
-def _gemv(x: Any, packed: Any, scales: Any, y: Any) -> None:
-    num_tokens, in_features = x.shape
-    group_size = in_features // scales.shape[1]
-    for n in range(packed.shape[0]):
-        for m in range(num_tokens):
-            total = np.float32(0)
-            for g in range(scales.shape[1]):
-                part = np.float32(0)
-                for k in range(g * group_size, (g + 1) * group_size):
-                    part += x[m, k] * np.float32(np.int32(packed[n, k]) - 128)
-                total += part * scales[n, g]
-            y[m, n] = total
+def linear_cells(
+    packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
+) -> tuple[int, ...]:
+    """A linear as its kernels know it; `bias` is float32, and all tensors must outlive the call."""
+    out_features, in_features = packed.shape
+    return (
+        out_features,
+        in_features,
+        in_features // scales.shape[1],
+        packed.data_ptr(),
+        scales.data_ptr(),
+        FORMATS[scales.dtype],
+        scales.shape[1] if scales.shape[0] > 1 or out_features == 1 else 0,
+        0 if exponents is None else exponents.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+    )
 
 
 def linear(
     x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """x [..., K] times the dequantized weights [N, K], in x's dtype, float32 accumulation."""
-    rows = x.reshape(-1, x.shape[-1]).float()
-    y = torch.empty(rows.shape[0], packed.shape[0])
-    if rows.shape[0] <= MAX_DIRECT_TOKENS:
-        row_scales = scales_float32(scales, exponents).expand(packed.shape[0], -1)
-        _gemv(rows.numpy(), packed.numpy(), row_scales.numpy(), y.numpy())
-    else:
-        _product_by_blocks(rows, QuantizedTensor(packed, scales, exponents), y)
-    if bias is not None:
-        y += bias
-    return y.to(x.dtype).reshape(*x.shape[:-1], packed.shape[0])
+    tokens = x.numel() // x.shape[-1]
+    if tokens > MAX_DIRECT_TOKENS:
+        return _linear_by_blocks(x, QuantizedTensor(packed, scales, exponents), bias)
+    x, bias = x.contiguous(), None if bias is None else bias.float()
+    y = x.new_empty((*x.shape[:-1], packed.shape[0]))
+    cells = linear_cells(packed, scales, exponents, bias)
+    chunk, threads = _split(packed)
+    arguments = Arguments(
+        *cells, 0, tokens, x.data_ptr(), FORMATS[x.dtype], y.data_ptr(), chunk, cells[2]
+    )
+    if tokens:
+        _linear_floats.run(arguments, threads)
+    return y
 
 
-def _product_by_blocks(x: Tensor, weight: QuantizedTensor, y: Tensor) -> None:
+def _split(packed: Tensor) -> tuple[int, int]:
+    """Rows a thread takes at a time, and the number of threads."""
+    rows, columns = packed.shape
+    threads = min(num_threads(), max(1, packed.numel() // MIN_THREAD_BYTES))
+    chunk = max(1, min(CHUNK_BYTES // columns, rows // (4 * threads)))
+    return -(-chunk // cpu_loops.ROWS) * cpu_loops.ROWS, threads
+
+
+def _linear_by_blocks(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    """Prefill: a block of rows in float32 at a time."""
     out_features, in_features = weight.shape
+    rows = x.reshape(-1, in_features).float()
+    y = torch.empty(rows.shape[0], out_features)
     step = max(16, BLOCK_WEIGHTS // in_features)
     for n in range(0, out_features, step):
         block = dequantize(_rows(weight, slice(n, n + step)))
-        torch.mm(x, block.T, out=y[:, n : n + step])
+        y[:, n : n + step] = torch.mm(rows, block.T)
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
+
+
+def linear_int8(
+    x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`linear` with x rounded to int8, a step for each token and block of a group (opt-in)."""
+    cells = linear_cells(packed, scales, exponents, bias)
+    columns, block = packed.shape[1], step_block(cells[2])
+    tokens = x.numel() // columns
+    x, bias = x.contiguous(), None if bias is None else bias.float()
+    cells = linear_cells(packed, scales, exponents, bias)
+    records = torch.empty(tokens, columns + 8 * (columns // block), dtype=torch.uint8)
+    y = x.new_empty((*x.shape[:-1], packed.shape[0]))
+    form = FORMATS[x.dtype]
+    chunk, threads = _split(packed)
+    if tokens:
+        rounding = Arguments(
+            *cells, 0, tokens, x.data_ptr(), form, records.data_ptr(), chunk, block
+        )
+        _round_tokens.run(rounding, min(threads, tokens))
+        product = Arguments(*cells, 0, tokens, records.data_ptr(), form, y.data_ptr(), chunk, block)
+        _linear_int8.run(product, threads)
+    return y
+
+
+def step_block(group_size: int) -> int:
+    """Activations that share an int8 step beside weights in groups of `group_size`."""
+    for block in STEP_BLOCKS:
+        if group_size % block == 0:
+            return block
+    raise UsageError(
+        f"int8 activations on the CPU need groups of 64, found group size {group_size}",
+        hint="load the model without activations='int8', or quantize it with --group-size 64",
+    )
 
 
 def _rows(weight: QuantizedTensor, rows: slice | Tensor) -> QuantizedTensor:
@@ -89,4 +157,4 @@ def unavailable(device: torch.device) -> str | None:
     return None if device.type == "cpu" else "needs the CPU"
 
 
-BACKEND = Backend("cpu", unavailable, linear, embedding)
+BACKEND = Backend("cpu", unavailable, linear, embedding, linear_int8)
