@@ -155,7 +155,7 @@ def stream(
     for an empty or over-long prompt or an id outside the vocabulary.
     """
     check_prompts(model, prompts, max_new_tokens)
-    stops = set(_stop_tokens(model) if stop_tokens is None else stop_tokens)
+    stops = set(model_stop_tokens(model) if stop_tokens is None else stop_tokens)
     length = max(map(len, prompts)) + max_new_tokens
     step = step or ("graph" if model.device.type == "cuda" else "eager")
     decoder = Decoder(model, len(prompts), length, kv_cache=kv_cache, step=step)
@@ -277,7 +277,8 @@ def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _stop_tokens(model: PreTrainedModel) -> list[int]:
+def model_stop_tokens(model: PreTrainedModel) -> list[int]:
+    """The ids at which the model's own configuration says that a text ends."""
     found = getattr(model.generation_config, "eos_token_id", None)
     found = model.config.eos_token_id if found is None else found
     if found is None:
