@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from halfweight import __version__
 from halfweight.checkpoint import INDEX_NAME
 from halfweight.layout import Layout, index, quantization_config
-from halfweight.scheme import Recipe
+from halfweight.scheme import GroupSize, Recipe
 from halfweight.shard import read_json
 from halfweight.source import Source
 from halfweight.workspace import Workspace
@@ -80,6 +81,11 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def _groups_in_words(sizes: Iterable[GroupSize]) -> str:
+    words = [str(size) for size in sizes if isinstance(size, int)]
+    return f"group of {' or '.join(words)} weights" if words else "row"
+
+
 def _card(source: Source, layout: Layout) -> str:
     name = base_model(source.name)
     before = sum(decision.tensor.num_bytes for decision in layout.decisions)
@@ -87,6 +93,7 @@ def _card(source: Source, layout: Layout) -> str:
     resident = sum(decision.resident_bytes for decision in layout.decisions)
     kept = sum(decision.scheme is None for decision in layout.decisions)
     scheme = layout.recipe.scheme
+    sizes = {d.scheme.group_size: None for d in layout.decisions if d.scheme is not None}
     return f"""---
 base_model: {name}
 base_model_relation: quantized
@@ -101,8 +108,8 @@ tags:
 # {name}, INT8 weights
 
 {name} with its weights in INT8, made by halfweight \
-{__version__}: one byte a weight, one scale for each group of {scheme.group_size} weights along \
-the input ({scheme.scale_choice.replace("_", " ")} choice, `{scheme.scale_format}` scales).
+{__version__}: one byte a weight, one scale for each {_groups_in_words(sizes)} along the input \
+({scheme.scale_choice.replace("_", " ")} choice, `{scheme.scale_format}` scales).
 
 | | bytes | of the source |
 |---|---|---|

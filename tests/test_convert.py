@@ -102,6 +102,7 @@ def test_what_lies_beside_the_shards(llama, tmp_path):
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     card = (out / "README.md").read_text()
     assert f"base_model: {llama.name}\nbase_model_relation: quantized" in card
+    assert "one scale for each group of 64 weights along the input" in card
     manifest = json.loads((out / "halfweight.json").read_text())
     shards = manifest["job"]["source"]["shards"]
     assert [s["name"] for s in shards] == sorted(p.name for p in llama.glob("*.safetensors"))
@@ -145,6 +146,9 @@ def test_mixed_group_sizes_go_into_config_groups(llama, tmp_path):
     assert by_size[128] == [r"re:(.*\.)?o_proj$"]
     assert r"re:(.*\.)?q_proj$" in by_size[64]
     assert any("128 does not divide 64" in note for note in report.notes)
+    assert "each group of 64 or 128 weights" in (tmp_path / "both" / "README.md").read_text()
+    convert.quantize(llama, tmp_path / "rows", Recipe(Scheme("row")))
+    assert "one scale for each row along" in (tmp_path / "rows" / "README.md").read_text()
 
 
 def test_kept_tensors_stay_as_they_were(llama, tmp_path):
