@@ -22,9 +22,9 @@ def fail(error: HalfweightError) -> int:
     return error.exit_code
 
 
-def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(value, indent=2))
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """One JSON document on stdout; on one line with `indent` None."""
+    print(json.dumps(value, indent=indent))
 
 
 def size(num_bytes: float) -> str:
