@@ -2,13 +2,14 @@
 
     python benchmarks/texts.py unpacked texts
     python benchmarks/accuracy.py run MODEL texts/handbook.txt texts/austen.txt --work WORK
+    python benchmarks/accuracy.py collect WORK
     python benchmarks/accuracy.py encoder ENCODER texts/handbook.txt
-    python benchmarks/accuracy.py table
+    python benchmarks/accuracy_table.py
 
 MODEL is a folder of 16-bit or 32-bit safetensors. All arithmetic but that of the weights is
 float32, and the weights are dequantized into the plain model, so a row differs from the next by its
 weights alone. A run that was cut goes on where it was; with a larger --windows it extends what is
-in WORK. `table` writes docs/accuracy.md from the results.
+in WORK, and `collect` writes the result. The last line writes docs/accuracy.md.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from variants import DEFAULT, Q8_0, TENSOR, VARIANTS, Variant
 
 from halfweight.evaluation import SplitModel, compare, split
 from halfweight.scheme import Recipe, TensorInfo
-from halfweight.scoring import Sample, TokenScores, sample, summarize
+from halfweight.scoring import Estimate, Sample, TokenScores, sample, summarize
 
 CONTEXT = 1024
+COMMAND = "python benchmarks/accuracy.py {}"
+"""As recorded: without the paths of a machine."""
 OUTLIER_FACTOR, OUTLIER_COLUMNS = 20.0, 4
 PLANTED = (TENSOR, "bitsandbytes row", DEFAULT, Q8_0)
 """Variants that are also measured on the model with planted outliers."""
@@ -118,7 +121,7 @@ def samples(model: Path, texts: list[Path], num_windows: int) -> dict[str, Sampl
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure the chosen variants, and write what all files in the work folder come to."""
+    """Extend the score files of the chosen variants in the work folder."""
     device = torch.device(arguments.device)
     torch.backends.cuda.matmul.allow_tf32 = False
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -137,11 +140,6 @@ def run(arguments: argparse.Namespace) -> None:
         for name in PLANTED:
             key = f"planted {name}"
             measure(key, VARIANTS[name], weights, source, parts, reference, runs, arguments.work)
-    write_result(
-        "accuracy",
-        envelope(device, {"promised_perplexity_change": 0.01}),
-        collect(arguments.work, [text.stem for text in arguments.texts]),
-    )
 
 
 def chosen(names: list[str]) -> list[Variant]:
@@ -173,22 +171,78 @@ def measure(
         print(f"{key:32} {text:10} {len(scores):7} KL {change.kl_mean.value:.3e}", flush=True)
 
 
-def collect(work: Path, texts: list[str]) -> list[dict[str, Any]]:
-    """One entry a variant with scores: its weight error, and figures of all texts and of each."""
+ENCODER_LINES, ENCODER_TOKENS = 64, 128
+
+
+def encoder(arguments: argparse.Namespace) -> None:
+    """Cosine between embeddings of a float32 encoder before and after, line by line of a text."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModel.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    lines = [line for line in arguments.text.read_text().splitlines() if len(line) > 80]
+    inputs = tokenizer(
+        lines[:ENCODER_LINES],
+        padding=True,
+        truncation=True,
+        max_length=ENCODER_TOKENS,
+        return_tensors="pt",
+    )
+    weights = weights_of(model)
+    source = {name: weight.clone() for name, weight in weights.items()}
+    expected = embeddings(model, inputs)
     entries = []
-    for path in sorted(work.glob("*.json")):
-        files = {text: path.with_name(f"{path.stem}.{text}.scores") for text in texts}
-        scores = {t: np.fromfile(f, TokenScores) for t, f in files.items() if f.exists()}
-        if len(scores) == len(texts):
-            entries.append(
-                {
-                    "variant": path.stem,
-                    **json.loads(path.read_text()),
-                    "all": asdict(summarize(np.concatenate(list(scores.values())))),
-                    "texts": {text: asdict(summarize(part)) for text, part in scores.items()},
-                }
-            )
-    return entries
+    for variant in VARIANTS.values():
+        error = install(weights, source, variant)
+        cosines = (embeddings(model, inputs) * expected).sum(-1)
+        distances = {"mean": float((1 - cosines).mean()), "max": float((1 - cosines).max())}
+        entries.append({"variant": variant.name, **asdict(error), "cosine_distance": distances})
+        print(f"{variant.name:32} 1 - cosine {distances['mean']:.3e}", flush=True)
+    facts = envelope(torch.device("cpu"), {}) | {"command": COMMAND.format("encoder MODEL TEXT")}
+    write_result("accuracy_encoder", facts, entries)
+
+
+@torch.inference_mode()
+def embeddings(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Unit vectors [B, H] in float64: the mean of the last states of a line's tokens."""
+    states = model(**inputs).last_hidden_state.double()
+    mask = inputs["attention_mask"].unsqueeze(-1)
+    return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def collect(arguments: argparse.Namespace) -> None:
+    """Write what all score files of a work folder come to.
+
+    Each variant has figures over the tokens that all variants have, where their differences from
+    the default are paired, and over all tokens that it has itself.
+    """
+    found = {path.stem: scores_of(path) for path in sorted(arguments.work.glob("*.json"))}
+    found = {key: scores for key, scores in found.items() if scores}
+    texts = sorted(set.intersection(*(set(scores) for scores in found.values())))
+    common = {t: min(len(scores[t]) for scores in found.values()) for t in texts}
+    entries = []
+    for key, scores in found.items():
+        part = np.concatenate([scores[t][: common[t]] for t in texts])
+        default = np.concatenate([found[DEFAULT][t][: common[t]] for t in texts])
+        entries.append(
+            {
+                "variant": key,
+                **json.loads((arguments.work / f"{key}.json").read_text()),
+                "common": asdict(summarize(part)),
+                "kl_over_default": asdict(Estimate.of(part["kl"] - default["kl"])),
+                "all": asdict(summarize(np.concatenate(list(scores.values())))),
+                "texts": {t: asdict(summarize(scores[t])) for t in texts},
+            }
+        )
+    facts = envelope(torch.device("cpu"), {"promised_perplexity_change": 0.01})
+    write_result("accuracy", facts | {"command": COMMAND.format("run MODEL TEXTS")}, entries)
+
+
+def scores_of(path: Path) -> dict[str, Any]:
+    """Text -> TokenScores, of the variant whose weight error is at `path`."""
+    files = [f for f in path.parent.glob("*.scores") if f.name.startswith(f"{path.stem}.")]
+    scores = {f.name.split(".")[-2]: np.fromfile(f, TokenScores) for f in files}
+    return {text: part for text, part in scores.items() if len(part)}
 
 
 def main() -> None:
@@ -203,6 +257,13 @@ def main() -> None:
     runs.add_argument("--planted", action="store_true", help="also with planted outliers")
     runs.add_argument("--device", default="cpu")
     runs.set_defaults(function=run)
+    collecting = commands.add_parser("collect", help="write the result of a work folder")
+    collecting.add_argument("work", type=Path)
+    collecting.set_defaults(function=collect)
+    encoders = commands.add_parser("encoder", help="embeddings of a float32 encoder")
+    encoders.add_argument("model", type=Path)
+    encoders.add_argument("text", type=Path)
+    encoders.set_defaults(function=encoder)
     arguments = parser.parse_args()
     arguments.function(arguments)
 
