@@ -3,8 +3,9 @@
 One batch of prompts goes through one `Decoder`: prompts are padded on the left to one length, the
 cache has exactly the room that prompts and new tokens need, and every decode step has the same
 shapes. On CUDA a step is recorded once as a CUDA graph and replayed (`step="graph"`), or compiled
-by torch first, which fuses what lies between the products (`step="compiled"`; slower to start).
-Only the last token's logits are computed. It takes any causal model of transformers, ours or not.
+by torch first, which fuses what lies between the products (`step="compiled"`; slower to start). On
+the CPU one sequence takes a step as a single kernel (`step="kernel"`) if its model has one. Only
+the last token's logits are computed. It takes any causal model of transformers, ours or not.
 
 A prompt that cannot fit, an id outside the vocabulary and a sampled NaN are errors before anything
 is launched, or end that one sequence: on a GPU each would else poison the process or read as text.
@@ -30,7 +31,7 @@ from halfweight.device_memory import available_bytes
 from halfweight.errors import UsageError
 from halfweight.kv_cache import Int8Cache
 
-Step = Literal["eager", "graph", "compiled"]
+Step = Literal["eager", "graph", "compiled", "kernel"]
 KvCache = Literal["16bit", "int8"]
 FinishReason = Literal["stop", "length", "nan"]
 
@@ -97,7 +98,7 @@ class Decoder:
         self._ids = torch.zeros(batch_size, 1, **where)
         self._positions = torch.zeros(batch_size, 1, **where)
         self._mask = torch.ones(batch_size, max_length, **where)
-        self._step = _make_step(self._one_token, step)
+        self._step = self._choose if step == "kernel" else _make_step(self._one_token, step)
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -121,6 +122,17 @@ class Decoder:
         self._positions += 1
         logits: Tensor = self._step()
         return logits
+
+    def _choose(self) -> Tensor:
+        """The first step on the CPU, when the cache exists: by one kernel if the model has one."""
+        from halfweight.cpu_decode import step_for
+
+        kernel = step_for(self._model, self._cache, len(self._ids))
+        if kernel is None:
+            self._step = self._one_token
+        else:
+            self._step = lambda: kernel(int(self._ids), int(self._positions))
+        return self._step()
 
     def _one_token(self) -> Tensor:
         return self._forward(self._ids, self._positions)
@@ -151,13 +163,13 @@ def stream(
     """Generate for all prompts at once; yields after every step one entry a prompt.
 
     An entry is the new token, then once the reason why the sequence ends, then None. `stop_tokens`
-    default to the model's own; `step` to a CUDA graph on CUDA. Raises UsageError before any work
+    default to the model's own; `step` to the device's fastest. Raises UsageError before any work
     for an empty or over-long prompt or an id outside the vocabulary.
     """
     check_prompts(model, prompts, max_new_tokens)
     stops = set(model_stop_tokens(model) if stop_tokens is None else stop_tokens)
     length = max(map(len, prompts)) + max_new_tokens
-    step = step or ("graph" if model.device.type == "cuda" else "eager")
+    step = step or ("graph" if model.device.type == "cuda" else "kernel")
     decoder = Decoder(model, len(prompts), length, kv_cache=kv_cache, step=step)
     sampler = _Sampler(sampling, prompts, model.device)
     alive = [True] * len(prompts)

@@ -161,8 +161,25 @@ def _multiplier(tiles: Any) -> Any:
     return multiply
 
 
-multiply_floats = _multiplier([float_tile(*tile) for tile in TILES])
+_float_tiles = [float_tile(*tile) for tile in TILES]
+float_4x1, float_1x1 = _float_tiles[2:]
+multiply_floats = _multiplier(_float_tiles)
 multiply_int8 = _multiplier([int8_tile(*tile) for tile in TILES])
+
+
+@inline
+def multiply_token(
+    x: Any, weights: Any, rows: Any, scales: Any, groups: Any, size: Any, out: Any
+) -> None:
+    """`multiply_floats` for one token, with the usual group sizes unrolled."""
+    if rows == 1:
+        float_1x1(x, weights, scales, groups, size, out, 4)
+    elif size == 128:
+        float_4x1(x, weights, scales, groups, 128, out, 4)
+    elif size == 64:
+        float_4x1(x, weights, scales, groups, 64, out, 4)
+    else:
+        float_4x1(x, weights, scales, groups, size, out, 4)
 
 
 @inline
@@ -185,6 +202,16 @@ def next_rows(row: Any, end: Any) -> Any:
 
 
 @inline
+def row_block(linear: Any, row: Any, end: Any, block: Any, scratch: Any) -> Any:
+    """The number of rows to take at once, with their scales in `scratch`."""
+    rows = int64(ROWS) if end - row >= ROWS else int64(1)
+    blocks = cell(linear, IN) // block
+    for r in range(rows):
+        row_scales(linear, row + r, block, scratch + 4 * r * blocks)
+    return rows
+
+
+@inline
 def float_rows(
     linear: Any, begin: Any, end: Any, x: Any, tokens: Any, scratch: Any, y: Any, y_format: Any
 ) -> None:
@@ -194,19 +221,31 @@ def float_rows(
     sums = scratch + 4 * ROWS * groups
     row = begin
     while row < end:
-        rows = next_rows(row, end)
+        rows = row_block(linear, row, end, size, scratch)
         weights = cell(linear, PACKED) + row * columns
-        for r in range(rows):
-            row_scales(linear, row + r, size, scratch + 4 * r * groups)
-        if size == 128:
-            multiply_floats(x, 4 * columns, tokens, weights, rows, scratch, groups, 128, sums)
-        elif size == 64:
-            multiply_floats(x, 4 * columns, tokens, weights, rows, scratch, groups, 64, sums)
-        else:
-            multiply_floats(x, 4 * columns, tokens, weights, rows, scratch, groups, size, sums)
+        multiply_floats(x, 4 * columns, tokens, weights, rows, scratch, groups, size, sums)
         if size % LANES:
             add_ends_of_groups(x, tokens, weights, rows, scratch, groups, size, sums)
         write_rows(linear, row, rows, sums, tokens, 0, y, y_format)
+        row += rows
+
+
+@inline
+def token_rows(
+    linear: Any, begin: Any, end: Any, x: Any, scratch: Any, y: Any, y_format: Any
+) -> None:
+    """`float_rows` for one token."""
+    columns, size = cell(linear, IN), cell(linear, GROUP)
+    groups = columns // size
+    sums = scratch + 4 * ROWS * groups
+    row = begin
+    while row < end:
+        rows = row_block(linear, row, end, size, scratch)
+        weights = cell(linear, PACKED) + row * columns
+        multiply_token(x, weights, rows, scratch, groups, size, sums)
+        if size % LANES:
+            add_ends_of_groups(x, 1, weights, rows, scratch, groups, size, sums)
+        write_rows(linear, row, rows, sums, 1, 0, y, y_format)
         row += rows
 
 
@@ -226,7 +265,10 @@ def linear_floats(pointer: Any) -> None:
         if begin >= out_features:
             break
         end = min(begin + chunk, out_features)
-        float_rows(arguments, begin, end, x, tokens, scratch, y, y_format)
+        if tokens == 1:
+            token_rows(arguments, begin, end, x, scratch, y, y_format)
+        else:
+            float_rows(arguments, begin, end, x, tokens, scratch, y, y_format)
 
 
 @inline
@@ -266,10 +308,8 @@ def int8_rows(
     sums = scratch + 4 * ROWS * blocks
     row = begin
     while row < end:
-        rows = next_rows(row, end)
+        rows = row_block(linear, row, end, block, scratch)
         weights = cell(linear, PACKED) + row * columns
-        for r in range(rows):
-            row_scales(linear, row + r, block, scratch + 4 * r * blocks)
         multiply_int8(x, columns + 8 * blocks, tokens, weights, rows, scratch, blocks, block, sums)
         write_rows(linear, row, rows, sums, tokens, first, y, y_format)
         row += rows

@@ -355,3 +355,9 @@ def inline(function: Any) -> Any:
     """A part of a kernel, compiled into it: no exceptions, sums in any order."""
     flags = {"reassoc", "contract", "nsz", "arcp"}
     return numba.njit(error_model="numpy", fastmath=flags, nogil=True)(function)
+
+
+@_operation(types.voidptr, types.int64)
+def pointer_to(builder: Any, address: Any) -> Any:
+    """An address as a C pointer, for `carray`."""
+    return builder.inttoptr(address, _I8.as_pointer())
