@@ -22,8 +22,9 @@ from envelope import envelope, write_result
 from models import DEVICE, folders
 
 from halfweight.generate import Decoder, KvCache
-from halfweight.speed import HALFWEIGHT, SIXTEEN_BIT, Folders, from_fresh_process, open_model
 from halfweight.speed.generate import random_prompts
+from halfweight.speed.process import from_fresh_process
+from halfweight.speed.rivals import HALFWEIGHT, SIXTEEN_BIT, Folders, open_model
 
 NEW_TOKENS = 8
 VARIANTS: dict[str, tuple[str, KvCache]] = {

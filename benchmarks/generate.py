@@ -19,7 +19,8 @@ from envelope import envelope, write_result
 from models import DEVICE, folders
 
 from halfweight.kernels.timing import read_bandwidth
-from halfweight.speed import HALFWEIGHT, HALFWEIGHT_INT8, RIVALS, SIXTEEN_BIT, TORCHAO, generate
+from halfweight.speed import generate
+from halfweight.speed.rivals import HALFWEIGHT, HALFWEIGHT_INT8, RIVALS, SIXTEEN_BIT, TORCHAO
 
 
 def line(row: generate.Row) -> str:

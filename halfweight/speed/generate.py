@@ -27,7 +27,8 @@ from torch import Tensor
 
 from halfweight.generate import Decoder, Step
 from halfweight.kernels.timing import read_bandwidth
-from halfweight.speed import SIXTEEN_BIT, Folders, from_fresh_process, open_model, synchronize
+from halfweight.speed.process import from_fresh_process
+from halfweight.speed.rivals import SIXTEEN_BIT, Folders, open_model, synchronize
 
 T = TypeVar("T")
 WARM_STEPS = 4

@@ -11,15 +11,8 @@ from statistics import median
 
 import torch
 
-from halfweight.speed import (
-    HALFWEIGHT,
-    SIXTEEN_BIT,
-    Folders,
-    HostMemory,
-    from_fresh_process,
-    open_model,
-    synchronize,
-)
+from halfweight.speed.process import HostMemory, from_fresh_process
+from halfweight.speed.rivals import HALFWEIGHT, SIXTEEN_BIT, Folders, open_model, synchronize
 
 COMPARED = (SIXTEEN_BIT, HALFWEIGHT)
 READ_BYTES = 16 << 20
