@@ -14,9 +14,10 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import float32, int8, int32, int64, uint8, uint16, uint32
+from numba import carray, float32, int8, int32, int64, uint8, uint16, uint32
 
 from halfweight.kernels.simd import (
+    BLOCK_ROWS,
     LANES,
     address_of,
     bits_of,
@@ -25,11 +26,14 @@ from halfweight.kernels.simd import (
     float_tile,
     from_float16,
     inline,
+    int8_block,
     int8_tile,
     load,
+    pointer_to,
     store,
     store_byte,
     store_half,
+    store_int,
     to_float16,
 )
 
@@ -38,7 +42,7 @@ FLOAT32, BFLOAT16, FLOAT16, GRID8 = range(4)
 
 OUT, IN, GROUP, PACKED, SCALES, FORMAT, SCALE_STRIDE, EXPONENTS, BIAS = range(9)
 LINEAR_CELLS = 9
-TICKET, TOKENS, X, X_FORMAT, Y, CHUNK, BLOCK = range(LINEAR_CELLS, LINEAR_CELLS + 7)
+TICKET, TOKENS, X, X_FORMAT, Y, CHUNK, BLOCK, PARTS = range(LINEAR_CELLS, LINEAR_CELLS + 8)
 
 ROWS = 4
 """Rows that meet the tokens at once."""
@@ -164,6 +168,9 @@ def _multiplier(tiles: Any) -> Any:
 _float_tiles = [float_tile(*tile) for tile in TILES]
 float_4x1, float_1x1 = _float_tiles[2:]
 multiply_floats = _multiplier(_float_tiles)
+block_6, block_1 = int8_block(6), int8_block(1)
+BLOCK_TOKENS = 6
+"""Records that meet 32 rows at once: a multiple of 1, 2 and 3 parts."""
 multiply_int8 = _multiplier([int8_tile(*tile) for tile in TILES])
 
 
@@ -272,21 +279,38 @@ def linear_floats(pointer: Any) -> None:
 
 
 @inline
-def round_token(x: Any, columns: Any, block: Any, record: Any) -> None:
-    """Round x float32 [K] to a record: int8 [K], float32 step and int32 -128 sum a block."""
+def round_token(x: Any, columns: Any, block: Any, parts: Any, record: Any) -> None:
+    """Round x float32 [K] to `parts` records: int8 [K], float32 step and int32 -128 sum a block.
+
+    The parts are the digits of a number of 8 parts bits, base 256, lowest first, each with a step
+    256 times that of the one before: their products add up to the product with x.
+    """
     blocks = columns // block
+    stride = columns + 8 * blocks
+    digits = int32(127)
+    for _ in range(1, parts):
+        digits = digits * int32(256) + int32(127)
+    most = float32(digits)
     for b in range(blocks):
         largest = float32(0)
         for k in range(b * block, (b + 1) * block):
             largest = max(largest, abs(load(x + 4 * k, float32)))
-        inverse = float32(127) / largest if largest > 0 else float32(0)
-        total = int32(0)
+        inverse = most / largest if largest > 0 else float32(0)
+        step = largest / most
+        for part in range(parts):
+            store(record + part * stride + columns + 4 * b, step)
+            store_int(record + part * stride + columns + 4 * (blocks + b), int32(0))
+            step *= float32(256)
         for k in range(b * block, (b + 1) * block):
-            rounded = int8(np.rint(load(x + 4 * k, float32) * inverse))
-            store_byte(record + k, rounded)
-            total += int32(rounded)
-        store(record + columns + 4 * b, largest / float32(127))
-        store(record + columns + 4 * (blocks + b), float_from_bits(uint32(total * int32(-128))))
+            rest = int32(np.rint(load(x + 4 * k, float32) * inverse))
+            rest = min(max(rest, -digits), digits)
+            for part in range(parts):
+                digit = int8(rest)
+                rest = (rest - int32(digit)) >> int32(8)
+                at = record + part * stride
+                store_byte(at + k, digit)
+                sum_at = at + columns + 4 * (blocks + b)
+                store_int(sum_at, load(sum_at, int32) - int32(128) * int32(digit))
 
 
 @inline
@@ -326,8 +350,9 @@ def round_tokens(pointer: Any) -> None:
         if token >= cell(arguments, TOKENS):
             break
         load_tokens(arguments, token, 1, x)
-        record = columns + 8 * (columns // block)
-        round_token(x, columns, block, cell(arguments, Y) + token * record)
+        parts = cell(arguments, PARTS)
+        records = parts * (columns + 8 * (columns // block))
+        round_token(x, columns, block, parts, cell(arguments, Y) + token * records)
 
 
 def linear_int8(pointer: Any) -> None:
@@ -349,3 +374,79 @@ def linear_int8(pointer: Any) -> None:
             tokens = min(at_once, cell(arguments, TOKENS) - first)
             x = cell(arguments, X) + first * record
             int8_rows(arguments, begin, end, block, x, tokens, scratch, first, y, y_format)
+
+
+@inline
+def interleave_rows(linear: Any, row: Any, rows: Any, block: Any, to: Any, scales: Any) -> None:
+    """Write 32 rows (zeros past `rows`) as packed [K/4, 32, 4] and scales float32 [K/block, 32]."""
+    columns = cell(linear, IN)
+    blocks = columns // block
+    weights = cell(linear, PACKED) + row * columns
+    own = scales + 4 * BLOCK_ROWS * blocks
+    for r in range(BLOCK_ROWS):
+        if r < rows:
+            row_scales(linear, row + r, block, own)
+            for k in range(0, columns, 4):
+                store_int(to + BLOCK_ROWS * k + 4 * r, load(weights + r * columns + k, int32))
+        for b in range(blocks):
+            scale = load(own + 4 * b, float32) if r < rows else float32(0)
+            store(scales + 4 * (BLOCK_ROWS * b + r), scale)
+
+
+@inline
+def write_token(
+    linear: Any, row: Any, rows: Any, sums: Any, parts: Any, y: Any, y_format: Any
+) -> None:
+    """y[row : row + rows] of one token: its parts' sums [parts, 32] added, and the bias."""
+    bias = cell(linear, BIAS)
+    values = carray(pointer_to(sums), (parts, BLOCK_ROWS), float32)
+    for part in range(1, parts):
+        for r in range(BLOCK_ROWS):
+            values[0, r] += values[part, r]
+    if bias:
+        for r in range(rows):
+            values[0, r] += load(bias + 4 * (row + r), float32)
+    if y_format == FLOAT32:
+        out = carray(pointer_to(y + 4 * row), rows, float32)
+        for r in range(rows):
+            out[r] = values[0, r]
+    else:
+        for r in range(rows):
+            store_number(y, row + r, y_format, values[0, r])
+
+
+def linear_many(pointer: Any) -> None:
+    """Kernel: y [M, N] = tokens in parts at X times a linear; threads take 32 rows by ticket."""
+    arguments = address_of(pointer)
+    out_features, columns = cell(arguments, OUT), cell(arguments, IN)
+    block, parts = cell(arguments, BLOCK), cell(arguments, PARTS)
+    blocks = columns // block
+    record = columns + 8 * blocks
+    buffer = np.zeros(
+        (BLOCK_ROWS + 1) * blocks + BLOCK_TOKENS * BLOCK_ROWS + BLOCK_ROWS * columns // 4,
+        np.float32,
+    )
+    scales = int64(buffer.ctypes.data)
+    sums = scales + 4 * (BLOCK_ROWS + 1) * blocks
+    weights = sums + 4 * BLOCK_TOKENS * BLOCK_ROWS
+    stride, records = 4 * BLOCK_ROWS, cell(arguments, TOKENS) * parts
+    y, y_format = cell(arguments, Y), cell(arguments, X_FORMAT)
+    item = int64(4) if y_format == FLOAT32 else int64(2)
+    while True:
+        row = fetch_add(arguments + 8 * TICKET, BLOCK_ROWS)
+        if row >= out_features:
+            break
+        rows = min(int64(BLOCK_ROWS), out_features - row)
+        interleave_rows(arguments, row, rows, block, weights, scales)
+        for first in range(0, records, BLOCK_TOKENS):
+            count = min(int64(BLOCK_TOKENS), records - first)
+            x = cell(arguments, X) + first * record
+            if count == BLOCK_TOKENS:
+                block_6(x, weights, scales, blocks, block, sums, stride)
+            else:
+                for m in range(count):
+                    to = sums + m * stride
+                    block_1(x + m * record, weights, scales, blocks, block, to, stride)
+            for m in range(0, count, parts):
+                at = y + item * ((first + m) // parts) * out_features
+                write_token(arguments, row, rows, sums + m * stride, parts, at, y_format)

@@ -24,6 +24,8 @@ from numba.extending import intrinsic
 
 LANES = 16
 OFFSET = 128
+BLOCK_ROWS = 32
+"""Rows of weights that meet many tokens at once."""
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOAT = ir.FloatType()
@@ -98,6 +100,12 @@ def load(_typing: Any, address: Any, dtype: Any) -> Any:
 def store(builder: Any, address: Any, value: Any) -> None:
     """Write a float32."""
     builder.store(value, _pointer(builder, address, _FLOAT), align=4)
+
+
+@_operation(types.void, types.int64, types.int32)
+def store_int(builder: Any, address: Any, value: Any) -> None:
+    """Write an int32."""
+    builder.store(value, _pointer(builder, address, _I32), align=1)
 
 
 @_operation(types.void, types.int64, types.int8)
@@ -313,6 +321,72 @@ def int8_tile(num_rows: int, num_tokens: int) -> Any:
         _store_sums(b, sums, num_tokens, out, out_stride)
 
     return _intrinsic_of_addresses(f"int8_tile_{num_rows}x{num_tokens}", generate)
+
+
+def int8_block(num_tokens: int) -> Any:
+    """32 rows of weights, interleaved, times some tokens rounded to int8: for many tokens.
+
+    A lane is a row here, so nothing is folded and four bytes of a token meet all rows at once.
+    The Numba function takes the addresses of the tokens' records (as in `int8_tile`), of packed
+    [K/4, 32, 4] and scales float32 [K/G, 32], then K/G, G, and the address of float32
+    [num_tokens, 32] to write with the bytes between its rows.
+    """
+
+    def generate(
+        features: Any,
+        b: Any,
+        x: Any,
+        weights: Any,
+        scales: Any,
+        num_groups: Any,
+        group_size: Any,
+        out: Any,
+        out_stride: Any,
+    ) -> None:
+        columns, group_bytes = b.mul(num_groups, group_size), b.mul(num_groups, _I64(4))
+        x_stride = b.add(columns, b.mul(num_groups, _I64(8)))
+        steps_at = b.add(x, columns)
+        starts_at = b.add(steps_at, group_bytes)
+        pairs = [(m, v) for m in range(num_tokens) for v in range(BLOCK_ROWS // LANES)]
+        sums = _accumulators(b, len(pairs), _FLOATS)
+        parts = _accumulators(b, len(pairs), _INTS)
+        with cgutils.for_range(b, num_groups) as groups:
+            at_group = b.mul(groups.index, _I64(4))
+            for (m, _), cell in zip(pairs, parts, strict=True):
+                start = _load(b, b.add(_offset(b, starts_at, m, x_stride), at_group), _I32)
+                b.store(_splat_int(b, start), cell)
+            begin = b.mul(groups.index, group_size)
+            with cgutils.for_range(b, b.udiv(group_size, _I64(4))) as loop:
+                k = b.add(begin, b.mul(loop.index, _I64(4)))
+                rows_at = b.add(weights, b.mul(k, _I64(BLOCK_ROWS)))
+                rows = [
+                    _load(b, b.add(rows_at, _I64(4 * LANES * v)), _BYTES64)
+                    for v in range(BLOCK_ROWS // LANES)
+                ]
+                tokens = [
+                    _splat_int(b, _load(b, _offset(b, b.add(x, k), m, x_stride), _I32))
+                    for m in range(num_tokens)
+                ]
+                for (m, v), cell in zip(pairs, parts, strict=True):
+                    token = b.bitcast(tokens[m], _BYTES64)
+                    b.store(_dot_bytes(features, b, b.load(cell), rows[v], token), cell)
+            scales_at = b.add(scales, b.mul(at_group, _I64(BLOCK_ROWS)))
+            for (m, v), part, cell in zip(pairs, parts, sums, strict=True):
+                scale = _load(b, b.add(scales_at, _I64(4 * LANES * v)), _FLOATS)
+                step = _load(b, b.add(_offset(b, steps_at, m, x_stride), at_group), _FLOAT)
+                factor = b.fmul(scale, _splat(b, step))
+                product = b.sitofp(b.load(part), _FLOATS)
+                b.store(_multiply_add(b, product, factor, b.load(cell)), cell)
+        for (m, v), cell in zip(pairs, sums, strict=True):
+            address = b.add(_offset(b, out, m, out_stride), _I64(4 * LANES * v))
+            b.store(b.load(cell), _pointer(b, address, _FLOATS), align=4)
+
+    return _intrinsic_of_addresses(f"int8_block_{num_tokens}", generate)
+
+
+def _splat_int(builder: Any, value: Any) -> Any:
+    one = builder.insert_element(ir.Constant(_INTS, ir.Undefined), value, _I32(0))
+    return builder.shuffle_vector(one, one, _constant(0))
 
 
 def _dot_bytes(features: Any, builder: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
