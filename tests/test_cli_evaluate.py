@@ -21,7 +21,9 @@ def pair(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "TokenizersBackend", "eos_token": "!"}'
+    )
     out = folder.parent / "int8"
     halfweight.quantize(folder, out)
     text = folder.parent / "text.txt"
