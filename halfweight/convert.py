@@ -6,8 +6,8 @@ the source's file through one fused pass to their place in an output shard, a fe
 read back from the file, and journalled while the next is under way. See `workspace` for what
 happens when the process dies, and `layout` for the form of the output.
 
-Before any work the source's headers are loaded, on meta, into the model of its config; before
-publishing the same is done with the output.
+While the first shard is under way the source's headers are loaded, on meta, into the model of its
+config; before publishing the output is compared with what was loaded there.
 
 The output is a function of the source and the recipe alone: no time, path, thread count or machine
 goes into any file.
@@ -21,7 +21,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ from halfweight.manifest import (
     write_beside_shards,
 )
 from halfweight.scheme import Recipe
-from halfweight.selfload import load_on_meta
+from halfweight.selfload import load_aside, model_tensors
 from halfweight.shard import some
 from halfweight.source import Source, open_source
 from halfweight.stream import write_shard
@@ -117,14 +117,12 @@ def quantize(
             check(out)
         return _report(out, layout, read_manifest(out)["shards"], len(layout.shards))
     _check_out(out, path, overwrite)
-    for note in load_on_meta(opened.name, opened.config, opened.tensors):
-        log.warning("%s: %s", opened.name, note)
     with Workspace(out, job, opened.state()) as workspace, _disk_full_named(workspace):
         resumed = _check_resumed(workspace)
         _check_space(workspace, layout)
         _convert(opened, layout, workspace, jobs or os.cpu_count() or 1, progress, stop)
         write_beside_shards(workspace, opened, layout)
-        check_structure(workspace.checkpoint)
+        _check_output(workspace.checkpoint, opened)
         if check is not None:
             check(workspace.checkpoint)
         workspace.publish()
@@ -151,7 +149,7 @@ def _convert(
             progress(Progress(tensor, done, total))
 
     with ThreadPoolExecutor(jobs) as pool, ThreadPoolExecutor(1) as finisher:
-        finishing: Future[None] | None = None
+        finishing = finisher.submit(_check_fit, source)
         for shard in layout.shards:
             if shard.name in workspace.finished:
                 advance(shard.name, shard.source_bytes)
@@ -163,8 +161,7 @@ def _convert(
                     f"{source.name}: a file changed while it was read",
                     hint="run again once nothing writes to the source",
                 )
-            if finishing is not None:
-                finishing.result()
+            finishing.result()
             finishing = finisher.submit(_finish_shard, workspace, path, tensors)
             if stop is not None and stop.is_set():
                 finishing.result()
@@ -172,8 +169,19 @@ def _convert(
                     f"interrupted; {len(workspace.finished)} of {len(layout.shards)} shards kept",
                     hint="run the same command again to go on from there",
                 )
-        if finishing is not None:
-            finishing.result()
+        finishing.result()
+
+
+def _check_fit(source: Source) -> None:
+    """Raise CheckpointError if the source does not fit the model of its config."""
+    for note in load_aside(source.name, source.config, source.tensors):
+        log.warning("%s: %s", source.name, note)
+
+
+def _check_output(folder: Path, source: Source) -> None:
+    """Check what was written, and that to the model it is tensor for tensor what fitted it."""
+    written = model_tensors(check_structure(folder))
+    assert {(t.name, t.shape) for t in written} == {(t.name, t.shape) for t in source.tensors}
 
 
 def _finish_shard(workspace: Workspace, path: Path, tensors: dict[str, Any]) -> None:

@@ -7,8 +7,12 @@ quantized weight stands in as the matrix it dequantizes to.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +74,41 @@ def load_on_meta(
     return (f"not used by the model: {some(unexpected)}",) if unexpected else ()
 
 
+def load_aside(
+    where: Path | str, config: Mapping[str, Any], tensors: Iterable[TensorInfo]
+) -> tuple[str, ...]:
+    """`load_on_meta`, in a process of its own unless transformers is imported already.
+
+    The import is seconds of pure Python, which would hold up every thread of this process.
+    """
+    tensors = list(tensors)
+    if "transformers" in sys.modules:
+        return load_on_meta(where, config, tensors)
+    question = {"where": str(where), "config": config, "tensors": [astuple(t) for t in tensors]}
+    done = subprocess.run(
+        [sys.executable, "-m", "halfweight.selfload"],
+        input=json.dumps(question),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for us to handle
+    )
+    if done.returncode:
+        return load_on_meta(where, config, tensors)
+    answer = json.loads(done.stdout.splitlines()[-1])
+    if "error" in answer:
+        raise CheckpointError(answer["error"], hint=answer["hint"])
+    return tuple(answer["notes"])
+
+
+def _answer(question: dict[str, Any]) -> dict[str, Any]:
+    tensors = [TensorInfo(name, dtype, tuple(shape)) for name, dtype, shape in question["tensors"]]
+    try:
+        return {"notes": load_on_meta(question["where"], question["config"], tensors)}
+    except CheckpointError as error:
+        return {"error": error.message, "hint": error.hint}
+
+
 def _raise_if_unfit(where: Path | str, found: Mapping[str, Any]) -> None:
     hint = "config.json and weights do not belong together: download both again"
     if found["mismatched_keys"]:
@@ -118,3 +157,7 @@ def _module(name: str) -> str:
 
 def _part(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+if __name__ == "__main__":
+    print(json.dumps(_answer(json.load(sys.stdin))))

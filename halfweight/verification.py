@@ -54,18 +54,16 @@ def verify(path: Path, progress: Callable[[str, int, int], None] | None = None) 
             done += entry["bytes"]
             if progress is not None:
                 progress(name, done, total)
-        notes += check_structure(path)
+        checkpoint = check_structure(path)
+        notes += load_on_meta(path, checkpoint.config, model_tensors(checkpoint))
     except CheckpointError as error:
         problems.append(error.message)
     num_bytes = sum(entry["bytes"] for entry in files.values())
     return Verification(path, len(files), num_bytes, tuple(problems), tuple(notes))
 
 
-def check_structure(path: Path) -> tuple[str, ...]:
-    """Check headers, packed modules, scales and the fit to the model; returns remarks.
-
-    Raises CheckpointError for the first fault.
-    """
+def check_structure(path: Path) -> Checkpoint:
+    """Check headers, packed modules and scales. Raises CheckpointError for the first fault."""
     checkpoint = read_headers(path)
     modules = quantized_modules(checkpoint)
     if not modules:
@@ -75,7 +73,7 @@ def check_structure(path: Path) -> tuple[str, ...]:
     _check_group_sizes(checkpoint, modules.values())
     for weight in modules.values():
         _check_values(weight)
-    return load_on_meta(path, checkpoint.config, model_tensors(checkpoint))
+    return checkpoint
 
 
 def _listed_files(path: Path) -> dict[str, Any]:

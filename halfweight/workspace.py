@@ -71,7 +71,9 @@ class Workspace:
         self._take_up_journal()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not self.finished:
+            shutil.rmtree(self.folder)
         self._lock.close()
 
     def record(self, shard: str, entry: dict[str, Any]) -> None:

@@ -4,7 +4,9 @@ import errno
 import json
 import logging
 import os
+import shutil
 import stat
+import sys
 import tracemalloc
 from threading import Event
 
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import FFN, HIDDEN, INDEX, VOCAB, edit_json, hashes, make_llama, rewrite, tensors_of
 
-from halfweight import convert, layout, numerics
+from halfweight import convert, layout, numerics, selfload
 from halfweight.checkpoint import quantized_modules, read_headers
 from halfweight.errors import (
     CheckpointError,
@@ -323,7 +325,7 @@ def test_a_full_disk_is_refused_before_any_work(llama, tmp_path, monkeypatch):
     with pytest.raises(DiskFullError, match=r"needs \d+ bytes more, 1000 are free") as caught:
         convert.quantize(llama, tmp_path / "out")
     assert caught.value.hint.startswith("free ")
-    assert not list((workspace_folder(tmp_path / "out") / "checkpoint").iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("call", [1, 3, 7, 20])
@@ -410,6 +412,21 @@ def test_config_and_weights_must_belong_together(tmp_path):
     with pytest.raises(CheckpointError, match="transformers cannot build this model"):
         convert.quantize(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_same_answers_from_a_process_of_its_own(llama, tmp_path, monkeypatch):
+    """As on the command line, where transformers is not imported."""
+    monkeypatch.delitem(sys.modules, "transformers")
+    convert.quantize(llama, tmp_path / "out")
+    source = shutil.copytree(llama, tmp_path / "src")
+    edit_json(source / "config.json", num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match=r"no weights for tensor model.layers.2.* 8 more"):
+        convert.quantize(source, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+    assert not workspace_folder(tmp_path / "never").exists()
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(selfload, "load_on_meta", lambda *_: ("checked here",))
+    assert selfload.load_aside("x", {}, []) == ("checked here",)
 
 
 def test_an_unknown_model_class_is_converted_with_a_remark(tmp_path, caplog):
