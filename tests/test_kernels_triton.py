@@ -21,13 +21,17 @@ TOLERANCE = {
 """Relative error of the output; the interpreter cuts bfloat16 where a GPU rounds."""
 
 EXACT = {
-    "gemv": Config("gemv", rows=16, per_processor=1),
+    "gemv": Config("gemv", rows=16, per_processor=1, stages=1),
+    "gemv through shared memory": Config("gemv", rows=16, per_processor=1, stages=3),
     "matmul": Config("matmul", tokens=16, rows=32, stages=2),
     "matmul of a split K": Config("matmul", tokens=16, rows=16, split=3, stages=2),
     "two int8": Config("two_int8", tokens=16, rows=32, stages=2),
     "two int8 of a split K": Config("two_int8", tokens=16, rows=32, split=2, stages=2),
     "dequantize": Config("dequantize"),
 }
+VARIANTS = ("gemv through shared memory", "two int8 of a split K")
+"""The interpreter runs these as it runs their plain forms: checked once."""
+PLAIN = [name for name in EXACT if name not in VARIANTS]
 INT8 = {
     "int8": Config("int8", tokens=16, rows=32, stages=2),
     "int8 of a split K": Config("int8", tokens=16, rows=32, split=2, stages=2),
@@ -87,9 +91,9 @@ def test_exact_kernels(name, dtype, tokens):
     assert relative_error(y, x, tensor, bias) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("scale_format", SCALE_FORMATS)
-@pytest.mark.parametrize("group_size", [32, 128, 256, "row", "tensor"])
+@pytest.mark.parametrize("group_size", [32, 256, "row", "tensor"])
 def test_scale_formats_and_groups(name, scale_format, group_size):
     if group_size == "tensor" and scale_format == "grid8":
         return
@@ -98,7 +102,7 @@ def test_scale_formats_and_groups(name, scale_format, group_size):
     assert relative_error(multiply(x, tensor, None, EXACT[name]), x, tensor) < 1e-3
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("shape", [(1, 32), (5, 96), (16, 1056), (130, 64)], ids=str)
 def test_odd_shapes(name, shape):
     tensor = weight(shape, 32)

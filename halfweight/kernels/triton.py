@@ -99,6 +99,7 @@ def _gemv(p: _Product, config: Config) -> None:
         TOKENS=padded_tokens,
         ROWS=config.rows,
         SEGMENTS=segments,
+        STAGES=config.stages,
         ASM=device_info(p.x.device).is_nvidia,
         num_warps=max(config.warps, least_warps),
         **_register_limit(p, config),

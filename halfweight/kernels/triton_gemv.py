@@ -86,31 +86,32 @@ def gemv_load_x(x, M, K, stride_x, eight, SEGMENTS: tl.constexpr, TOKENS: tl.con
 
 
 @triton.jit
-def gemv_load(
-    words, scales, block, N, K, GROUP, stride_w, stride_s,
-    ROWS: tl.constexpr, SEGMENTS: tl.constexpr,
-):  # fmt: skip
-    """Words [ROWS, 1, SEGMENTS, 4] of four bytes and scales [ROWS, 1, SEGMENTS] of a row block.
-
-    Both are loaded in the shape that makes the compiler give one segment to one thread.
-    """
-    first = block.to(tl.int64) * ROWS
+def load_words(words, block, N, K, stride_w, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Words [ROWS, 1, SEGMENTS, 4] of four bytes of a row block: a segment for a thread."""
+    first = tl.cast(block, tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     k_word = tl.arange(0, SEGMENTS * 4)
-    segment = tl.arange(0, SEGMENTS)
-    inside = first + row < N
     word = tl.load(
         words + first * (stride_w // 4) + row[:, None] * (stride_w // 4) + k_word[None, :],
-        mask=inside[:, None] & (k_word < K // 4)[None, :],
+        mask=(first + row < N)[:, None] & (k_word < K // 4)[None, :],
         other=0,
         eviction_policy="evict_first",
     )
+    return word.reshape(ROWS, 1, SEGMENTS, 4)
+
+
+@triton.jit
+def load_scales(scales, block, N, K, GROUP, stride_s, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Scales [ROWS, 1, SEGMENTS], loaded transposed to fall to the threads of their segments."""
+    first = tl.cast(block, tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    segment = tl.arange(0, SEGMENTS)
     scale = tl.load(
         scales + first * stride_s + row[None, :] * stride_s + (segment * 16 // GROUP)[:, None],
-        mask=inside[None, :] & (segment * 16 < K)[:, None],
+        mask=(first + row < N)[None, :] & (segment * 16 < K)[:, None],
         other=0,
     )
-    return word.reshape(ROWS, 1, SEGMENTS, 4), tl.trans(scale)[:, None, :]
+    return tl.trans(scale)[:, None, :]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -122,6 +123,7 @@ def gemv(
     SEGMENTS: tl.constexpr,
     HAS_EXPONENTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    STAGES: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -130,13 +132,16 @@ def gemv(
     A thread takes segments of 16 weights, and rounds its 16 activations to two int8 parts: the
     products are exact in integers, four at a time, and x keeps 16 bits. A program takes every
     num_programs-th block of ROWS rows; a row spans all its threads. The bytes of the next block
-    are on their way while this block is multiplied.
+    are on their way while this block is multiplied: to registers with STAGES 1, else those of the
+    next STAGES - 1 blocks to shared memory.
     """
     if PDL:
         cuda.gdc_launch_dependents()
     first = tl.program_id(0)
     num_programs = tl.num_programs(0)
-    word, scale = gemv_load(words, scales, first, N, K, GROUP, stride_w, stride_s, ROWS, SEGMENTS)
+    if STAGES == 1:
+        word = load_words(words, first, N, K, stride_w, ROWS, SEGMENTS)
+    scale = load_scales(scales, first, N, K, GROUP, stride_s, ROWS, SEGMENTS)
     if PDL:
         cuda.gdc_wait()
     x_a = gemv_load_x(x, M, K, stride_x, 0, SEGMENTS, TOKENS)
@@ -152,10 +157,13 @@ def gemv(
     byte_offset = tl.trans(x_total)[None, :, :].to(tl.int32) * -128
     step = tl.trans(step / 254)[None, :, :]
     token = tl.arange(0, TOKENS)
-    for block in range(first, tl.cdiv(N, ROWS), num_programs):
-        next_word, next_scale = gemv_load(
-            words, scales, block + num_programs, N, K, GROUP, stride_w, stride_s, ROWS, SEGMENTS
-        )
+    for block in tl.range(first, tl.cdiv(N, ROWS), num_programs, num_stages=STAGES):
+        following = block + num_programs
+        if STAGES == 1:
+            next_word = load_words(words, following, N, K, stride_w, ROWS, SEGMENTS)
+        else:
+            word = load_words(words, block, N, K, stride_w, ROWS, SEGMENTS)
+        next_scale = load_scales(scales, following, N, K, GROUP, stride_s, ROWS, SEGMENTS)
         row = block * ROWS + tl.arange(0, ROWS)
         exponent, offset = load_row_ends(exponents, bias, row, N, HAS_EXPONENTS, HAS_BIAS)
         w0, w1, w2, w3 = four_words(word)
@@ -166,4 +174,6 @@ def gemv(
         tl.store(
             out, finish(sums, exponent, offset), mask=(token < M)[:, None] & (row < N)[None, :]
         )
-        word, scale = next_word, next_scale
+        scale = next_scale
+        if STAGES == 1:
+            word = next_word

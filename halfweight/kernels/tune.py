@@ -40,8 +40,9 @@ def int8_candidates(tokens: int, shape: tuple[int, int]) -> list[Config]:
 
 
 def _gemv_candidates() -> Iterator[Config]:
-    for rows, warps, programs in combinations((2, 4, 8), (8, 16), (1, 2, 3, 4, 8, 64)):
-        yield Config("gemv", rows=rows, warps=warps, per_processor=programs)
+    for rows, warps, programs in combinations((2, 4, 8), (8, 16), (1, 2, 4, 8)):
+        for stages in (1, 3):
+            yield Config("gemv", rows=rows, warps=warps, per_processor=programs, stages=stages)
 
 
 def _tiles(kernel: str, tokens: int, shape: tuple[int, int]) -> list[Config]:

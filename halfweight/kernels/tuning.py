@@ -26,6 +26,7 @@ class Config:
     """One way to compute a product.
 
     tokens and rows are the tile (for gemv: rows a step); split is the number of parts of K.
+    stages: blocks in flight; 1 for gemv means in registers, more in shared memory.
     per_processor: programs a multiprocessor is given, gemv only. max_registers of a thread: fewer
     than the compiler would take, so that more programs share a multiprocessor; NVIDIA only.
     """
