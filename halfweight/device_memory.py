@@ -12,13 +12,21 @@ from halfweight.errors import DoesNotFitError
 GIB = 1 << 30
 
 
+def indexed(device: torch.device | str) -> torch.device:
+    """The device with its number: "cuda" is the current one."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def available_bytes(device: torch.device | str) -> int | None:
     """Bytes this process can still allocate on a CUDA device; None for the CPU, which swaps.
 
     Counts what the driver has free, what the allocator holds unused, and the limit set by
     `torch.cuda.set_per_process_memory_fraction`.
     """
-    device = torch.device(device)
+    device = indexed(device)
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)

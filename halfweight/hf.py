@@ -29,6 +29,7 @@ from transformers.quantizers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halfweight.checkpoint import Checkpoint, StoredWeight, quantized_modules, read_headers, resolve
+from halfweight.device_memory import indexed, out_of_memory, require
 from halfweight.errors import CheckpointError, UsageError
 from halfweight.kernels import backend, choose_backend
 from halfweight.layout import quantization_config
@@ -42,6 +43,7 @@ from halfweight.shard import StoredTensor, some
 log = logging.getLogger("halfweight")
 
 METHOD = "halfweight"
+LOAD_HINT = "`halfweight plan` shows what would fit; free the device or use a smaller model"
 Activations = Literal["exact", "int8"]
 
 
@@ -158,7 +160,7 @@ def load(
     model do not fit each other, DoesNotFitError where the device lacks the memory.
     """
     checkpoint = read_headers(resolve(os.fspath(model)))
-    device = torch.device(device)
+    device = indexed(device)
     chosen = choose_backend(device, backend)
     _check_activations(chosen, activations)
     stored = quantized_modules(checkpoint)
@@ -173,7 +175,10 @@ def load(
     source = {t.data_ptr(): s for s in checkpoint.tensors if (t := mapped[s.name]).numel()}
     loaded = _from_tensors(checkpoint, config, _model_tensors(mapped, stored))
     if device.type != "cpu":
-        _move(loaded, device, source, progress)
+        what = f"loading {checkpoint.root.name}"
+        require(checkpoint.num_bytes, device, what, hint=LOAD_HINT)
+        with out_of_memory(device, what, hint=LOAD_HINT):
+            _move(loaded, device, source, progress)
     for module in _quantized(loaded).values():
         module.compact_scales()
     _finish(loaded, checkpoint)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from halfweight.checkpoint import Checkpoint
-from halfweight.device_memory import out_of_memory, require
+from halfweight.device_memory import indexed, out_of_memory, require
 from halfweight.shard import StoredTensor, broken
 
 CHUNK_BYTES = 8 << 20
@@ -89,7 +89,7 @@ def read_tensors(
     DoesNotFitError before reading if the device lacks the memory, CheckpointError if a file ends
     before its header says.
     """
-    device = torch.device(device)
+    device = indexed(device)
     if device.type == "cpu":
         return map_tensors(checkpoint)
     what = f"loading {checkpoint.root.name}"
