@@ -1,0 +1,79 @@
+"""The documents' commands are executed: every console line and every Python block, in order."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from test_cli_run import folder as int8_folder  # noqa: F401  a fixture
+
+from halfweight.cli import main
+
+ROOT = Path(__file__).parent.parent
+DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+SKIPPED = ("halfweight serve", "halfweight chat", "halfweight demo", "halfweight bench")
+BLOCK = re.compile(r"```(console|python)\n(.*?)```", re.DOTALL)
+LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
+
+
+def commands(kind: str) -> list[str]:
+    return [
+        body for k, body in BLOCK.findall((ROOT / "docs/quickstart.md").read_text()) if k == kind
+    ]
+
+
+@pytest.fixture
+def workplace(int8_folder, tmp_path, monkeypatch):  # noqa: F811
+    """A folder with the names that the quickstart uses: SRC and FILE."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "SRC").symlink_to(Path(int8_folder).parent / "source")
+    (tmp_path / "FILE").write_text("w5 w6 w7 w8 w9 w10 w11 w12 " * 40)
+    return tmp_path
+
+
+def test_the_quickstart_runs(workplace, capsys):
+    lines = [
+        line.split("#")[0].strip() for body in commands("console") for line in body.splitlines()
+    ]
+    ran = 0
+    for line in lines:
+        if not line or line.startswith(SKIPPED):
+            continue
+        words = shlex.split(line)
+        assert words[0] == "halfweight"
+        extra = ["--group-size", "32"] if words[1] == "quantize" else []
+        extra += ["--context", "16"] if words[1] == "evaluate" else []
+        with pytest.raises(SystemExit) as ended:
+            main([*words[1:], *extra])
+        assert ended.value.code == 0, (line, capsys.readouterr().err)
+        ran += 1
+    assert ran >= 5
+
+
+def test_the_python_of_the_quickstart_runs(workplace):
+    names: dict[str, object] = {}
+    for body in commands("python"):
+        exec(compile(body, "quickstart.md", "exec"), names)
+    assert type(names["model"]).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_command_named_in_the_docs_exists():
+    from typer.main import get_command
+
+    from halfweight.cli import app
+
+    known = set(get_command(app).commands)
+    for page in DOCS:
+        named = set(
+            re.findall(r"`halfweight ([a-z]+)|^halfweight ([a-z]+)", page.read_text(), re.M)
+        )
+        for command in {a or b for a, b in named}:
+            assert command in known, f"{page.name} names `halfweight {command}`"
