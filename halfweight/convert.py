@@ -84,6 +84,17 @@ class ConversionReport:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Refinement:
+    """A change to the packed bytes of a finished folder, and what it depends on, for the job.
+
+    `apply(folder)` works in place and returns the new squared error of each weight it changed.
+    """
+
+    description: dict[str, Any]
+    apply: Callable[[Path], dict[str, float]]
+
+
 def quantize(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -93,12 +104,14 @@ def quantize(
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
     stop: Event | None = None,
+    refine: Refinement | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> ConversionReport:
     """Quantize a model to the folder `out`, which appears only when it is complete.
 
     `source` is a folder of safetensors, a .gguf file or a Hub id. Run again after a kill, the same
     call resumes and gives the same bytes. `stop`, once set, ends the run after the shard in hand.
+    `refine` rounds the finished weights again; the record of the job says so.
     `check` gets the finished folder before it is published: what it raises keeps `out` from
     appearing, and finished shards are kept for the next run.
 
@@ -109,7 +122,7 @@ def quantize(
     out = Path(os.path.abspath(Path(out).expanduser()))
     opened = open_source(path, str(source))
     layout = lay_out(opened.tensors, recipe or Recipe())
-    job = describe_job(opened, layout.recipe)
+    job = describe_job(opened, layout.recipe) | (refine.description if refine else {})
     if not overwrite and _is_published(out, job):
         log.warning("%s: already complete", out)
         remove_leftovers(out)
@@ -122,6 +135,9 @@ def quantize(
         _check_space(workspace, layout)
         _convert(opened, layout, workspace, jobs or os.cpu_count() or 1, progress, stop)
         write_beside_shards(workspace, opened, layout)
+        if refine is not None:
+            _refine(workspace, refine)
+            write_beside_shards(workspace, opened, layout)
         _check_output(workspace.checkpoint, opened)
         if check is not None:
             check(workspace.checkpoint)
@@ -189,6 +205,18 @@ def _finish_shard(workspace: Workspace, path: Path, tensors: dict[str, Any]) -> 
         os.fsync(file.fileno())
     entry = {"bytes": path.stat().st_size, "sha256": file_sha256(path), "tensors": tensors}
     workspace.record(path.name, entry)
+
+
+def _refine(workspace: Workspace, refine: Refinement) -> None:
+    """Change packed bytes of finished shards, and what the journal says of them."""
+    errors = refine.apply(workspace.checkpoint)
+    for name, entry in list(workspace.finished.items()):
+        tensors = {
+            tensor: {**record, "squared_error": errors.get(tensor, record["squared_error"])}
+            for tensor, record in entry["tensors"].items()
+        }
+        sha256 = file_sha256(workspace.checkpoint / name)
+        workspace.record(name, {**entry, "sha256": sha256, "tensors": tensors})
 
 
 def _check_resumed(workspace: Workspace) -> int:

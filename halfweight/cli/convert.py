@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from halfweight.contents import Contents
-    from halfweight.convert import ConversionReport
+    from halfweight.convert import ConversionReport, Refinement
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -45,6 +45,10 @@ def quantize(
     ] = "least_squares",
     jobs: Annotated[int | None, typer.Option(min=1, help="Threads [default: all cores].")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an OUT that is not empty.")] = False,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="TEXT", help="Round so that errors cancel on this text; slower."),
+    ] = None,
     check: Annotated[
         Path | None, typer.Option(metavar="TEXT", help="Compare with SRC on this text at the end.")
     ] = None,
@@ -72,6 +76,7 @@ def quantize(
             overwrite=overwrite,
             progress=show,
             stop=stop,
+            refine=_calibration(source, calibrate, bar) if calibrate else None,
             check=_divergence_check(source, check, max_kl) if check else None,
         )
     if json_output:
@@ -144,6 +149,18 @@ def verify(
         stderr.print(note, markup=False, highlight=False)
     if not json_output:
         stdout.print(f"{path}: {result.num_files} files, {size(result.num_bytes)}, all as written")
+
+
+def _calibration(source: str, text: Path, bar: Progress) -> Refinement:
+    from halfweight.calibration import calibration
+    from halfweight.checkpoint import resolve
+
+    task = bar.add_task("calibrating", total=None)
+
+    def show(module: str, done: int, total: int) -> None:
+        bar.update(task, description=f"calibrating {module}", completed=done, total=total)
+
+    return calibration(resolve(source), text, show)
 
 
 def _divergence_check(source: str, text: Path, max_kl: float) -> Callable[[Path], None]:
