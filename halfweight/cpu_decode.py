@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
-from halfweight.kernels.threads import Arguments, Kernel, num_threads, team_size_function
+from halfweight.kernels.threads import Arguments, Kernel, num_threads
 from halfweight.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 
 log = logging.getLogger("halfweight")
@@ -74,8 +74,7 @@ class CpuStep:
     def __call__(self, token: int, position: int) -> Tensor:
         """Logits of the next token; the tensor is overwritten by the next call."""
         cells, names = self._arguments.cells, self._cells
-        self._tickets.zero_()
-        cells[names.WAITING] = 0
+        self._counters.zero_()
         cells[names.TOKEN], cells[names.POSITION] = token, position
         self._kernel.run(self._arguments, num_threads())
         return self.logits
@@ -86,7 +85,8 @@ class CpuStep:
         kv_heads, max_length, head_size = keys.shape[1:]
         pairs = zip(body.layers, cache.layers, strict=True)
         layers = torch.tensor([self._layer(*pair) for pair in pairs])
-        self._tickets = torch.zeros(2 + names.TICKETS_A_LAYER * len(layers), dtype=torch.int64)
+        num_counters = names.COUNTERS_A_STEP + names.COUNTERS_A_LAYER * len(layers)
+        self._counters = torch.zeros(num_counters, dtype=torch.int64)
         cos, sin = body.rotary_emb(torch.empty(1), torch.arange(max_length)[None])
         widest = max(
             config.hidden_size,
@@ -96,8 +96,7 @@ class CpuStep:
         work = [torch.empty(widest) for _ in range(3)]
         qkv = torch.empty((config.num_attention_heads + 2 * kv_heads) * head_size)
         values = {
-            names.TEAM_SIZE: team_size_function(),
-            names.TICKETS: self._address(self._tickets),
+            names.COUNTERS: self._address(self._counters),
             names.NUM_LAYERS: len(layers),
             names.LAYERS: self._address(layers),
             names.HEADS: config.num_attention_heads,

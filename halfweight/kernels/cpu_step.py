@@ -2,13 +2,18 @@
 
 At batch 1 a small model's layer is 20 products of some microseconds, and an interpreter between
 them costs more than the products. Here the threads enter once a token and go through all layers
-together; they share the rows of each product by tickets and meet five times a layer:
+together, in five phases a layer:
 
     norm, q k v | rotate, write the cache, attend a head at a time | output, add |
     norm, gate up | down, add
 
+A phase's rows are taken by tickets, and it ends when all its rows are done, not when all threads
+are there: a thread that the system has put aside holds up nobody unless it holds rows. When it
+comes back it finds no tickets, so what it has prepared from numbers that have since changed is
+never used.
+
 Activations are float32 throughout, the cache is the model's own (transformers' StaticCache, in its
-dtype). The norm before a product is computed by every thread for itself: cheaper than to meet.
+dtype). The norm before a product is computed by every thread for itself: cheaper than to wait.
 """
 
 from __future__ import annotations
@@ -36,7 +41,6 @@ from halfweight.kernels.cpu_loops import (
 )
 from halfweight.kernels.simd import (
     address_of,
-    call,
     fetch_add,
     float_from_bits,
     from_float16,
@@ -45,14 +49,10 @@ from halfweight.kernels.simd import (
     load_shared,
     pointer_to,
     store,
-    store_shared,
 )
 
 (
-    WAITING,
-    MEETINGS,
-    TEAM_SIZE,
-    TICKETS,
+    COUNTERS,
     NUM_LAYERS,
     LAYERS,
     HEADS,
@@ -75,9 +75,9 @@ from halfweight.kernels.simd import (
     FINAL_NORM,
     HEAD,
     WIDEST,
-) = range(26)
+) = range(23)
 """Cells of a step; EPSILON and SCALING are bits of a float32, the rest counts and addresses."""
-STEP_CELLS = 26
+STEP_CELLS = 23
 
 LINEARS = 7
 Q, K, V, OUTPUT, GATE, UP, DOWN = (LINEAR_CELLS * i for i in range(LINEARS))
@@ -87,11 +87,16 @@ INPUT_NORM, Q_NORM, K_NORM, MIDDLE_NORM, KEYS, VALUES = range(
 LAYER_CELLS = LINEAR_CELLS * LINEARS + 6
 """Cells of a layer: seven linears, addresses of float32 norms (0: none) and of the cache."""
 
-TICKETS_A_LAYER = LINEARS
-"""Counters by which threads share the products of a layer, and its heads."""
+Q_TICKET, K_TICKET, V_TICKET, HEAD_TICKET, OUTPUT_TICKET, GATED_TICKET, DOWN_TICKET = range(7)
+QKV_DONE, HEADS_DONE, OUTPUT_DONE, GATED_DONE, DOWN_DONE = range(7, 12)
+COUNTERS_A_LAYER = 12
+"""Rows (or heads) of each product taken, and of each phase done."""
+EMBEDDING_TICKET, EMBEDDING_DONE, LOGITS_TICKET, LOGITS_DONE = range(4)
+COUNTERS_A_STEP = 4
+"""Counters before those of the layers."""
 CHUNK_BYTES = 1 << 14
 SPINS = 3000
-"""Looks at a meeting before a thread offers its core to others."""
+"""Looks at a counter before a thread offers its core to others."""
 LOG2_E = float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = float32(0.693359375), float32(-2.12194440e-4)
 
@@ -105,17 +110,10 @@ def floats_at(address: Any, count: Any) -> Any:
 
 
 @inline
-def meet(step: Any, team: Any) -> None:
-    """Wait until all threads are here; what they wrote before is then seen by all."""
-    if team == 1:
-        return
-    meeting = load_shared(step + 8 * MEETINGS)
-    if fetch_add(step + 8 * WAITING, 1) == team - 1:
-        store_shared(step + 8 * WAITING, 0)
-        store_shared(step + 8 * MEETINGS, meeting + 1)
-        return
+def wait_for(done: Any, total: Any) -> None:
+    """Wait until a phase's rows are done; what was written for them is then seen here."""
     spins = int64(0)
-    while load_shared(step + 8 * MEETINGS) == meeting:
+    while load_shared(done) < total:
         spins += 1
         if spins > SPINS:
             _yield_core()
@@ -150,49 +148,53 @@ def normalize(x: Any, weight: Any, size: Any, epsilon: Any, to: Any) -> None:
 
 
 @inline
-def share(linear: Any, ticket: Any, x: Any, scratch: Any, y: Any) -> None:
-    """y [N] = a linear times x; threads take chunks of rows."""
+def take(counter: Any, linear: Any) -> Any:
+    """The next rows of a linear that nobody has: begin and end, equal when there are none."""
     chunk = max(int64(ROWS), CHUNK_BYTES // cell(linear, IN) // ROWS * ROWS)
-    out_features = cell(linear, OUT)
-    while True:
-        begin = fetch_add(ticket, chunk)
-        if begin >= out_features:
-            return
-        end = min(begin + chunk, out_features)
+    begin = fetch_add(counter, chunk)
+    return begin, max(begin, min(begin + chunk, cell(linear, OUT)))
+
+
+@inline
+def share(linear: Any, ticket: Any, done: Any, x: Any, scratch: Any, y: Any) -> None:
+    """y [N] = a linear times x."""
+    begin, end = take(ticket, linear)
+    while begin < end:
         token_rows(linear, begin, end, x, scratch, y, FLOAT32)
+        fetch_add(done, end - begin)
+        begin, end = take(ticket, linear)
 
 
 @inline
-def share_and_add(linear: Any, ticket: Any, x: Any, scratch: Any, part: Any, y: Any) -> None:
+def share_and_add(
+    linear: Any, ticket: Any, done: Any, x: Any, scratch: Any, part: Any, y: Any
+) -> None:
     """y [N] += a linear times x."""
-    chunk = max(int64(ROWS), CHUNK_BYTES // cell(linear, IN) // ROWS * ROWS)
-    out_features = cell(linear, OUT)
-    while True:
-        begin = fetch_add(ticket, chunk)
-        if begin >= out_features:
-            return
-        end = min(begin + chunk, out_features)
+    begin, end = take(ticket, linear)
+    while begin < end:
         token_rows(linear, begin, end, x, scratch, part - 4 * begin, FLOAT32)
-        for n in range(begin, end):
-            total = load(y + 4 * n, float32) + load(part + 4 * (n - begin), float32)
-            store(y + 4 * n, total)
+        sums, parts = floats_at(y + 4 * begin, end - begin), floats_at(part, end - begin)
+        for i in range(end - begin):
+            sums[i] += parts[i]
+        fetch_add(done, end - begin)
+        begin, end = take(ticket, linear)
 
 
 @inline
-def share_gated(layer: Any, ticket: Any, x: Any, scratch: Any, part: Any, y: Any) -> None:
+def share_gated(
+    layer: Any, ticket: Any, done: Any, x: Any, scratch: Any, part: Any, y: Any
+) -> None:
     """y [F] = silu(gate x) * (up x)."""
     gate, up = layer + 8 * GATE, layer + 8 * UP
-    chunk = max(int64(ROWS), CHUNK_BYTES // cell(gate, IN) // ROWS * ROWS)
-    while True:
-        begin = fetch_add(ticket, chunk)
-        if begin >= cell(gate, OUT):
-            return
-        end = min(begin + chunk, cell(gate, OUT))
+    begin, end = take(ticket, gate)
+    while begin < end:
         token_rows(gate, begin, end, x, scratch, y, FLOAT32)
         token_rows(up, begin, end, x, scratch, part - 4 * begin, FLOAT32)
         gates, ups = floats_at(y + 4 * begin, end - begin), floats_at(part, end - begin)
         for i in range(end - begin):
             gates[i] = gates[i] / (float32(1) + exp(-gates[i])) * ups[i]
+        fetch_add(done, end - begin)
+        begin, end = take(ticket, gate)
 
 
 @inline
@@ -306,54 +308,65 @@ def read_embedding(step: Any, scratch: Any) -> None:
 
 
 @inline
-def run_layer(
-    step: Any, layer: Any, tickets: Any, team: Any, x: Any, scratch: Any, part: Any
-) -> None:
+def share_heads(step: Any, layer: Any, ticket: Any, done: Any, scratch: Any) -> None:
+    """`attend` for every head."""
+    head = fetch_add(ticket, 1)
+    while head < cell(step, HEADS):
+        attend(step, layer, head, scratch)
+        fetch_add(done, 1)
+        head = fetch_add(ticket, 1)
+
+
+@inline
+def run_layer(step: Any, layer: Any, counters: Any, x: Any, scratch: Any, part: Any) -> None:
     """One layer, all threads together."""
     hidden, width = cell(step, HIDDEN), cell(layer + 8 * Q, IN)
     epsilon = load(step + 8 * EPSILON, float32)
+    num_q, num_k = cell(layer + 8 * Q, OUT), cell(layer + 8 * K, OUT)
     normalize(hidden, cell(layer, INPUT_NORM), width, epsilon, x)
-    q = cell(step, QKV)
-    k = q + 4 * cell(layer + 8 * Q, OUT)
-    v = k + 4 * cell(layer + 8 * K, OUT)
-    share(layer + 8 * Q, tickets, x, scratch, q)
-    share(layer + 8 * K, tickets + 8, x, scratch, k)
-    share(layer + 8 * V, tickets + 16, x, scratch, v)
-    meet(step, team)
-    while True:
-        head = fetch_add(tickets + 24, 1)
-        if head >= cell(step, HEADS):
-            break
-        attend(step, layer, head, part)
-    meet(step, team)
-    share_and_add(layer + 8 * OUTPUT, tickets + 32, cell(step, ATTENDED), scratch, part, hidden)
-    meet(step, team)
+    q, done = cell(step, QKV), counters + 8 * QKV_DONE
+    k, v = q + 4 * num_q, q + 4 * (num_q + num_k)
+    share(layer + 8 * Q, counters + 8 * Q_TICKET, done, x, scratch, q)
+    share(layer + 8 * K, counters + 8 * K_TICKET, done, x, scratch, k)
+    share(layer + 8 * V, counters + 8 * V_TICKET, done, x, scratch, v)
+    wait_for(done, num_q + 2 * num_k)
+    done = counters + 8 * HEADS_DONE
+    share_heads(step, layer, counters + 8 * HEAD_TICKET, done, part)
+    wait_for(done, cell(step, HEADS))
+    ticket, done = counters + 8 * OUTPUT_TICKET, counters + 8 * OUTPUT_DONE
+    attended = cell(step, ATTENDED)
+    share_and_add(layer + 8 * OUTPUT, ticket, done, attended, scratch, part, hidden)
+    wait_for(done, cell(layer + 8 * OUTPUT, OUT))
     normalize(hidden, cell(layer, MIDDLE_NORM), width, epsilon, x)
-    share_gated(layer, tickets + 40, x, scratch, part, cell(step, ACTIVATED))
-    meet(step, team)
-    share_and_add(layer + 8 * DOWN, tickets + 48, cell(step, ACTIVATED), scratch, part, hidden)
-    meet(step, team)
+    ticket, done = counters + 8 * GATED_TICKET, counters + 8 * GATED_DONE
+    activated = cell(step, ACTIVATED)
+    share_gated(layer, ticket, done, x, scratch, part, activated)
+    wait_for(done, cell(layer + 8 * GATE, OUT))
+    ticket, done = counters + 8 * DOWN_TICKET, counters + 8 * DOWN_DONE
+    share_and_add(layer + 8 * DOWN, ticket, done, activated, scratch, part, hidden)
+    wait_for(done, cell(layer + 8 * DOWN, OUT))
 
 
 def run_step(pointer: Any) -> None:
     """Kernel: a token through all layers; logits float32 [V]."""
     step = address_of(pointer)
-    team = int64(call(cell(step, TEAM_SIZE))) if cell(step, TEAM_SIZE) else int64(1)
     widest, head_size = cell(step, WIDEST), cell(step, HEAD_SIZE)
     part_size = max(CHUNK_BYTES // ROWS, 2 * head_size + cell(step, MAX_LENGTH))
     buffer = np.empty(widest + ROWS * (widest + 1) + part_size, np.float32)
     x = int64(buffer.ctypes.data)
     scratch = x + 4 * widest
     part = scratch + 4 * ROWS * (widest + 1)
-    tickets = cell(step, TICKETS)
-    if fetch_add(tickets, 1) == 0:
+    counters = cell(step, COUNTERS)
+    if fetch_add(counters + 8 * EMBEDDING_TICKET, 1) == 0:
         read_embedding(step, scratch)
-    meet(step, team)
-    layers = cell(step, LAYERS)
+        fetch_add(counters + 8 * EMBEDDING_DONE, 1)
+    wait_for(counters + 8 * EMBEDDING_DONE, 1)
     for i in range(cell(step, NUM_LAYERS)):
-        layer_tickets = tickets + 16 + 8 * TICKETS_A_LAYER * i
-        run_layer(step, layers + 8 * LAYER_CELLS * i, layer_tickets, team, x, scratch, part)
+        layer = cell(step, LAYERS) + 8 * LAYER_CELLS * i
+        own = counters + 8 * (COUNTERS_A_STEP + COUNTERS_A_LAYER * i)
+        run_layer(step, layer, own, x, scratch, part)
     head = cell(step, HEAD)
     epsilon = load(step + 8 * EPSILON, float32)
     normalize(cell(step, HIDDEN), cell(step, FINAL_NORM), cell(head, IN), epsilon, x)
-    share(head, tickets + 8, x, scratch, cell(step, LOGITS))
+    done = counters + 8 * LOGITS_DONE
+    share(head, counters + 8 * LOGITS_TICKET, done, x, scratch, cell(step, LOGITS))

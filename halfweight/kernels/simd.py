@@ -413,18 +413,6 @@ def load_shared(builder: Any, address: Any) -> Any:
     return builder.load_atomic(_pointer(builder, address, _I64), "acquire", 8)
 
 
-@_operation(types.void, types.int64, types.int64)
-def store_shared(builder: Any, address: Any, value: Any) -> None:
-    """Write an int64 after all writes before it."""
-    builder.store_atomic(value, _pointer(builder, address, _I64), "release", 8)
-
-
-@_operation(types.int32, types.int64)
-def call(builder: Any, address: Any) -> Any:
-    """Call the C function `int f(void)` at `address`."""
-    return builder.call(_pointer(builder, address, ir.FunctionType(_I32, [])), [])
-
-
 def inline(function: Any) -> Any:
     """A part of a kernel, compiled into it: no exceptions, sums in any order."""
     flags = {"reassoc", "contract", "nsz", "arcp"}

@@ -83,12 +83,3 @@ def _parallel() -> Any:
 def num_threads() -> int:
     """torch's number of threads, 1 where its threads cannot be used."""
     return torch.get_num_threads() if _parallel() is not None else 1
-
-
-@cache
-def team_size_function() -> int:
-    """Address of the C function that tells a thread how many run beside it, or 0."""
-    runtime = _openmp()
-    if runtime is None:
-        return 0
-    return ctypes.cast(runtime.omp_get_num_threads, ctypes.c_void_p).value or 0
