@@ -2,6 +2,8 @@
 
     python benchmarks/texts.py unpacked texts
     python benchmarks/accuracy.py run MODEL texts/handbook.txt texts/austen.txt --work WORK
+    halfweight quantize MODEL OUT --calibrate other-text.txt
+    python benchmarks/accuracy.py run MODEL texts/... --work WORK --calibrated OUT
     python benchmarks/accuracy.py collect WORK
     python benchmarks/accuracy.py encoder ENCODER texts/handbook.txt
     python benchmarks/accuracy_table.py
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +28,15 @@ import numpy as np
 import torch
 from envelope import envelope, write_result
 from torch import Tensor, nn
-from variants import DEFAULT, Q8_0, TENSOR, VARIANTS, Variant
+from variants import CALIBRATED, DEFAULT, Q8_0, TENSOR, VARIANTS, Stored, Variant
 
+from halfweight.checkpoint import quantized_modules, read_headers
 from halfweight.evaluation import SplitModel, compare, split
+from halfweight.numerics import QuantizedTensor, dequantize
+from halfweight.numerics_cpu import as_float32
 from halfweight.scheme import Recipe, TensorInfo
 from halfweight.scoring import Estimate, Sample, TokenScores, sample, summarize
+from halfweight.shard import StoredTensor
 
 CONTEXT = 1024
 COMMAND = "python benchmarks/accuracy.py {}"
@@ -65,13 +72,17 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def install(weights: dict[str, Tensor], source: dict[str, Tensor], variant: Variant) -> WeightError:
-    """Overwrite `weights` by what `variant` makes of `source`."""
+def install(
+    weights: dict[str, Tensor],
+    source: dict[str, Tensor],
+    store: Callable[[str, Tensor], Stored | None],
+) -> WeightError:
+    """Overwrite `weights` by what `store` makes of `source`."""
     num_bytes = num_weights = 0
     noise = signal = 0.0
     for name, original in source.items():
-        stored = variant.store(original)
-        assert stored is not None, f"{variant.name} cannot take {name}"
+        stored = store(name, original)
+        assert stored is not None, f"{name} cannot be stored"
         weights[name].copy_(stored.weight)
         num_bytes += stored.num_bytes
         num_weights += original.numel()
@@ -79,6 +90,29 @@ def install(weights: dict[str, Tensor], source: dict[str, Tensor], variant: Vari
         signal += float(original.double().square().sum())
     sqnr = 10 * math.log10(signal / noise)
     return WeightError(num_weights, 8 * num_bytes / num_weights, sqnr)
+
+
+def by(variant: Variant) -> Callable[[str, Tensor], Stored | None]:
+    """A store that does not care for names."""
+    return lambda _, weight: variant.store(weight)
+
+
+def in_folder(folder: Path) -> Callable[[str, Tensor], Stored | None]:
+    """A store that gives what is in a folder made by halfweight, one byte a scale and row."""
+    modules = quantized_modules(read_headers(folder))
+
+    def read(tensor: StoredTensor) -> np.ndarray:
+        return np.fromfile(tensor.shard, np.uint8, tensor.info.num_bytes, offset=tensor.begin)
+
+    def store(name: str, weight: Tensor) -> Stored:
+        found = modules[name.removesuffix(".weight")]
+        packed = torch.from_numpy(read(found.packed)).reshape(weight.shape)
+        scales = as_float32(read(found.scale), found.scale.info.dtype)
+        scales = torch.from_numpy(scales).reshape(found.scale.info.shape)
+        decoded = dequantize(QuantizedTensor(packed, scales, None)).to(weight.device)
+        return Stored(decoded, packed.numel() + scales.numel() + len(packed))
+
+    return store
 
 
 @torch.no_grad()
@@ -131,15 +165,18 @@ def run(arguments: argparse.Namespace) -> None:
     weights = weights_of(model)
     source = {name: weight.clone() for name, weight in weights.items()}
     parts = split(model)
-    for variant in chosen(arguments.only):
-        measure(variant.name, variant, weights, source, parts, reference, runs, arguments.work)
+    rest = (parts, reference, runs, arguments.work)
+    for variant in chosen(arguments.only) if not arguments.calibrated else []:
+        measure(variant.name, install(weights, source, by(variant)), *rest)
+    if arguments.calibrated:
+        measure(CALIBRATED, install(weights, source, in_folder(arguments.calibrated)), *rest)
     if arguments.planted:
         whole = load(arguments.model, device)
         source = plant_outliers(whole)
         weights, parts = weights_of(whole), split(whole)
         for name in PLANTED:
-            key = f"planted {name}"
-            measure(key, VARIANTS[name], weights, source, parts, reference, runs, arguments.work)
+            error = install(weights, source, by(VARIANTS[name]))
+            measure(f"planted {name}", error, parts, reference, runs, arguments.work)
 
 
 def chosen(names: list[str]) -> list[Variant]:
@@ -148,16 +185,13 @@ def chosen(names: list[str]) -> list[Variant]:
 
 def measure(
     key: str,
-    variant: Variant,
-    weights: dict[str, Tensor],
-    source: dict[str, Tensor],
+    error: WeightError,
     parts: SplitModel,
     reference: SplitModel,
     runs: dict[str, Sample],
     work: Path,
 ) -> None:
-    """Extend the score files of one variant to all of `runs`."""
-    error = install(weights, source, variant)
+    """Extend the score files of the weights installed in `parts` to all of `runs`."""
     (work / f"{key}.json").write_text(json.dumps(asdict(error)))
     for text, part in runs.items():
         scores = compare(
@@ -193,7 +227,7 @@ def encoder(arguments: argparse.Namespace) -> None:
     expected = embeddings(model, inputs)
     entries = []
     for variant in VARIANTS.values():
-        error = install(weights, source, variant)
+        error = install(weights, source, by(variant))
         cosines = (embeddings(model, inputs) * expected).sum(-1)
         distances = {"mean": float((1 - cosines).mean()), "max": float((1 - cosines).max())}
         entries.append({"variant": variant.name, **asdict(error), "cosine_distance": distances})
@@ -255,6 +289,7 @@ def main() -> None:
     runs.add_argument("--windows", type=int, default=49, help="of 1024 tokens, from each text")
     runs.add_argument("--only", nargs="*", default=[], choices=list(VARIANTS))
     runs.add_argument("--planted", action="store_true", help="also with planted outliers")
+    runs.add_argument("--calibrated", type=Path, help="only this folder, of `quantize --calibrate`")
     runs.add_argument("--device", default="cpu")
     runs.set_defaults(function=run)
     collecting = commands.add_parser("collect", help="write the result of a work folder")

@@ -90,6 +90,8 @@ FLOAT32_SAME_GROUP = "128-float32-absmax"
 SMALLEST_GROUP = "32-grid8-least_squares"
 Q8_0 = "llama.cpp Q8_0"
 TENSOR = "tensor-float32-absmax"
+CALIBRATED = "128-grid8-calibrated"
+"""Not a function of one weight: made by `quantize --calibrate`."""
 
 VARIANTS = {
     variant.name: variant
