@@ -1,0 +1,107 @@
+"""Does the GPU write what the CPU writes? Greedy text of one INT8 model on both, token by token.
+
+    python benchmarks/greedy.py MODEL [--tokens 64]
+
+MODEL is a folder made by `halfweight quantize`, with a tokenizer. Twenty prompts are continued on
+the CPU and on the GPU with the same activation dtype. Where they part, the CPU's two best logits at
+that token are compared: closer than 0.001 is a near-tie, listed; anything else is a difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from envelope import RESULTS, envelope, write_result
+from transformers import AutoTokenizer
+
+from halfweight.generate import Decoder, generate
+from halfweight.hf import load
+
+NEAR_TIE = 1e-3
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "Once upon a time, there was a",
+    "The three primary colors are",
+    "In 1969, astronauts",
+    "A prime number is a number that",
+    "The largest planet in our solar system is",
+    "To make a cup of tea, first",
+    "Photosynthesis is the process by which",
+    "The opposite of hot is",
+    "def fibonacci(n):",
+    "Dear Sir or Madam,",
+    "The best way to learn a new language is",
+    "Shakespeare wrote many plays, including",
+    "The human heart has",
+    "If it rains tomorrow, we will",
+    "Electricity flows through",
+    "My favorite book is",
+    "The Great Wall of China was built",
+    "Two plus two equals",
+)
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Where both texts of a prompt part, and how far apart the CPU's two best logits are there."""
+
+    prompt: str
+    position: int
+    gap: float
+
+    @property
+    def is_near_tie(self) -> bool:
+        """Whether rounding alone can have decided."""
+        return self.gap < NEAR_TIE
+
+
+def parting(model: Any, prompt: str, ids: list[int], ours: Any, other: Any) -> Parting | None:
+    """None if both token sequences are equal; `model` is the one that wrote `ours`."""
+    if ours == other:
+        return None
+    pairs = zip(ours, other, strict=False)
+    shortest = min(len(ours), len(other))
+    position = next((i for i, (a, b) in enumerate(pairs) if a != b), shortest)
+    best = Decoder(model, 1, len(ids) + position).prefill([[*ids, *ours[:position]]])
+    first, second = best[0].topk(2).values.tolist()
+    return Parting(prompt, position, first - second)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float16")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="only the first so many")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    models = [load(options.model, device=name, dtype=dtype) for name in ("cpu", options.device)]
+    partings, num_equal = [], 0
+    for prompt in PROMPTS[: options.prompts]:
+        ids = tokenizer(prompt)["input_ids"]
+        here, there = (
+            generate(model, [ids], max_new_tokens=options.tokens)[0].tokens for model in models
+        )
+        found = parting(models[0], prompt, ids, here, there)
+        num_equal += found is None
+        if found is not None:
+            partings.append(asdict(found) | {"near_tie": found.is_near_tie})
+            print(found)
+        results = {"tokens": options.tokens, "dtype": options.dtype, "near_tie_below": NEAR_TIE}
+        results |= {"prompts": options.prompts, "equal": num_equal, "partings": partings}
+        facts = envelope(torch.device(options.device), {})
+        write_result("greedy", facts, results, out=options.out)
+    different = sum(not p["near_tie"] for p in partings)
+    print(f"{num_equal} equal, {len(partings) - different} near-ties, {different} different")
+
+
+if __name__ == "__main__":
+    main()
