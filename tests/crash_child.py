@@ -56,8 +56,11 @@ def child(source, out, overwrite, kill_at, answer):
 
 
 def main():
+    import transformers
+
     from halfweight import convert, layout
 
+    assert transformers.__version__  # imported, so that conversions check the model in this process
     layout.MAX_SHARD_BYTES = 30_000
     with tempfile.TemporaryDirectory() as folder:
         convert.quantize(sys.argv[1], Path(folder) / "out", jobs=1)
