@@ -66,7 +66,7 @@ def _receive(connection: Connection) -> Any:
 class HostMemory:
     """Peak of this process's own memory (anonymous pages, not the page cache's) inside a block.
 
-    `peak_bytes` counts from the block's start, sampled every few milliseconds;
+    `peak_bytes` is sampled every few milliseconds;
     `peak_resident_bytes` is the kernel's high-water mark of the process, mapped files included.
     """
 
@@ -80,8 +80,12 @@ class HostMemory:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.peak_bytes = self._peak - self._begin
         self.peak_resident_bytes = _status_bytes("VmHWM")
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most seen so far, over what there was at the start."""
+        return self._peak - self._begin
 
     def _sample(self) -> None:
         while not self._stop.is_set():
