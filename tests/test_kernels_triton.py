@@ -64,7 +64,7 @@ def multiply(x, tensor, bias, config):
 
 
 def relative_error(y, x, tensor, bias=None):
-    """Error over the size a result of such terms has: a few that happen to cancel do not shrink it."""
+    """Error over the size that sums of such terms have: some that cancel do not count for more."""
     weights = dequantize(tensor).double()
     bias = torch.zeros(1, device=x.device) if bias is None else bias
     exact = x.double() @ weights.T + bias.double()
