@@ -141,7 +141,7 @@ class QuantizedEmbedding(QuantizedWeight):
         super().__init__(shape, group_size, scale_dtype, backend_name)
         self.dtype = dtype
         if embed_scale is not None:
-            embed_scale = float(torch.tensor(embed_scale, dtype=dtype))
+            embed_scale = float(torch.tensor(embed_scale, dtype=dtype, device="cpu"))
         self.embed_scale = embed_scale
 
     def forward(self, ids: Tensor) -> Tensor:
