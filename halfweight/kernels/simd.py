@@ -184,6 +184,16 @@ def _accumulators(builder: Any, count: int, machine_type: Any) -> list[Any]:
     return [cgutils.alloca_once_value(builder, zero) for _ in range(count)]
 
 
+def _prefetch_next(builder: Any, at: Any, num_rows: int, columns: Any, group_size: Any) -> None:
+    """Ask for a group of the rows after these: four streams are too many for a CPU to guess."""
+    ahead = builder.add(at, builder.mul(_I64(num_rows), columns))
+    with cgutils.for_range(builder, builder.udiv(group_size, _I64(64))) as lines:
+        line = builder.add(ahead, builder.mul(lines.index, _I64(64)))
+        for r in range(num_rows):
+            pointer = _pointer(builder, _offset(builder, line, r, columns), _I8)
+            _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, _I32(0), _I32(3), _I32(1))
+
+
 def _store_sums(builder: Any, sums: list[Any], num_tokens: int, out: Any, stride: Any) -> None:
     for i, cell in enumerate(sums):
         row, token = divmod(i, num_tokens)
@@ -239,6 +249,7 @@ def float_tile(num_rows: int, num_tokens: int) -> Any:
             ]
             begin = b.mul(groups.index, group_size)
             if num_tokens == 1:
+                _prefetch_next(b, b.add(weights, begin), num_rows, columns, group_size)
                 for part in parts:
                     b.store(ir.Constant(_FLOATS, [0.0] * LANES), part)
             with cgutils.for_range(b, b.udiv(group_size, _I64(LANES))) as loop:
