@@ -1,4 +1,4 @@
-"""What a model needs of each GPU before anything is loaded, and what fits. No torch here.
+"""What a model needs of each device before anything is loaded. No torch here.
 
 The arithmetic follows how `halfweight.generate` runs: weights, a static cache of exactly the
 tokens asked for, prompts read CHUNK_TOKENS at a time (all sequences together), logits of the last
@@ -6,37 +6,39 @@ token only, SDPA with a mask, one recorded decode step. Weights and cache are ex
 holds at its worst moment follows from the shapes, op by op: either inside attention (mask in two
 forms, keys and values repeated for grouped heads) or inside the MLP (three of its widths). The
 driver's context, libraries' workspaces and the allocator's rounding are not computable: they are a
-range, ASSUMED_OVERHEAD, until `--overhead` gives what was measured.
+range, ASSUMED_OVERHEAD, until `halfweight measure` has replaced it by what it saw.
 
 `low` takes the least overhead, `high` the most: a plan fits if `high` does, is tight if only
 `likely` does.
+
+halfweight runs on one device. Several GPUs run the same checkpoint through another engine, which
+holds scales as the file does: vLLM divides embedding and head as well and needs no mask;
+transformers' tensor parallelism leaves both on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from halfweight.architecture import Architecture
-from halfweight.errors import DoesNotFitError, UsageError
-from halfweight.scheme import GROUP_SIZES, Decision, Recipe, Scheme
+from halfweight.architecture import Architecture, CacheLayer
+from halfweight.errors import UsageError
+from halfweight.scheme import Decision, Recipe
 
 GIB = 1 << 30
 MIB = 1 << 20
 CHUNK_TOKENS = 2048
-"""As in generate.py; a test keeps them equal."""
+"""As in generate.py; a test keeps them equal. Also what vLLM schedules at once by default."""
 KERNEL_WORKSPACE_BYTES = 32 * MIB
 """Of either weights: torch's cuBLAS workspace on Hopper, or our blocks of 16-bit weights."""
-ASSUMED_OVERHEAD = (MIB * 400, MIB * 700, MIB * 1400)
-"""Driver context, loaded kernels, allocator's rounding: low, likely, high. An assumption."""
 
 Weights = Literal["16bit", "int8"]
 Runtime = Literal["halfweight", "transformers-tp", "vllm"]
 KvDtype = Literal["16bit", "int8"]
+DeviceKind = Literal["cuda", "cpu"]
 Verdict = Literal["fits", "tight", "does not fit"]
-Quantity = Literal["batch", "context", "gpus", "group-size"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,14 @@ class Range:
     high: int
 
 
+ASSUMED_OVERHEAD: dict[DeviceKind, Range] = {
+    "cuda": Range(MIB * 400, MIB * 700, MIB * 1400),
+    "cpu": Range(MIB * 500, MIB * 700, MIB * 1200),
+}
+"""Driver's context (of a CPU: the process and its libraries), loaded kernels, allocator's rounding.
+An assumption, wide on purpose."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """What is to run: `batch` sequences of `context` tokens, prompt and answer together."""
@@ -57,61 +67,90 @@ class Workload:
     kv_dtype: KvDtype = "16bit"
     ranks: int = 1
     runtime: Runtime = "halfweight"
-    overhead: tuple[int, int, int] = ASSUMED_OVERHEAD
+    device: DeviceKind = "cuda"
+    overhead: Range | None = None
 
     def __post_init__(self) -> None:
         for name in ("context", "batch", "ranks"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}", hint="give 1 or more")
 
+    def on_ranks(self, ranks: int) -> Workload:
+        """The same on so many GPUs, by vLLM where halfweight alone cannot."""
+        alone = self.runtime == "halfweight" and ranks > 1
+        return replace(self, ranks=ranks, runtime="vllm" if alone else self.runtime)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one component on one rank: its share of what is divided, and what all ranks hold."""
+
+    name: str
+    sharded: int
+    replicated: int
+
+    @property
+    def num_bytes(self) -> int:
+        """All of it on one rank."""
+        return self.sharded + self.replicated
+
+
+WEIGHT_PARTS = ("int8 data", "scales", "16-bit weights")
+
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on one GPU. `data` to `rest` are weights; `sharded` is the part of them that
-    tensor parallelism divides, the remainder lies on every rank.
-    """
+    """Bytes on one rank, component by component, at the worst moment of generation."""
 
     weights: Weights
-    data: int
-    scales: int
-    rest: int
-    sharded: int
-    kv_cache: int
-    logits: int
-    activations: int
-    workspace: int
-    graph: int
+    parts: tuple[Part, ...]
     overhead: Range
+
+    def bytes_of(self, *names: str) -> int:
+        """Bytes of the parts whose names start with one of `names`."""
+        return sum(part.num_bytes for part in self.parts if part.name.startswith(names))
 
     @property
     def weight_bytes(self) -> int:
         """INT8 data, scales, and what stays in 16 bits."""
-        return self.data + self.scales + self.rest
+        return self.bytes_of(*WEIGHT_PARTS)
+
+    @property
+    def kv_bytes(self) -> int:
+        """The cache, of all kinds of layers."""
+        return self.bytes_of("KV cache")
 
     @property
     def allocated(self) -> int:
-        """The most that torch's allocator hands out at once."""
-        parts = (self.kv_cache, self.logits, self.activations, self.workspace)
-        return self.weight_bytes + sum(parts)
+        """The most that torch's allocator holds."""
+        return sum(part.num_bytes for part in self.parts)
 
     @property
     def total(self) -> Range:
-        """All that the process takes of the GPU."""
-        base, o = self.allocated + self.graph, self.overhead
+        """All that the process takes of the device."""
+        base, o = self.allocated, self.overhead
         return Range(base + o.low, base + o.likely, base + o.high)
+
+    def judge(self, budget: int) -> Verdict:
+        """fits: even the high estimate; tight: only the likely one."""
+        if self.total.high <= budget:
+            return "fits"
+        return "tight" if self.total.likely <= budget else "does not fit"
 
 
 @dataclass(frozen=True)
 class Model:
-    """An architecture and what is done with each of its tensors."""
+    """An architecture and what is done with each of its tensors; the recipe where one is chosen."""
 
     architecture: Architecture
     decisions: tuple[Decision, ...]
+    recipe: Recipe | None = None
 
     @classmethod
     def from_recipe(cls, found: Architecture, recipe: Recipe | None = None) -> Model:
         """The model as `halfweight quantize` would write it."""
-        return cls(found, tuple((recipe or Recipe()).decide_all(found.tensors)))
+        recipe = recipe or Recipe()
+        return cls(found, tuple(recipe.decide_all(found.tensors)), recipe)
 
     @cached_property
     def disk_bytes(self) -> int:
@@ -120,7 +159,7 @@ class Model:
 
     @cached_property
     def resident_bytes(self) -> int:
-        """Bytes of all parameters once the INT8 checkpoint is loaded."""
+        """Bytes of all parameters once halfweight has loaded the INT8 checkpoint."""
         return sum(decision.resident_bytes for decision in self.decisions)
 
     @cached_property
@@ -128,83 +167,123 @@ class Model:
         """Bytes of all parameters in 16 bits."""
         return 2 * self.architecture.num_parameters
 
+    @cached_property
+    def _sums(self) -> dict[tuple[Weights, Runtime], WeightSums]:
+        return {}
+
+    def weight_sums(self, weights: Weights, runtime: Runtime) -> WeightSums:
+        """Bytes of all tensors by part: those that ranks divide and those that each holds."""
+        key = (weights, runtime)
+        if key not in self._sums:
+            sharded, replicated = [0, 0, 0], [0, 0, 0]
+            for decision in self.decisions:
+                column = sharded if _is_sharded(decision.tensor.name, runtime) else replicated
+                for i, part in enumerate(_weight_parts(decision, weights, runtime)):
+                    column[i] += part
+            self._sums[key] = (sharded, replicated)
+        return self._sums[key]
+
+
+WeightSums = tuple[list[int], list[int]]
+
 
 @dataclass(frozen=True)
 class Plan:
-    """One workload on GPUs of `budget` bytes each: both footprints and the INT8 verdict."""
+    """One workload on devices of `budget` bytes each (None: not known), with both footprints."""
 
     model: Model
     workload: Workload
-    budget: int
+    budget: int | None
     sixteen_bit: Footprint
     int8: Footprint
 
     @property
-    def verdict(self) -> Verdict:
-        """Whether the INT8 model fits."""
-        return judge(self.int8, self.budget)
+    def verdict(self) -> Verdict | None:
+        """Whether the INT8 model fits; None without a budget."""
+        return None if self.budget is None else self.int8.judge(self.budget)
 
     @property
-    def sixteen_bit_verdict(self) -> Verdict:
-        """Whether the 16-bit model fits."""
-        return judge(self.sixteen_bit, self.budget)
+    def sixteen_bit_verdict(self) -> Verdict | None:
+        """Whether the 16-bit model fits; None without a budget."""
+        return None if self.budget is None else self.sixteen_bit.judge(self.budget)
 
 
-def judge(footprint: Footprint, budget: int) -> Verdict:
-    """fits: even the high estimate; tight: only the likely one."""
-    total = footprint.total
-    if total.high <= budget:
-        return "fits"
-    return "tight" if total.likely <= budget else "does not fit"
+def plan(model: Model, workload: Workload, budget: int | None = None) -> Plan:
+    """Footprints of both weights on one rank of `workload.ranks`, against `budget` bytes a GPU.
 
-
-def plan(model: Model, workload: Workload, budget: int) -> Plan:
-    """Footprints of both weights on one rank of `workload.ranks`, against `budget` bytes a GPU."""
+    Raises UsageError for a number of ranks that the model cannot be divided by.
+    """
     check_ranks(model, workload.ranks)
+    if workload.ranks > 1 and workload.runtime == "halfweight":
+        raise UsageError(
+            f"halfweight runs on one GPU, found {workload.ranks}",
+            hint="--runtime vllm runs the same checkpoint on several",
+        )
     both = (footprint(model, workload, weights) for weights in ("16bit", "int8"))
     return Plan(model, workload, budget, *both)
 
 
 def footprint(model: Model, workload: Workload, weights: Weights) -> Footprint:
     """Bytes on one rank, at the worst moment of generation."""
-    data = scales = rest = sharded = 0
-    for decision in model.decisions:
-        parts = _weight_parts(decision, weights)
-        divided = _is_sharded(decision.tensor.name, model, workload)
-        share = tuple(-(-part // workload.ranks) for part in parts) if divided else parts
-        data, scales, rest = data + share[0], scales + share[1], rest + share[2]
-        sharded += sum(share) if divided else 0
-    prefill = prefill_moments(model.architecture, workload).peak
-    decode = _forward_moments(model.architecture, 1, workload).peak
+    sharded, replicated = model.weight_sums(weights, workload.runtime)
+    parts = [
+        _part(name, whole, held, workload.ranks)
+        for name, whole, held in zip(WEIGHT_PARTS, sharded, replicated, strict=True)
+    ]
+    a = model.architecture
+    logits = 6 * workload.batch * a.vocabulary
+    prefill = prefill_moments(a, workload).peak
+    decode = forward_moments(a, 1, workload).peak
+    on_gpu = workload.device == "cuda"
+    parts += kv_parts(a, workload)
+    parts.append(Part("logits", 0, logits))
+    parts.append(Part("prefill activations", 0, prefill))
+    parts.append(Part("kernel workspace", 0, KERNEL_WORKSPACE_BYTES if on_gpu else 0))
+    parts.append(Part("CUDA graph", 0, decode + logits if on_gpu else 0))
     return Footprint(
-        weights=weights,
-        data=data,
-        scales=scales,
-        rest=rest,
-        sharded=sharded,
-        kv_cache=kv_bytes(model.architecture, workload),
-        logits=4 * workload.batch * model.architecture.vocabulary,
-        activations=max(prefill, decode),
-        workspace=KERNEL_WORKSPACE_BYTES,
-        graph=decode,
-        overhead=Range(*workload.overhead),
+        weights,
+        tuple(part for part in parts if part.num_bytes),
+        workload.overhead or ASSUMED_OVERHEAD[workload.device],
     )
 
 
-def kv_bytes(a: Architecture, workload: Workload) -> int:
-    """Bytes of the cache on one rank; int8 keeps a 16-bit scale a head and token.
+def _part(name: str, divided: int, held: int, ranks: int) -> Part:
+    return Part(name, *((-(-divided // ranks), held) if ranks > 1 else (0, divided + held)))
 
-    Sliding layers stay in 16 bits; a layer with fewer heads than ranks is held by several.
+
+def kv_parts(a: Architecture, workload: Workload) -> list[Part]:
+    """The cache on one rank, by kind of layer; int8 keeps a 16-bit scale a head and token,
+    vLLM's 8-bit cache none.
+
+    Sliding layers stay in 16 bits. A layer with fewer heads than ranks is held by several.
     """
-    total = 0
-    for layer in a.cache_layers:
+    found = {"KV cache": Part("KV cache", 0, 0)}
+    for layer, count in Counter(a.cache_layers).items():
         heads = -(-layer.heads // workload.ranks)
-        numbers = layer.numbers // layer.heads * heads
-        each = 2 * numbers
-        if workload.kv_dtype == "int8" and layer.window is None:
-            each = numbers + 2 * (numbers // a.head_dim)
-        total += each * layer.tokens(workload.context)
-    return total * workload.batch
+        each = workload.batch * count * _layer_bytes(a, layer, heads, workload)
+        name = "KV cache" + _kind(a, layer)
+        before = found.get(name, Part(name, 0, 0))
+        divided = workload.ranks > 1 and layer.heads > 1
+        found[name] = Part(
+            name,
+            before.sharded + (each if divided else 0),
+            before.replicated + (0 if divided else each),
+        )
+    return list(found.values())
+
+
+def _layer_bytes(a: Architecture, layer: CacheLayer, heads: int, workload: Workload) -> int:
+    numbers = layer.numbers // layer.heads * heads
+    each = 2 * numbers
+    if workload.kv_dtype == "int8" and layer.window is None:
+        each = numbers if workload.runtime == "vllm" else numbers + 2 * 2 * heads
+    return each * layer.tokens(workload.context)
+
+
+def _kind(a: Architecture, layer: CacheLayer) -> str:
+    if layer.numbers and layer.numbers != 2 * layer.heads * a.head_dim:
+        return ", compressed"
+    return "" if layer.window is None else ", sliding window"
 
 
 @dataclass(frozen=True)
@@ -229,24 +308,27 @@ class Moments:
 def prefill_moments(a: Architecture, workload: Workload) -> Moments:
     """Inside the prefill of one chunk of prompts."""
     chunk = max(1, CHUNK_TOKENS // workload.batch)
-    return _forward_moments(a, min(workload.context, chunk), workload)
+    return forward_moments(a, min(workload.context, chunk), workload)
 
 
-def _forward_moments(a: Architecture, length: int, workload: Workload) -> Moments:
+def forward_moments(a: Architecture, length: int, workload: Workload) -> Moments:
     """Of a forward pass over `length` new tokens of each sequence.
 
     Counted in transformers' forward pass: four hidden states and three MLP widths inside the MLP;
     three hidden states, and as many in 32 bits, in a norm; three hidden states, queries, output,
-    new keys and values, and keys and values repeated to all heads inside attention.
+    new keys and values, and for more than one token a sequence keys and values repeated to all
+    heads inside attention. vLLM's attention reads its cache as it lies and has no mask.
     """
     ranks, batch, context = workload.ranks, workload.batch, workload.context
     heads, kv_heads = -(-a.heads // ranks), -(-a.kv_heads // ranks)
     tokens, width = batch * length, -(-a.intermediate // ranks)
-    mask = tokens * context
-    layer = 4 * batch * context * a.head_dim
     attention = 2 * tokens * (3 * a.hidden + 2 * (heads + kv_heads) * a.head_dim)
-    attention += layer * heads if heads > kv_heads else 0
-    attention += layer * kv_heads if workload.kv_dtype == "int8" else 0
+    mask = 0
+    if workload.runtime != "vllm":
+        mask = tokens * context
+        layer = 4 * batch * context * a.head_dim
+        attention += layer * heads if heads > kv_heads and length > 1 else 0
+        attention += layer * kv_heads if workload.kv_dtype == "int8" else 0
     return Moments(
         mask=mask,
         mlp=mask + 2 * tokens * (4 * a.hidden + 3 * width),
@@ -256,24 +338,24 @@ def _forward_moments(a: Architecture, length: int, workload: Workload) -> Moment
     )
 
 
-def _weight_parts(decision: Decision, weights: Weights) -> tuple[int, int, int]:
-    """Data, scales, 16-bit rest of one tensor."""
+def _weight_parts(decision: Decision, weights: Weights, runtime: Runtime) -> tuple[int, int, int]:
+    """Data, scales, 16-bit rest of one tensor. Other engines hold scales as the file does."""
     tensor = decision.tensor
     if weights == "16bit":
         return 0, 0, 2 * tensor.num_elements
     if decision.scheme is None:
         return 0, 0, tensor.num_bytes
-    found = decision.scheme.resident_bytes((tensor.shape[0], tensor.shape[1]))
+    shape = (tensor.shape[0], tensor.shape[1])
+    scheme = decision.scheme
+    found = (scheme.resident_bytes if runtime == "halfweight" else scheme.disk_bytes)(shape)
     return found.data, found.scales, 0
 
 
-def _is_sharded(name: str, model: Model, workload: Workload) -> bool:
-    """Linears are divided over ranks; norms never; the embedding only by vLLM."""
-    if workload.ranks == 1:
-        return False
-    if "embed_tokens" in name:
-        return workload.runtime == "vllm"
-    return name.endswith((".weight", ".bias")) and "norm" not in name and "gate.weight" not in name
+def _is_sharded(name: str, runtime: Runtime) -> bool:
+    """Linears are divided over ranks, norms and routers never, embedding and head by vLLM only."""
+    if any(word in name for word in ("embed_tokens", "lm_head")):
+        return runtime == "vllm"
+    return name.endswith((".weight", ".bias")) and "norm" not in name and ".gate.weight" not in name
 
 
 def legal_ranks(model: Model, most: int = 64) -> list[int]:
@@ -307,95 +389,3 @@ def _why_illegal(model: Model, ranks: int) -> str | None:
         if isinstance(group, int) and rowwise and decision.tensor.shape[1] % (ranks * group):
             return f"cut {decision.tensor.name} inside a group of {group}"
     return None
-
-
-def solve(model: Model, workload: Workload, budget: int, quantity: Quantity) -> int | None:
-    """The largest batch, context or group size, or the fewest GPUs, whose high estimate fits.
-
-    None if none does. A larger group is smaller in memory; the answer is then the finest group
-    that fits.
-    """
-
-    def fits(changed: Model, work: Workload) -> bool:
-        return judge(footprint(changed, work, "int8"), budget) == "fits"
-
-    if quantity == "gpus":
-        return next(
-            (n for n in legal_ranks(model) if fits(model, replace(workload, ranks=n))), None
-        )
-    if quantity == "group-size":
-        regrouped = ((g, _with_group_size(model, g)) for g in GROUP_SIZES)
-        return next((g for g, changed in regrouped if fits(changed, workload)), None)
-    if quantity == "batch":
-        return _largest(lambda n: fits(model, replace(workload, batch=n)), 1 << 20)
-    most = model.architecture.max_context or 1 << 24
-    return _largest(lambda n: fits(model, replace(workload, context=n)), most)
-
-
-def _with_group_size(model: Model, group_size: int) -> Model:
-    scheme = next((d.scheme for d in model.decisions if d.scheme), Scheme())
-    keep = tuple(d.tensor.name for d in model.decisions if d.scheme is None)
-    return Model.from_recipe(
-        model.architecture, Recipe(replace(scheme, group_size=group_size), keep)
-    )
-
-
-def _largest(fits: Callable[[int], bool], most: int) -> int | None:
-    """The largest n in 1..most with fits(n), which holds up to some n and not beyond."""
-    if not fits(1):
-        return None
-    good, bad = 1, most + 1
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return good
-
-
-def grid(
-    model: Model, workload: Workload, batches: list[int], contexts: list[int]
-) -> Iterator[tuple[int, int, int]]:
-    """(batch, context, likely bytes a GPU) of the INT8 model, row by row."""
-    for batch in batches:
-        for context in contexts:
-            work = replace(workload, batch=batch, context=context)
-            yield batch, context, footprint(model, work, "int8").total.likely
-
-
-def advice(found: Plan) -> list[str]:
-    """What would make the INT8 model fit, each by how much; empty if it fits."""
-    if found.verdict == "fits":
-        return []
-    over = found.int8.total.high - found.budget
-    lines = [f"{over / GIB:.2f} GiB too much a GPU"]
-    model, work, budget = found.model, found.workload, found.budget
-    for quantity, word, now in (
-        ("batch", "batch", work.batch),
-        ("context", "context", work.context),
-        ("gpus", "GPUs", work.ranks),
-    ):
-        value = solve(model, work, budget, quantity)  # type: ignore[arg-type]
-        if value is not None and value != now:
-            lines.append(f"{word} {value} instead of {now} fits")
-    if work.kv_dtype == "16bit":
-        saved = found.int8.kv_cache - kv_bytes(model.architecture, replace(work, kv_dtype="int8"))
-        lines.append(f"an int8 KV cache saves {saved / GIB:.2f} GiB")
-    return lines
-
-
-def require_fit(
-    model: Model, workload: Workload, free_bytes: int, *, weights: Weights = "int8"
-) -> None:
-    """Raise DoesNotFitError if even the low estimate of `weights` exceeds `free_bytes` of a GPU.
-
-    `free_bytes` is what the process can still allocate, so the overhead is not counted.
-    """
-    needed = footprint(model, workload, weights).allocated
-    if needed > free_bytes:
-        work = replace(workload, overhead=(0, 0, 0))
-        batch = solve(model, work, free_bytes, "batch")
-        fits = f"batch {batch} fits" if batch else "no batch fits at this context"
-        raise DoesNotFitError(
-            f"batch {workload.batch} of {workload.context} tokens needs {needed / GIB:.2f} GiB, "
-            f"{free_bytes / GIB:.2f} GiB are free",
-            hint=f"{fits}; `halfweight plan` shows the parts, --force tries all the same",
-        )
