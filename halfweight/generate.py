@@ -2,10 +2,11 @@
 
 One batch of prompts goes through one `Decoder`: prompts are padded on the left to one length, the
 cache has exactly the room that prompts and new tokens need, and every decode step has the same
-shapes. On CUDA a step is recorded once as a CUDA graph and replayed (`step="graph"`), or compiled
-by torch first, which fuses what lies between the products (`step="compiled"`; slower to start). On
-the CPU one sequence takes a step as a single kernel (`step="kernel"`) if its model has one. Only
-the last token's logits are computed. It takes any causal model of transformers, ours or not.
+shapes. Llama-like models take a step of our own kernels (`step="kernel"`): on CUDA ten launches a
+layer (gpu_decode.py), on the CPU a single one for one sequence (cpu_decode.py). Other models step
+through transformers' forward (`"eager"`), on CUDA recorded as a graph (`"graph"`) or compiled by
+torch first (`"compiled"`; slower to start). Steps on CUDA are recorded once as a CUDA graph and
+replayed. Only the last token's logits are computed. It takes any causal model of transformers.
 
 A prompt that cannot fit, an id outside the vocabulary and a sampled NaN are errors before anything
 is launched, or end that one sequence: on a GPU each would else poison the process or read as text.
@@ -13,7 +14,7 @@ is launched, or end that one sequence: on a GPU each would else poison the proce
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,6 +80,7 @@ class Decoder:
 
     `prefill` reads the prompts, `advance` one token a sequence; both return logits [B, V] of the
     last token. A CUDA graph is recorded at the first `advance` and reused after `prefill` again.
+    `step` says how steps are made; "kernel" becomes another at the first one where it cannot be.
     """
 
     def __init__(
@@ -98,6 +100,9 @@ class Decoder:
         self._ids = torch.zeros(batch_size, 1, **where)
         self._positions = torch.zeros(batch_size, 1, **where)
         self._mask = torch.ones(batch_size, max_length, **where)
+        self._slot = torch.zeros(1, dtype=torch.int32, device=model.device)
+        self._starts = torch.zeros(batch_size, dtype=torch.int32, device=model.device)
+        self.step = step
         self._step = self._choose if step == "kernel" else _make_step(self._one_token, step)
 
     @torch.inference_mode()
@@ -113,6 +118,8 @@ class Decoder:
             part = slice(begin, begin + step)
             logits = self._forward(ids[:, part], positions[:, part])
         self._positions.copy_(positions[:, -1:])
+        self._slot.fill_(ids.shape[1] - 1)
+        self._starts.copy_((mask == 0).sum(dim=1))
         return logits
 
     @torch.inference_mode()
@@ -120,19 +127,29 @@ class Decoder:
         """Read the next token [B] of every sequence; logits [B, V], valid until the next call."""
         self._ids.copy_(tokens.unsqueeze(1))
         self._positions += 1
+        self._slot += 1
         logits: Tensor = self._step()
         return logits
 
     def _choose(self) -> Tensor:
-        """The first step on the CPU, when the cache exists: by one kernel if the model has one."""
+        """The first step, when the cache exists: by our kernels if the model has such a step."""
+        fast = self._gpu_step() if self._ids.is_cuda else self._cpu_step()
+        if fast is None:
+            self.step = "graph" if self._ids.is_cuda else "eager"
+        call = self._one_token if fast is None else fast
+        self._step = _Graph(call) if self._ids.is_cuda else call
+        return self._step()
+
+    def _gpu_step(self) -> Callable[[], Tensor] | None:
+        from halfweight.gpu_decode import step_for
+
+        return step_for(self._model, self._cache, self._ids, self._slot, self._starts)
+
+    def _cpu_step(self) -> Callable[[], Tensor] | None:
         from halfweight.cpu_decode import step_for
 
         kernel = step_for(self._model, self._cache, len(self._ids))
-        if kernel is None:
-            self._step = self._one_token
-        else:
-            self._step = lambda: kernel(int(self._ids), int(self._positions))
-        return self._step()
+        return None if kernel is None else lambda: kernel(int(self._ids), int(self._positions))
 
     def _one_token(self) -> Tensor:
         return self._forward(self._ids, self._positions)
@@ -158,18 +175,17 @@ def stream(
     sampling: Sampling = Sampling(),
     stop_tokens: Sequence[int] | None = None,
     kv_cache: KvCache = "16bit",
-    step: Step | None = None,
+    step: Step = "kernel",
 ) -> Iterator[list[int | FinishReason | None]]:
     """Generate for all prompts at once; yields after every step one entry a prompt.
 
     An entry is the new token, then once the reason why the sequence ends, then None. `stop_tokens`
-    default to the model's own; `step` to the device's fastest. Raises UsageError before any work
+    default to the model's own; `step` is Decoder's. Raises UsageError before any work
     for an empty or over-long prompt or an id outside the vocabulary.
     """
     check_prompts(model, prompts, max_new_tokens)
     stops = set(model_stop_tokens(model) if stop_tokens is None else stop_tokens)
     length = max(map(len, prompts)) + max_new_tokens
-    step = step or ("graph" if model.device.type == "cuda" else "kernel")
     decoder = Decoder(model, len(prompts), length, kv_cache=kv_cache, step=step)
     sampler = _Sampler(sampling, prompts, model.device)
     alive = [True] * len(prompts)

@@ -33,6 +33,7 @@ from halfweight.device_memory import indexed, out_of_memory, require
 from halfweight.errors import CheckpointError, UsageError
 from halfweight.kernels import backend, choose_backend
 from halfweight.layout import quantization_config
+from halfweight.llama_like import SHARED_INPUT
 from halfweight.loader import DTYPES, Progress, map_tensors, read_into
 from halfweight.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, stand_in
 from halfweight.numerics import quantize
@@ -330,12 +331,14 @@ def _move(
 ) -> None:
     """Give every tensor of `model` a place on `device`, filled from the file where it is mapped."""
     places: dict[int, Tensor] = {}
+    rooms = _stacked_rooms(model, device)
     targets: list[tuple[StoredTensor, Tensor]] = []
     for owner, name, tensor in _tensors(model):
         if id(tensor) not in places:
             stored = source.get(tensor.data_ptr())
             if stored is not None and stored.info.num_bytes == tensor.nbytes:
-                place = torch.empty_like(tensor, device=device)
+                room = rooms.get(id(tensor))
+                place = torch.empty_like(tensor, device=device) if room is None else room
                 targets.append((stored, place))
             else:
                 place = tensor.detach().to(device)
@@ -344,6 +347,25 @@ def _move(
             places[id(tensor)] = place
         setattr(owner, name, places[id(tensor)])
     read_into(targets, progress)
+
+
+def _stacked_rooms(model: PreTrainedModel, device: torch.device) -> dict[int, Tensor]:
+    """By the id of a packed weight, room for it right behind the one that shares its input.
+
+    So that `modules.stack` makes one product of them without a copy.
+    """
+    rooms: dict[int, Tensor] = {}
+    for module in model.modules():
+        for names in SHARED_INPUT:
+            parts = [getattr(module, name, None) for name in names]
+            weights = [p.weight_packed for p in parts if isinstance(p, QuantizedLinear)]
+            if len(weights) < len(names) or len({w.shape[1] for w in weights}) > 1:
+                continue
+            heights = [len(w) for w in weights]
+            whole = torch.empty(sum(heights), weights[0].shape[1], dtype=torch.uint8, device=device)
+            rows = torch.split(whole, heights)
+            rooms |= {id(w): room for w, room in zip(weights, rows, strict=True)}
+    return rooms
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

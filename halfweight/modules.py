@@ -12,6 +12,8 @@ QuantizedLinear that shares the embedding's tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -157,6 +159,32 @@ class QuantizedEmbedding(QuantizedWeight):
         return rows if self.embed_scale is None else rows * self.embed_scale
 
 
+def stack(linears: Sequence[QuantizedLinear]) -> QuantizedLinear:
+    """One linear with the rows of all, which become views of its memory; copies what lies apart.
+
+    All take the same x, with equal groups and scales, and all or none have a bias.
+    """
+    first = linears[0]
+    shape = (sum(linear.out_features for linear in linears), first.in_features)
+    whole = QuantizedLinear(
+        shape,
+        first.group_size,
+        first.weight_scale.dtype,
+        first.backend_name,
+        int8_activations=first.int8_activations,
+    )
+    heights = [linear.out_features for linear in linears]
+    for name in ("weight_packed", "weight_scale", "weight_exponent", "bias"):
+        parts = [getattr(linear, name) for linear in linears]
+        if parts[0] is None:
+            continue
+        data = _whole(parts)
+        setattr(whole, name, _parameter(data))
+        for linear, part in zip(linears, torch.split(data, heights), strict=True):
+            setattr(linear, name, _parameter(part))
+    return whole
+
+
 def stand_in(
     module: nn.Module,
     group_size: int,
@@ -176,6 +204,19 @@ def stand_in(
         scale = getattr(module, "scalar_embed_scale", None)
         return QuantizedEmbedding(shape, group_size, scale_dtype, backend_name, dtype, scale)
     return None
+
+
+def _whole(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors as one along their rows: where they lie one behind the other, without a copy."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(list(parts))
+        if part.data_ptr() != end or not part.is_contiguous():
+            return torch.cat(list(parts))
+        end += part.nbytes
+    shape = (sum(len(part) for part in parts), *first.shape[1:])
+    return first.detach().as_strided(shape, first.stride())
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

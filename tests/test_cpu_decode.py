@@ -115,8 +115,12 @@ def test_other_models_and_batches_have_no_step(tmp_path):
     phi = AutoModelForCausalLM.from_config(Phi3Config(**SIZES, pad_token_id=0))
     assert "Phi3ForCausalLM is not one of" in unsupported(phi)
     plain = AutoModelForCausalLM.from_config(FAMILY["llama"])
-    assert unsupported(plain) == "its embedding is not in INT8"
-    model.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 192)
+    assert unsupported(plain) == "not every linear of its layers is in INT8"
+    embedding = model.model.embed_tokens
+    model.model.embed_tokens = torch.nn.Embedding(323, 64)
+    assert unsupported(model) == "its embedding is not in INT8"
+    model.model.embed_tokens = embedding
+    model.lm_head = torch.nn.Linear(64, 323)
     assert unsupported(model) == "not every linear is in INT8 on the backend 'cpu'"
 
 

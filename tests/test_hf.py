@@ -9,10 +9,12 @@ from tiny import make_llama
 from transformers import AutoModelForCausalLM
 
 import halfweight
+from halfweight import hf
 from halfweight.checkpoint import quantized_modules, read_headers
 from halfweight.errors import CheckpointError, UsageError
 from halfweight.hf import HalfweightConfig, load
-from halfweight.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+from halfweight.llama_like import SHARED_INPUT
+from halfweight.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, stack
 from halfweight.numerics import dequantize
 from halfweight.scheme import Recipe, Scheme
 
@@ -162,3 +164,22 @@ def test_unknown_activations_and_backends_are_refused(folders):
         load(folders[1], activations="int8", backend="reference")
     with pytest.raises(UsageError, match="backend 'nope' is not known"):
         load(folders[1], backend="nope")
+
+
+def test_projections_that_share_their_input_are_read_into_one_tensor(folders):
+    model, expected = load(folders[1]), load(folders[1])(IDS).logits
+    stored = {t.name: t for t in read_headers(folders[1]).tensors}
+    source = {
+        m.weight_packed.data_ptr(): stored[f"{name}.weight_packed"]
+        for name, m in quantized(model).items()
+        if f"{name}.weight_packed" in stored
+    }
+    hf._move(model, torch.device("cpu"), source, None)
+    assert torch.equal(model(IDS).logits, expected)
+    for layer in model.model.layers:
+        for owner, names in zip((layer.self_attn, layer.mlp), SHARED_INPUT, strict=True):
+            linears = [getattr(owner, name) for name in names]
+            first = linears[0].weight_packed.data_ptr()
+            assert first not in source
+            assert stack(linears).weight_packed.data_ptr() == first
+    assert torch.equal(model(IDS).logits, expected)

@@ -74,13 +74,14 @@ def generate(
     from halfweight.speed.rivals import HALFWEIGHT, SIXTEEN_BIT
 
     device = _device()
-    steps: tuple[Step, ...] = ("graph", "compiled") if compiled else ("graph",)
+    also_compiled = compiled and device.type == "cuda"
+    steps: tuple[Step, ...] = ("kernel", "compiled") if also_compiled else ("kernel",)
     workload = speed.Workload(
         tuple(batches or (1, 16, 64)),
         prompt_tokens,
         new_tokens,
         long_prompt_tokens,
-        steps=steps if device.type == "cuda" else ("eager",),
+        steps=steps,
     )
     rows = speed.compare(
         (SIXTEEN_BIT, HALFWEIGHT),

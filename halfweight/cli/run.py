@@ -73,7 +73,7 @@ def generate(
         "max_new_tokens": max_new_tokens,
         "sampling": sampling,
         "kv_cache": kv_cache,
-        "step": "compiled" if compiled else None,
+        "step": "compiled" if compiled else "kernel",
     }
     if prompt is not None and not json_output:
         _print_stream(loaded, tokenizer, tokenizer(prompt)["input_ids"], options)

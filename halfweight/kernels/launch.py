@@ -45,7 +45,7 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 def launch(
     kernel: str, grid: tuple[int, int], tokens: int, operands: tuple[Any, ...], **meta: Any
 ) -> None:
-    """Launch a kernel of triton_kernels on the device of its first operand, a tensor.
+    """Launch a kernel of the Triton files on the device of its first operand, a tensor.
 
     Triton's own launch takes most of its time to find out which compiled kernel is meant; here it
     is looked up by what it was compiled for: dtypes, alignment and every number but `tokens`.
@@ -73,12 +73,20 @@ def _compile_and_launch(
     arguments: tuple[Any, ...],
     meta: dict[str, Any],
 ) -> None:
-    from halfweight.kernels import triton_gemv, triton_kernels
-
-    function = getattr(triton_gemv if kernel == "gemv" else triton_kernels, kernel)
+    function = _function(kernel)
     constants = {**meta, "PDL": device_info(device).has_pdl}
     options = {"launch_pdl": True} if constants["PDL"] else {}
     compiled = function[grid](*arguments, **constants, **options)
     if device.type == "cuda":
         names = function.arg_names[len(arguments) :]
         _compiled[key] = (compiled, tuple(constants[name] for name in names))
+
+
+def _function(kernel: str) -> Any:
+    from halfweight.kernels import triton_gemv, triton_kernels, triton_step
+
+    return next(
+        getattr(file, kernel)
+        for file in (triton_kernels, triton_gemv, triton_step)
+        if hasattr(file, kernel)
+    )

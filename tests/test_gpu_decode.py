@@ -1,0 +1,199 @@
+"""The GPU's decode step against the model's own forward: interpreted here, compiled on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_cpu_decode import FAMILY, quantized
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+import halfweight
+from halfweight import gpu_decode
+from halfweight.generate import Decoder, generate
+from halfweight.gpu_decode import GpuStep, step_for, unsupported
+from halfweight.kv_cache import Int8Cache
+from halfweight.modules import stack
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROMPTS = [[5, 3, 17, 9], [9, 300, 2, 41, 8, 12, 7], [1]]
+NEW_TOKENS = 3
+SHORT = {"num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 1}
+"""One layer, heads of 32: the least that Triton's products take."""
+
+
+def small(family):
+    """A model of FAMILY whose heads are wide enough."""
+    config = FAMILY[family].to_dict() | SHORT
+    return type(FAMILY[family])(**{k: v for k, v in config.items() if k != "layer_types"})
+
+
+def model_of(tmp_path, family, dtype):
+    return quantized(tmp_path, small(family), dtype).to(DEVICE)
+
+
+def padded():
+    longest = max(map(len, PROMPTS))
+    starts = torch.tensor([longest - len(p) for p in PROMPTS], dtype=torch.int32, device=DEVICE)
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in PROMPTS], device=DEVICE)
+    return ids, starts
+
+
+def steps(model, kv_cache, tokens, monkeypatch, share=64):
+    """Logits of each of `tokens` [T, B] by GpuStep after PROMPTS, and the cache."""
+    monkeypatch.setattr(gpu_decode, "SPLIT_TOKENS", share)
+    decoder = Decoder(model, len(PROMPTS), 24, kv_cache=kv_cache)
+    decoder.prefill(PROMPTS)
+    ids, starts = padded()
+    slot = torch.tensor([ids.shape[1] - 1], dtype=torch.int32, device=DEVICE)
+    current = torch.zeros(len(PROMPTS), 1, dtype=torch.long, device=DEVICE)
+    step = GpuStep(model, decoder._cache, current, slot, starts)
+    found = []
+    for token in tokens:
+        current.copy_(token[:, None])
+        slot += 1
+        found.append(step().clone())
+    return torch.stack(found), decoder._cache
+
+
+def expected_logits(model, kv_cache, tokens):
+    """The same by the model's own forward."""
+    decoder = Decoder(model, len(PROMPTS), 24, kv_cache=kv_cache)
+    decoder.prefill(PROMPTS)
+    return torch.stack([decoder.advance(token).clone() for token in tokens]), decoder._cache
+
+
+def error(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Every tensor made by torch.empty holds NaN, so that an element never written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("family", "share"), [("llama-bias", 16), ("qwen3", 64)])
+def test_equals_the_models_forward(tmp_path, monkeypatch, family, share):
+    model = model_of(tmp_path, family, torch.float32)
+    tokens = torch.randint(0, 323, (NEW_TOKENS, len(PROMPTS)), device=DEVICE)
+    expected, their_cache = expected_logits(model, "16bit", tokens)
+    found, cache = steps(model, "16bit", tokens, monkeypatch, share)
+    assert error(found, expected) < 5e-6
+    longest = max(map(len, PROMPTS))
+    for mine, theirs in zip(cache.layers, their_cache.layers, strict=True):
+        new = slice(longest, longest + NEW_TOKENS)
+        assert error(mine.keys[:, :, new], theirs.keys[:, :, new]) < 5e-6
+        assert torch.equal(mine.values[:, :, :longest], theirs.values[:, :, :longest])
+        assert error(mine.values[:, :, new], theirs.values[:, :, new]) < 5e-6
+        assert not mine.keys[:, :, longest + NEW_TOKENS :].any()
+
+
+@pytest.mark.parametrize("kv_cache", ["16bit", "int8"])
+def test_sixteen_bit_activations_and_both_caches(tmp_path, monkeypatch, kv_cache):
+    model = model_of(tmp_path, "llama-3", torch.float16)
+    tokens = torch.randint(0, 323, (NEW_TOKENS, len(PROMPTS)), device=DEVICE)
+    expected, their_cache = expected_logits(model, kv_cache, tokens)
+    found, cache = steps(model, kv_cache, tokens, monkeypatch, share=16)
+    assert error(found, expected) < 5e-3
+    (mine,), (theirs,) = cache.layers, their_cache.layers
+    if kv_cache == "int8":
+        assert isinstance(cache, Int8Cache)
+        for part in ("key_scales", "value_scales"):
+            assert error(getattr(mine, part), getattr(theirs, part)) < 1e-3
+    for part in ("keys", "values"):
+        difference = (getattr(mine, part).float() - getattr(theirs, part).float()).abs()
+        assert difference.max() <= (1 if kv_cache == "int8" else 2e-3)
+        assert (difference > 0).float().mean() < 0.2
+
+
+def test_generate_says_the_same_by_either_step(tmp_path, monkeypatch):
+    model = model_of(tmp_path, "llama", torch.float32)
+    expected = generate(model, PROMPTS, max_new_tokens=4, step="eager")
+    monkeypatch.setattr(Decoder, "_cpu_step", Decoder._gpu_step)
+    calls = []
+    monkeypatch.setattr(GpuStep, "_norm", counted(GpuStep._norm, calls))
+    assert generate(model, PROMPTS, max_new_tokens=4) == expected
+    assert len(calls) == 3 * (2 + 1)
+
+
+def counted(function, calls):
+    def call(*arguments):
+        calls.append(1)
+        return function(*arguments)
+
+    return call
+
+
+def test_a_nan_in_the_cache_reaches_its_own_sequence_only(tmp_path):
+    model = model_of(tmp_path, "llama", torch.float32)
+    decoder = Decoder(model, len(PROMPTS), 24)
+    decoder.prefill(PROMPTS)
+    with torch.inference_mode():
+        decoder._cache.layers[0].values[1, :, 5] = float("nan")
+    decoder._slot += 1
+    logits = GpuStep(model, decoder._cache, decoder._ids, decoder._slot, decoder._starts)()
+    assert logits.isnan().any(dim=1).tolist() == [False, True, False]
+
+
+def test_stacked_projections_share_memory_and_still_save(tmp_path):
+    model = model_of(tmp_path, "qwen2", torch.float32)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    x = torch.randn(2, parts[0].in_features, device=DEVICE)
+    apart = torch.cat([part(x) for part in parts], dim=1)
+    whole = stack(parts)
+    assert torch.equal(whole(x), apart)
+    assert torch.equal(torch.cat([part(x) for part in parts], dim=1), apart)
+    assert stack(parts).weight_packed.data_ptr() == whole.weight_packed.data_ptr()
+    stack([mlp.gate_proj, mlp.up_proj])
+    model.save_pretrained(tmp_path / "saved")
+    again = halfweight.load(tmp_path / "saved", dtype=torch.float32).to(DEVICE)
+    ids = torch.tensor([PROMPTS[0]], device=DEVICE)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_what_has_no_step_says_why(tmp_path):
+    model = model_of(tmp_path, "llama", torch.float32)
+    cache = StaticCache(model.config, max_cache_len=8)
+    assert step_for(model, object(), None, None, None) is None
+    assert unsupported(model) is None
+    model.model.layers[0].self_attn.head_dim = 96
+    assert unsupported(model) == "its heads have 96 numbers, expected a power of two from 32"
+    model.model.layers[0].self_attn.head_dim = 32
+    up = model.model.layers[0].mlp.up_proj
+    up.bias = torch.nn.Parameter(torch.zeros(up.out_features))
+    assert unsupported(model) == (
+        "projections that share their input differ in group size, scales or bias"
+    )
+    assert step_for(model, cache, None, None, None) is None
+    plain = LlamaForCausalLM(small("llama"))
+    assert unsupported(plain) == "not every linear of its layers is in INT8"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_cache", ["16bit", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_recorded_steps_equal_the_models_forward(tmp_path, batch, dtype, kv_cache):
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=1000,
+        max_position_embeddings=2048,
+    )
+    model = quantized(tmp_path, config, dtype).to(DEVICE)
+    prompts = [torch.randint(0, 1000, (700 - 17 * i,)).tolist() for i in range(batch)]
+    recorded, plain = (
+        Decoder(model, batch, 720, kv_cache=kv_cache, step=step) for step in ("kernel", "eager")
+    )
+    assert error(recorded.prefill(prompts), plain.prefill(prompts)) == 0
+    for _ in range(6):
+        tokens = torch.randint(0, 1000, (batch,), device=DEVICE)
+        found, expected = recorded.advance(tokens), plain.advance(tokens)
+        assert error(found, expected) < {torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    assert recorded.step == "kernel"
