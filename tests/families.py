@@ -1,8 +1,8 @@
-"""Small random checkpoints of six architectures, as transformers saves them."""
+"""Small random checkpoints of seven architectures, as transformers saves them."""
 
 import torch
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "mixtral")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "mixtral")
 
 
 def save_family(kind, folder):
@@ -20,6 +20,7 @@ def save_family(kind, folder):
         vocab_size=512,
         tie_word_embeddings=kind in ("gemma3_text", "qwen2"),
         **({"num_local_experts": 4} if kind == "mixtral" else {}),
+        **({"pad_token_id": 0} if kind == "phi3" else {}),
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)

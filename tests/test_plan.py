@@ -6,6 +6,7 @@ from families import FAMILIES, save_family
 from live_memory import LiveMemory
 
 import halfweight
+from halfweight import architecture as architectures
 from halfweight import generate, plan
 from halfweight.architecture import architecture
 from halfweight.cards import GIB, parse_bytes, parse_gpus
@@ -31,9 +32,12 @@ def test_planned_weights_are_bytes_on_disk_and_in_memory(family, tmp_path):
     source, out = save_family(family, tmp_path / "src"), tmp_path / "out"
     halfweight.quantize(source, out)
     before, after = planned_model(str(source)), planned_model(str(out))
-    by_formula = planned_model(str(source / "config.json"))
-    assert before.disk_bytes == after.disk_bytes == by_formula.disk_bytes == packed_bytes(out)
-    assert before.resident_bytes == after.resident_bytes == by_formula.resident_bytes
+    assert before.disk_bytes == after.disk_bytes == packed_bytes(out)
+    assert before.resident_bytes == after.resident_bytes
+    if family in architectures.FAMILIES:
+        by_formula = planned_model(str(source / "config.json"))
+        assert by_formula.disk_bytes == before.disk_bytes
+        assert by_formula.resident_bytes == before.resident_bytes
     if family == "mixtral":
         return  # its experts are separate matrices on disk only
     loaded = halfweight.load(out)

@@ -1,0 +1,339 @@
+"""`halfweight plan`: what a model needs of each device before anything is loaded, and what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from halfweight.cli import app
+from halfweight.cli.output import print_json, size, stdout
+from halfweight.errors import DoesNotFitError, UsageError
+from halfweight.scheme import Recipe, Scheme
+
+if TYPE_CHECKING:
+    from halfweight.cards import Gpus
+    from halfweight.costs import Conversion, Loading, Serving
+    from halfweight.fit import Cell
+    from halfweight.plan import Footprint, Plan, Workload
+
+MODEL_HELP = "A folder, a .gguf file, a Hub id, a config.json, or a preset such as llama-3-8b."
+STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="4x24GB, 2xh100, rtx-4090 [default: the GPU here, else this machine]."),
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens a sequence, prompt and answer.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    kv_dtype: Annotated[
+        Literal["16bit", "int8"], typer.Option(help="Numbers of the KV cache.")
+    ] = "16bit",
+    group_size: Annotated[str, typer.Option(help="32, 64, 128, 256 or row.")] = "128",
+    scale: Annotated[str, typer.Option(help="Scale format: see `quantize`.")] = "grid8",
+    keep: Annotated[list[str] | None, typer.Option(help="Glob kept in 16 bits; repeat.")] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="GPUs that share one model [default: all].")
+    ] = None,
+    runtime: Annotated[
+        Literal["halfweight", "transformers-tp", "vllm"] | None,
+        typer.Option(help="Who runs it [default: halfweight on one GPU, vllm on several]."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Memory to use of a device, as 22GiB, instead of all.")
+    ] = None,
+    reserve: Annotated[str | None, typer.Option(help="Memory to leave on each, as 2GiB.")] = None,
+    solve: Annotated[
+        Literal["batch", "context", "gpus", "group-size"] | None,
+        typer.Option(help="Find the largest (of GPUs the smallest) that fits."),
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of a GPU for an hour.")] = None,
+    read_bandwidth: Annotated[
+        str | None,
+        typer.Option(help="Of the disk a second, as 3GB; 'measure' reads the model's files."),
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Say what a model needs of each device and whether it fits (exit 0) or not (exit 3).
+
+    Reads headers or a config only; FP16 stands beside INT8.
+    """
+    from halfweight.plan import plan as make_plan
+    from halfweight.planned import planned_model
+
+    size_or_row: Any = int(group_size) if group_size.isdigit() else group_size
+    scheme = Scheme(size_or_row, scale)
+    found = planned_model(model, Recipe(scheme, tuple(keep or ())))
+    target = _target(gpus, budget, reserve)
+    ranks = tensor_parallel or target.gpus.count
+    if ranks > target.gpus.count:
+        raise UsageError(
+            f"--tensor-parallel {ranks} with {target.gpus.count} GPUs",
+            hint=f"give --gpus {ranks}x{target.gpus.name}",
+        )
+    work = _workload(context, batch, kv_dtype, ranks, runtime, target)
+    if solve == "gpus":
+        work = work.on_ranks(1)
+    made = make_plan(found, work, target.budget)
+    answer = _answer(made, target.gpus, read_bandwidth, price, model)
+    if solve is not None:
+        answer = _solved(answer, solve)
+    if json_output:
+        print_json(_document(answer))
+    else:
+        _print(answer)
+    return DoesNotFitError.exit_code if _fails(answer) else 0
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What the model is to run on: `budget` bytes of each device."""
+
+    gpus: Gpus
+    kind: Literal["cuda", "cpu"]
+    budget: int
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A plan and all that is printed with it."""
+
+    plan: Plan
+    gpus: Gpus
+    loading: Loading
+    conversion: Conversion | None
+    serving: Serving | None
+    solution: dict[str, Any] | None = None
+    cells: Sequence[Cell] = ()
+
+
+def _target(gpus: str | None, budget: str | None, reserve: str | None) -> _Target:
+    from halfweight.cards import Gpus, parse_bytes, parse_gpus
+    from halfweight.machine import local_device
+
+    kind: Literal["cuda", "cpu"] = "cuda"
+    if gpus is not None:
+        found = parse_gpus(gpus)
+    else:
+        here = local_device()
+        found, kind = Gpus(1, here.name, here.free_bytes), here.kind
+    num_bytes = parse_bytes(budget) if budget else found.num_bytes
+    left = num_bytes - (parse_bytes(reserve) if reserve else 0)
+    if left <= 0:
+        raise UsageError(
+            f"--reserve {reserve} leaves nothing of {size(num_bytes)}", hint="reserve less"
+        )
+    return _Target(found, kind, left)
+
+
+def _workload(
+    context: int, batch: int, kv_dtype: Any, ranks: int, runtime: Any, target: _Target
+) -> Workload:
+    from halfweight.plan import Workload
+
+    return Workload(
+        context,
+        batch,
+        kv_dtype,
+        ranks,
+        runtime or ("halfweight" if ranks == 1 else "vllm"),
+        target.kind,
+    )
+
+
+def _answer(
+    made: Plan, gpus: Gpus, read_bandwidth: str | None, price: float | None, model: str
+) -> _Answer:
+    from halfweight import costs
+
+    rate = _read_rate(read_bandwidth, model)
+    convertible = made.model.recipe is not None
+    on_gpu = made.workload.device == "cuda" and made.budget is not None
+    return _Answer(
+        made,
+        gpus,
+        costs.loading(made.model, rate),
+        costs.conversion(made.model, rate) if convertible else None,
+        costs.serving(made.model, made.workload, made.budget or 0, price) if on_gpu else None,
+    )
+
+
+def _read_rate(text: str | None, model: str) -> float | None:
+    from halfweight.cards import parse_bytes
+    from halfweight.costs import read_rate
+
+    if text is None:
+        return None
+    if text != "measure":
+        return float(parse_bytes(text.removesuffix("/s")))
+    path = Path(model).expanduser()
+    return read_rate(sorted(path.glob("*.safetensors")) if path.is_dir() else [])
+
+
+def _solved(answer: _Answer, quantity: Any) -> _Answer:
+    from halfweight import fit
+
+    made = answer.plan
+    assert made.budget is not None
+    values = {
+        weights: fit.solve(made.model, made.workload, made.budget, quantity, weights)
+        for weights in ("16bit", "int8")
+        if quantity != "group-size" or weights == "int8"
+    }
+    cells = list(fit.grid(made.model, made.workload, *fit.grid_axes(made.model, made.workload)))
+    solution = {"quantity": quantity, **{k: values.get(k) for k in ("16bit", "int8")}}
+    return replace(answer, solution=solution, cells=cells)
+
+
+def _fails(answer: _Answer) -> bool:
+    if answer.solution is not None:
+        return answer.solution["int8"] is None
+    return answer.plan.verdict == "does not fit"
+
+
+def _document(answer: _Answer) -> dict[str, Any]:
+    from halfweight.plan_document import document
+
+    return document(
+        answer.plan,
+        answer.gpus,
+        answer.loading,
+        conversion=answer.conversion,
+        serving=answer.serving,
+        solution=answer.solution,
+        cells=answer.cells,
+    )
+
+
+def _print(answer: _Answer) -> None:
+    _print_parts(answer.plan)
+    _print_verdict(answer)
+    if answer.solution is not None:
+        _print_solution(answer)
+    _print_costs(answer)
+
+
+def _print_parts(made: Plan) -> None:
+    from rich.table import Table
+
+    a, work = made.model.architecture, made.workload
+    per = f"on each of {work.ranks} GPUs ({work.runtime})" if work.ranks > 1 else "on one device"
+    stdout.print(
+        f"[bold]{a.name}[/]: {a.num_parameters:,} parameters; batch {work.batch} of "
+        f"{work.context:,} tokens, {per}"
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    split = ("INT8 divided", "on every") if work.ranks > 1 else ()
+    for column in ("FP16 GB", "GiB", "INT8 GB", "GiB", *split):
+        table.add_column(column, justify="right")
+    both = [{part.name: part for part in found.parts} for found in (made.sixteen_bit, made.int8)]
+    for name in dict.fromkeys([*both[1], *both[0]]):
+        parts = [column.get(name) for column in both]
+        cells = [text for part in parts for text in _units(part.num_bytes if part else None)]
+        if split and parts[1]:
+            cells += [_units(n)[0] for n in (parts[1].sharded, parts[1].replicated)]
+        table.add_row(name, *cells)
+    for name, get in _TOTALS.items():
+        sums = (text for f in (made.sixteen_bit, made.int8) for text in _units(get(f)))
+        table.add_row(f"[bold]{name}[/]", *sums)
+    stdout.print(table)
+
+
+_TOTALS: dict[str, Callable[[Footprint], int]] = {
+    "allocated": lambda found: found.allocated,
+    "with context etc.: low": lambda found: found.total.low,
+    "likely": lambda found: found.total.likely,
+    "high": lambda found: found.total.high,
+}
+
+
+def _units(num_bytes: int | None) -> tuple[str, str]:
+    """GB and GiB, as columns."""
+    if num_bytes is None:
+        return "", ""
+    return f"{num_bytes / 1e9:.3f}", f"{num_bytes / (1 << 30):.3f}"
+
+
+def _print_verdict(answer: _Answer) -> None:
+    from halfweight.fit import advice
+    from halfweight.plan import legal_ranks
+
+    made, gpus = answer.plan, answer.gpus
+    assert made.budget is not None
+    where = f"{gpus.count} x {gpus.name}" if gpus.count > 1 else gpus.name
+    stdout.print(f"{where}: {size(made.budget)} to use on each")
+    for name, verdict in (("FP16", made.sixteen_bit_verdict), ("INT8", made.verdict)):
+        assert verdict is not None
+        stdout.print(f"{name} [{STYLES[verdict]}]{verdict}[/]")
+    for line in advice(made):
+        stdout.print(f"  {line}")
+    legal = ", ".join(map(str, legal_ranks(made.model)))
+    stdout.print(f"tensor-parallel sizes: {legal}")
+
+
+def _print_solution(answer: _Answer) -> None:
+    from rich.table import Table
+
+    assert answer.solution is not None
+    quantity = answer.solution["quantity"]
+    for key, name in (("16bit", "FP16"), ("int8", "INT8")):
+        if quantity != "group-size" or key == "int8":
+            value = answer.solution[key]
+            stdout.print(f"{name} {quantity}: {'none fits' if value is None else value}")
+    contexts = list(dict.fromkeys(cell.context for cell in answer.cells))
+    table = Table("batch", *(f"{n:,}" for n in contexts), box=None, title="INT8, likely GB")
+    budget = answer.plan.budget or 0
+    for batch in dict.fromkeys(cell.batch for cell in answer.cells):
+        row = (cell for cell in answer.cells if cell.batch == batch)
+        table.add_row(str(batch), *(_cell(cell, budget) for cell in row))
+    stdout.print(table)
+    stdout.print("green fits, yellow! is tight, red x does not fit", style="dim")
+
+
+def _cell(cell: Cell, budget: int) -> str:
+    text = f"{cell.total.likely / 1e9:.1f}"
+    if cell.total.high <= budget:
+        return f"[green]{text}[/]"
+    return f"[yellow]{text}![/]" if cell.total.likely <= budget else f"[red]{text}x[/]"
+
+
+def _print_costs(answer: _Answer) -> None:
+    loaded, converted = answer.loading, answer.conversion
+    before, after = _time(loaded.sixteen_bit_seconds), _time(loaded.int8_seconds)
+    stdout.print(
+        f"load: FP16 {size(loaded.sixteen_bit_bytes)}{before}, INT8 {size(loaded.int8_bytes)}"
+        f"{after}; host staging {size(loaded.staging_bytes)}"
+    )
+    if converted is not None:
+        stdout.print(
+            f"convert: RAM {size(converted.ram_bytes)}, disk {size(converted.disk_bytes)} in "
+            f"{converted.num_files} files{_time(converted.seconds)}"
+        )
+    if (s := answer.serving) is not None:
+        stdout.print(f"serve: FP16 {_gpus(s.sixteen_bit_gpus, s.price)}, {_int8_cost(s)}")
+
+
+def _gpus(count: int | None, price: float | None) -> str:
+    if count is None:
+        return "fits no number of these GPUs"
+    cost = f" ({count * price:.2f} an hour)" if price is not None else ""
+    return f"{count} GPU{'s' if count > 1 else ''}{cost}"
+
+
+def _int8_cost(found: Serving) -> str:
+    text = f"INT8 {_gpus(found.int8_gpus, found.price)}"
+    if found.relative_cost is not None:
+        text += f"; a token costs {found.relative_cost:.2f} x FP16 (GPUs x bytes read)"
+    return text
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else f" in {seconds:.1f} s"
