@@ -1,49 +1,56 @@
 """What 8-bit formats cost in accuracy: one table of bits, weight error, perplexity and divergence.
 
+    python benchmarks/accuracy_source.py SmolLM2-135M-Instruct.Q4_1.gguf MODEL
     python benchmarks/texts.py unpacked texts
-    python benchmarks/accuracy.py run MODEL texts/handbook.txt texts/austen.txt --work WORK
-    halfweight quantize MODEL OUT --calibrate other-text.txt
-    python benchmarks/accuracy.py run MODEL texts/... --work WORK --calibrated OUT
-    python benchmarks/accuracy.py collect WORK
+    python benchmarks/accuracy.py run MODEL texts/handbook.txt texts/austen.txt
+    python benchmarks/accuracy.py run MODEL texts/handbook.txt texts/austen.txt --planted
+    python benchmarks/accuracy.py collect
     python benchmarks/accuracy.py encoder ENCODER texts/handbook.txt
     python benchmarks/accuracy_table.py
 
-MODEL is a folder of 16-bit or 32-bit safetensors. All arithmetic but that of the weights is
-float32, and the weights are dequantized into the plain model, so a row differs from the next by its
-weights alone. A run that was cut goes on where it was; with a larger --windows it extends what is
-in WORK, and `collect` writes the result. The last line writes docs/accuracy.md.
+All arithmetic but that of the weights is float32, and the weights are dequantized into the plain
+model, so a row differs from the next by its weights alone. Rows are scored window by window beside
+each other, with the reference's logits of the window in memory and shared. A run that was cut goes
+on where it was; with a larger --windows it extends what is in --work, which also keeps each row's
+weights (540 MB). `collect` writes the result, the last line docs/accuracy.md. On few cores, one
+process a text with OMP_NUM_THREADS=1 is fastest.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
+import os
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from envelope import envelope, write_result
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from variants import CALIBRATED, DEFAULT, Q8_0, TENSOR, VARIANTS, Stored, Variant
 
 from halfweight.checkpoint import quantized_modules, read_headers
-from halfweight.evaluation import SplitModel, compare, split
+from halfweight.evaluation import SplitModel, load_model, split, tokenize
 from halfweight.numerics import QuantizedTensor, dequantize
 from halfweight.numerics_cpu import as_float32
 from halfweight.scheme import Recipe, TensorInfo
-from halfweight.scoring import Estimate, Sample, TokenScores, sample, summarize
+from halfweight.scoring import Estimate, Sample, TokenScores, sample, score, summarize
 from halfweight.shard import StoredTensor
 
 CONTEXT = 1024
 COMMAND = "python benchmarks/accuracy.py {}"
 """As recorded: without the paths of a machine."""
 OUTLIER_FACTOR, OUTLIER_COLUMNS = 20.0, 4
-PLANTED = (TENSOR, "bitsandbytes row", DEFAULT, Q8_0)
-"""Variants that are also measured on the model with planted outliers."""
+PLANTED = "planted "
+"""Before the names of rows that were measured on the model with planted outliers."""
+PLANTED_VARIANTS = (TENSOR, "bitsandbytes row", DEFAULT, Q8_0)
 NORM_BEFORE = {
     "self_attn.q_proj": "input_layernorm",
     "self_attn.k_proj": "input_layernorm",
@@ -52,6 +59,10 @@ NORM_BEFORE = {
     "mlp.up_proj": "post_attention_layernorm",
 }
 """Linears of a Llama layer, and the norm whose output they read."""
+
+
+Store = Callable[[str, Tensor], Stored | None]
+"""What a format makes of a weight, by its name."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def install(
     weights: dict[str, Tensor],
     source: dict[str, Tensor],
-    store: Callable[[str, Tensor], Stored | None],
+    store: Store,
 ) -> WeightError:
     """Overwrite `weights` by what `store` makes of `source`."""
     num_bytes = num_weights = 0
@@ -92,12 +103,12 @@ def install(
     return WeightError(num_weights, 8 * num_bytes / num_weights, sqnr)
 
 
-def by(variant: Variant) -> Callable[[str, Tensor], Stored | None]:
+def by(variant: Variant) -> Store:
     """A store that does not care for names."""
     return lambda _, weight: variant.store(weight)
 
 
-def in_folder(folder: Path) -> Callable[[str, Tensor], Stored | None]:
+def in_folder(folder: Path) -> Store:
     """A store that gives what is in a folder made by halfweight, one byte a scale and row."""
     modules = quantized_modules(read_headers(folder))
 
@@ -116,8 +127,8 @@ def in_folder(folder: Path) -> Callable[[str, Tensor], Stored | None]:
 
 
 @torch.no_grad()
-def plant_outliers(model: nn.Module) -> dict[str, Tensor]:
-    """The weights with a few input columns x 20, each undone in the norm before it, in place.
+def plant_outliers(model: nn.Module) -> None:
+    """Multiply a few input columns by 20, in place, and undo each in the norm before it.
 
     The function the model computes stays the same up to float32 rounding.
     """
@@ -132,77 +143,110 @@ def plant_outliers(model: nn.Module) -> dict[str, Tensor]:
             if name.endswith(f".{linear}.weight"):
                 layer = name.removesuffix(f".{linear}.weight")
                 weight[:, columns[f"{layer}.{norm_name}.weight"]] *= OUTLIER_FACTOR
-    return {name: weight.clone() for name, weight in weights_of(model).items()}
-
-
-def load(path: Path, device: torch.device) -> nn.Module:
-    """The model in float32."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
 
 
 def samples(model: Path, texts: list[Path], num_windows: int) -> dict[str, Sample]:
     """The first `num_windows` windows of each text."""
-    from transformers import AutoTokenizer
+    return {
+        text.stem: sample(tokenize(model, text), context=CONTEXT, tokens=num_windows * CONTEXT)
+        for text in texts
+    }
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    found = {}
-    for text in texts:
-        ids = torch.tensor(tokenizer(text.read_text())["input_ids"])
-        found[text.stem] = sample(ids, context=CONTEXT, tokens=num_windows * CONTEXT)
-    return found
+
+class Runnable:
+    """A model in two parts whose quantized weights can be exchanged without a copy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.source = weights_of(model)
+        self._parameters = {name: model.get_parameter(name) for name in self.source}
+        self._parts = split(model)
+
+    def use(self, weights: dict[str, Tensor]) -> SplitModel:
+        """The model with these weights, until the next call."""
+        for name, parameter in self._parameters.items():
+            parameter.data = weights[name]
+        return self._parts
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: a model, and what a format makes of its weights."""
+
+    name: str
+    model: Runnable
+    weights: dict[str, Tensor]
+
+    @classmethod
+    def stored(cls, name: str, model: Runnable, store: Store, work: Path) -> Row:
+        """Quantize, or map what an earlier run left in `work`."""
+        path = work / f"{name}.safetensors"
+        if not path.exists():
+            weights = {key: torch.empty_like(weight) for key, weight in model.source.items()}
+            error = install(weights, model.source, store)
+            (work / f"{name}.json").write_text(json.dumps(asdict(error)))
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            save_file(weights, unfinished)
+            unfinished.rename(path)
+        return cls(name, model, load_file(path))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Extend the score files of the chosen variants in the work folder."""
-    device = torch.device(arguments.device)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    """Extend the score files of the chosen rows in the work folder."""
+    work: Path = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
     runs = samples(arguments.model, arguments.texts, arguments.windows)
-    reference = split(load(arguments.model, device))
-    model = load(arguments.model, device)
-    weights = weights_of(model)
-    source = {name: weight.clone() for name, weight in weights.items()}
-    parts = split(model)
-    rest = (parts, reference, runs, arguments.work)
-    for variant in chosen(arguments.only) if not arguments.calibrated else []:
-        measure(variant.name, install(weights, source, by(variant)), *rest)
-    if arguments.calibrated:
-        measure(CALIBRATED, install(weights, source, in_folder(arguments.calibrated)), *rest)
-    if arguments.planted:
-        whole = load(arguments.model, device)
-        source = plant_outliers(whole)
-        weights, parts = weights_of(whole), split(whole)
-        for name in PLANTED:
-            error = install(weights, source, by(VARIANTS[name]))
-            measure(f"planted {name}", error, parts, reference, runs, arguments.work)
-
-
-def chosen(names: list[str]) -> list[Variant]:
-    return [VARIANTS[name] for name in names] if names else list(VARIANTS.values())
-
-
-def measure(
-    key: str,
-    error: WeightError,
-    parts: SplitModel,
-    reference: SplitModel,
-    runs: dict[str, Sample],
-    work: Path,
-) -> None:
-    """Extend the score files of the weights installed in `parts` to all of `runs`."""
-    (work / f"{key}.json").write_text(json.dumps(asdict(error)))
+    whole = load_model(arguments.model, "cpu", torch.float32)
+    planted = copy.deepcopy(whole) if arguments.planted else None
+    model = Runnable(whole)
+    if planted is not None:
+        plant_outliers(planted)
+        model_planted = Runnable(planted)
+        rows = [
+            Row.stored(PLANTED + name, model_planted, by(VARIANTS[name]), work)
+            for name in PLANTED_VARIANTS
+        ]
+    elif arguments.calibrated:
+        rows = [
+            Row.stored(f"{CALIBRATED} {name}", model, in_folder(Path(folder)), work)
+            for name, _, folder in (pair.partition("=") for pair in arguments.calibrated)
+        ]
+    else:
+        names = arguments.only or VARIANTS
+        rows = [Row.stored(name, model, by(VARIANTS[name]), work) for name in names]
     for text, part in runs.items():
-        scores = compare(
-            lambda: parts,
-            lambda: reference,
-            part,
-            work / f"{text}.states",
-            work / f"{key}.{text}.scores",
-        )
-        change = summarize(scores).comparison
-        print(f"{key:32} {text:10} {len(scores):7} KL {change.kl_mean.value:.3e}", flush=True)
+        for number, window in enumerate(part.windows):
+            measure(replace(part, windows=(window,)), number, model, rows, work, text)
+
+
+@torch.inference_mode()
+def measure(
+    part: Sample, number: int, reference: Runnable, rows: list[Row], work: Path, text: str
+) -> None:
+    """Score one window for every row that lacks it; all share the reference's logits."""
+    files = {row.name: work / f"{row.name}.{text}.scores" for row in rows}
+    begin = number * (CONTEXT - 1) * TokenScores.itemsize
+    end = begin + part.num_scored * TokenScores.itemsize
+    pending = [row for row in rows if size_of(files[row.name]) < end]
+    if not pending:
+        return
+    started = time.monotonic()
+    (batch,) = part.batches()
+    parts = reference.use(reference.source)
+    logits = parts.head(part.scored_states(parts.body, batch))
+    shared = (torch.arange(len(logits)), lambda tokens: logits[tokens])
+    for row in pending:
+        parts = row.model.use(row.weights)
+        states = part.scored_states(parts.body, batch)
+        scores = score(states, parts.head, part.targets(batch), shared)
+        with open(files[row.name], "ab") as file:
+            file.truncate(begin)
+            file.write(scores.data)
+    seconds = time.monotonic() - started
+    print(f"{text} window {number}: {len(pending)} rows in {seconds:.1f} s", flush=True)
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 ENCODER_LINES, ENCODER_TOKENS = 64, 128
@@ -245,31 +289,35 @@ def embeddings(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def collect(arguments: argparse.Namespace) -> None:
-    """Write what all score files of a work folder come to.
+    """Write what the score files of a work folder come to: per row, and per row and text.
 
-    Each variant has figures over the tokens that all variants have, where their differences from
-    the default are paired, and over all tokens that it has itself.
+    Differences between rows are paired, over the tokens that both have.
     """
     found = {path.stem: scores_of(path) for path in sorted(arguments.work.glob("*.json"))}
-    found = {key: scores for key, scores in found.items() if scores}
-    texts = sorted(set.intersection(*(set(scores) for scores in found.values())))
-    common = {t: min(len(scores[t]) for scores in found.values()) for t in texts}
-    entries = []
-    for key, scores in found.items():
-        part = np.concatenate([scores[t][: common[t]] for t in texts])
-        default = np.concatenate([found[DEFAULT][t][: common[t]] for t in texts])
-        entries.append(
-            {
-                "variant": key,
-                **json.loads((arguments.work / f"{key}.json").read_text()),
-                "common": asdict(summarize(part)),
-                "kl_over_default": asdict(Estimate.of(part["kl"] - default["kl"])),
-                "all": asdict(summarize(np.concatenate(list(scores.values())))),
-                "texts": {t: asdict(summarize(scores[t])) for t in texts},
-            }
-        )
+    entries = [
+        {
+            "variant": key,
+            **json.loads((arguments.work / f"{key}.json").read_text()),
+            "comparison": asdict(summarize(np.concatenate(list(scores.values())))),
+            "texts": {text: asdict(summarize(part)) for text, part in scores.items()},
+            "kl_over": {
+                other: asdict(kl_difference(scores, found[other])) for other in (DEFAULT, Q8_0)
+            },
+        }
+        for key, scores in found.items()
+        if scores
+    ]
     facts = envelope(torch.device("cpu"), {"promised_perplexity_change": 0.01})
     write_result("accuracy", facts | {"command": COMMAND.format("run MODEL TEXTS")}, entries)
+
+
+def kl_difference(one: dict[str, Any], other: dict[str, Any]) -> Estimate:
+    """How much more divergence the first has, over the tokens that both scored."""
+    parts = []
+    for text in one.keys() & other.keys():
+        count = min(len(one[text]), len(other[text]))
+        parts.append(one[text]["kl"][:count] - other[text]["kl"][:count])
+    return Estimate.of(np.concatenate(parts))
 
 
 def scores_of(path: Path) -> dict[str, Any]:
@@ -289,11 +337,12 @@ def main() -> None:
     runs.add_argument("--windows", type=int, default=49, help="of 1024 tokens, from each text")
     runs.add_argument("--only", nargs="*", default=[], choices=list(VARIANTS))
     runs.add_argument("--planted", action="store_true", help="also with planted outliers")
-    runs.add_argument("--calibrated", type=Path, help="only this folder, of `quantize --calibrate`")
-    runs.add_argument("--device", default="cpu")
+    runs.add_argument(
+        "--calibrated", nargs="*", default=[], metavar="TEXT=FOLDER", help="of `--calibrate TEXT`"
+    )
     runs.set_defaults(function=run)
     collecting = commands.add_parser("collect", help="write the result of a work folder")
-    collecting.add_argument("work", type=Path)
+    collecting.add_argument("work", type=Path, nargs="?", default=Path("build/accuracy"))
     collecting.set_defaults(function=collect)
     encoders = commands.add_parser("encoder", help="embeddings of a float32 encoder")
     encoders.add_argument("model", type=Path)
