@@ -1,13 +1,12 @@
 """Numba backend for CPUs: compiled at run time, no build step, cached on disk.
 
-    up to 8 tokens   linear_floats  reads the packed bytes once (cpu_loops.py)
-    prefill          linear_many    int8 products (VNNI) with activations in 2 or 3 int8 parts, 15
-                                    or 23 bits a group: they round as a 16 or 32-bit x does
+    up to 8 tokens   linear_few   reads the packed bytes once (cpu_loops.py)
+    prefill          linear_many  shares each byte among all tokens
     prefill else     blocks of rows dequantized in cache, then the vendor's matrix product
-    opt-in           linear_int8, linear_many with one part: activations rounded to int8
 
-The integer products are exact, and twice as fast as the vendor's bfloat16 ones. Only a CPU without
-VNNI, or groups that no multiple of 64 divides, take the vendor's.
+With VNNI activations become integers of 15 bits (where x has 16) or 23 bits a block of their group,
+in two or three digits: they round as x itself does, and their products are exact. Without VNNI, or
+in groups that no multiple of 64 divides, they stay floats. One digit, the opt-in, rounds x to int8.
 
 All of it runs on torch's own threads, as many as `torch.get_num_threads()` says. Small matrices
 take one thread: waking another would cost more than it saves.
@@ -24,6 +23,7 @@ from torch import Tensor
 from halfweight.errors import UsageError
 from halfweight.kernels import Backend, cpu_loops
 from halfweight.kernels.threads import Arguments, Kernel, num_threads
+from halfweight.kernels.tiles import ROWS
 from halfweight.numerics import QuantizedTensor, dequantize
 
 MAX_DIRECT_TOKENS = 8
@@ -34,8 +34,6 @@ MIN_THREAD_BYTES = 1 << 16
 """Weights that are worth a thread."""
 CHUNK_BYTES = 1 << 16
 """Weights a thread takes at a time."""
-STEP_BLOCKS = (256, 128, 64)
-"""Activations that share an int8 step: the largest that divides the weight's group."""
 FORMATS = {
     torch.float32: cpu_loops.FLOAT32,
     torch.bfloat16: cpu_loops.BFLOAT16,
@@ -43,9 +41,8 @@ FORMATS = {
     torch.uint8: cpu_loops.GRID8,
 }
 
-_linear_floats = Kernel(cpu_loops.linear_floats)
+_linear_few = Kernel(cpu_loops.linear_few)
 _round_tokens = Kernel(cpu_loops.round_tokens)
-_linear_int8 = Kernel(cpu_loops.linear_int8)
 _linear_many = Kernel(cpu_loops.linear_many)
 
 
@@ -71,28 +68,44 @@ def linear(
     x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """x [..., K] times the dequantized weights [N, K], in x's dtype, float32 accumulation."""
-    tokens, group_size = x.numel() // x.shape[-1], packed.shape[1] // scales.shape[1]
-    if tokens <= MAX_DIRECT_TOKENS:
-        return _linear_direct(x, packed, scales, exponents, bias)
-    if has_int8_products() and _step_block(group_size) is not None:
-        parts = 3 if x.dtype == torch.float32 else 2
-        return _linear_rounded(x, packed, scales, exponents, bias, parts)
+    parts = exact_parts(x.dtype)
+    if x.numel() // x.shape[-1] <= MAX_DIRECT_TOKENS:
+        return _linear_few_tokens(x, packed, scales, exponents, bias, parts)
+    if parts and _step_block(packed.shape[1] // scales.shape[1]):
+        return _linear_many_tokens(x, packed, scales, exponents, bias, parts)
     return _linear_by_blocks(x, QuantizedTensor(packed, scales, exponents), bias)
 
 
-def _linear_direct(
-    x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
+def exact_parts(dtype: torch.dtype) -> int:
+    """Digits that hold activations of `dtype`, 0 where the CPU is better served by floats."""
+    if not has_int8_products():
+        return 0
+    return 3 if dtype == torch.float32 else 2
+
+
+def max_record_bytes(columns: int, parts: int) -> int:
+    """Bytes of a token in digits, at most (cpu_loops.record_bytes)."""
+    blocks = -(-columns // 64)
+    return parts * columns + blocks * (64 * parts + 4) + 64
+
+
+def _linear_few_tokens(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    exponents: Tensor | None,
+    bias: Tensor | None,
+    parts: int,
 ) -> Tensor:
     x, bias = x.contiguous(), None if bias is None else bias.float()
     y = x.new_empty((*x.shape[:-1], packed.shape[0]))
     tokens = x.numel() // x.shape[-1]
     chunk, threads = _split(packed)
     cells = linear_cells(packed, scales, exponents, bias)
-    arguments = Arguments(
-        *cells, 0, tokens, x.data_ptr(), FORMATS[x.dtype], y.data_ptr(), chunk, 0, 0
-    )
+    form = FORMATS[x.dtype]
     if tokens:
-        _linear_floats.run(arguments, threads)
+        rest = (0, tokens, x.data_ptr(), form, y.data_ptr(), chunk, parts)
+        _linear_few.run(Arguments(*cells, *rest), threads)
     return y
 
 
@@ -101,7 +114,7 @@ def _split(packed: Tensor) -> tuple[int, int]:
     rows, columns = packed.shape
     threads = min(num_threads(), max(1, packed.numel() // MIN_THREAD_BYTES))
     chunk = max(1, min(CHUNK_BYTES // columns, rows // (4 * threads)))
-    return -(-chunk // cpu_loops.ROWS) * cpu_loops.ROWS, threads
+    return -(-chunk // ROWS) * ROWS, threads
 
 
 def _linear_by_blocks(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
@@ -123,15 +136,17 @@ def linear_int8(
 ) -> Tensor:
     """`linear` with x rounded to int8, a step for each token and block of a group (opt-in)."""
     group_size = packed.shape[1] // scales.shape[1]
-    if _step_block(group_size) is None:
+    if not _step_block(group_size):
         raise UsageError(
             f"int8 activations on the CPU need groups of 64, found group size {group_size}",
             hint="load the model without activations='int8', or quantize it with --group-size 64",
         )
-    return _linear_rounded(x, packed, scales, exponents, bias, 1)
+    few = x.numel() // x.shape[-1] <= MAX_DIRECT_TOKENS
+    product = _linear_few_tokens if few else _linear_many_tokens
+    return product(x, packed, scales, exponents, bias, 1)
 
 
-def _linear_rounded(
+def _linear_many_tokens(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -139,22 +154,17 @@ def _linear_rounded(
     bias: Tensor | None,
     parts: int,
 ) -> Tensor:
-    """The product with x in int8 parts."""
     columns, tokens = packed.shape[1], x.numel() // packed.shape[1]
     x, bias = x.contiguous(), None if bias is None else bias.float()
     cells = linear_cells(packed, scales, exponents, bias)
-    block = _step_block(cells[2]) or 0
+    block, form = _step_block(cells[cpu_loops.GROUP]), FORMATS[x.dtype]
     records = torch.empty(tokens * parts, columns + 8 * (columns // block), dtype=torch.uint8)
     y = x.new_empty((*x.shape[:-1], packed.shape[0]))
-    chunk, threads = _split(packed)
     source, rounded = x.data_ptr(), records.data_ptr()
-    last = (chunk, block, parts)
-    if tokens:
-        form = FORMATS[x.dtype]
-        rounding = Arguments(*cells, 0, tokens, source, form, rounded, *last)
-        _round_tokens.run(rounding, min(threads, tokens))
-        product = _linear_many if tokens > MAX_DIRECT_TOKENS else _linear_int8
-        product.run(Arguments(*cells, 0, tokens, rounded, form, y.data_ptr(), *last), threads)
+    rounding = Arguments(*cells, 0, tokens, source, form, rounded, 0, parts)
+    _round_tokens.run(rounding, num_threads())
+    product = Arguments(*cells, 0, tokens, rounded, form, y.data_ptr(), 0, parts)
+    _linear_many.run(product, _split(packed)[1])
     return y
 
 
@@ -165,9 +175,9 @@ def has_int8_products() -> bool:
     return "+avx512vnni" in features.split(",")
 
 
-def _step_block(group_size: int) -> int | None:
-    """Activations that share an int8 step beside weights in groups of `group_size`."""
-    return next((block for block in STEP_BLOCKS if group_size % block == 0), None)
+def _step_block(group_size: int) -> int:
+    """Activations that share a step beside weights in groups of `group_size`; 0: none can."""
+    return int(cpu_loops.step_block.py_func(group_size))
 
 
 def _rows(weight: QuantizedTensor, rows: slice | Tensor) -> QuantizedTensor:

@@ -1,8 +1,8 @@
 """The CPU's products: a few tokens times rows of weights that are read once from memory.
 
 A decode product reads each weight once, so it is as fast as memory if the arithmetic keeps up.
-Four rows at a time meet up to four tokens (the tiles of simd.py), so that neither weights nor
-tokens are loaded from far more than once. The order of a sum is the same for any number of threads.
+Four rows at a time meet a token (the tiles of tiles.py), as floats or in integer digits, while the
+rows to come are fetched. The order of a sum is the same for any number of threads.
 
 A kernel's arguments are int64 cells (sizes and addresses) under the names below. A linear is the
 first nine of them, so that a kernel can be handed several.
@@ -10,31 +10,35 @@ first nine of them, so that a kernel can be handed several.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from numba import carray, float32, int8, int32, int64, uint8, uint16, uint32
 
 from halfweight.kernels.simd import (
-    BLOCK_ROWS,
-    LANES,
     address_of,
     bits_of,
     fetch_add,
     float_from_bits,
-    float_tile,
     from_float16,
     inline,
-    int8_block,
-    int8_tile,
     load,
     pointer_to,
+    stay_apart,
     store,
-    store_byte,
     store_half,
     store_int,
     to_float16,
+)
+from halfweight.kernels.tiles import (
+    BLOCK_ROWS,
+    LANES,
+    LINE,
+    ROWS,
+    digit_tile,
+    float_tile,
+    int8_block,
+    round_block,
 )
 
 FLOAT32, BFLOAT16, FLOAT16, GRID8 = range(4)
@@ -42,13 +46,17 @@ FLOAT32, BFLOAT16, FLOAT16, GRID8 = range(4)
 
 OUT, IN, GROUP, PACKED, SCALES, FORMAT, SCALE_STRIDE, EXPONENTS, BIAS = range(9)
 LINEAR_CELLS = 9
-TICKET, TOKENS, X, X_FORMAT, Y, CHUNK, BLOCK, PARTS = range(LINEAR_CELLS, LINEAR_CELLS + 8)
+TICKET, TOKENS, X, X_FORMAT, Y, CHUNK, PARTS = range(LINEAR_CELLS, LINEAR_CELLS + 7)
+"""PARTS: digits that x is rounded to, 0 where it stays in floats."""
 
-ROWS = 4
-"""Rows that meet the tokens at once."""
-TILES = ((4, 4), (4, 2), (4, 1), (1, 1))
-TOKEN_BYTES = 1 << 18
-"""Rounded tokens that meet a chunk of rows before the next do: what an L2 cache holds."""
+MAX_PARTS = 3
+
+float_1, float_4 = float_tile(1), float_tile(4)
+digits_1, digits_2, digits_3 = (digit_tile(parts) for parts in range(1, MAX_PARTS + 1))
+round_1, round_2, round_3 = (round_block(parts) for parts in range(1, MAX_PARTS + 1))
+block_6, block_1 = int8_block(6), int8_block(1)
+BLOCK_TOKENS = 6
+"""Records that meet 32 rows at once: a multiple of 1, 2 and 3 parts."""
 
 
 @inline
@@ -85,27 +93,71 @@ def store_number(address: Any, index: Any, number_format: Any, value: Any) -> No
 
 
 @inline
-def load_tokens(arguments: Any, first: Any, count: Any, to: Any) -> None:
-    """Write tokens [count, K] from `first` on as float32."""
-    columns, x_format = cell(arguments, IN), cell(arguments, X_FORMAT)
-    x = cell(arguments, X)
-    for i in range(count * columns):
-        store(to + 4 * i, load_number(x, first * columns + i, x_format))
+def step_block(group_size: Any) -> Any:
+    """Activations that share a step beside weights in groups of `group_size`; 0: none can."""
+    for block in (256, 128, 64):
+        if group_size % block == 0:
+            return block
+    return 0
 
 
 @inline
-def row_scales(linear: Any, row: Any, block: Any, scales: Any) -> None:
-    """Write the float32 scale of each `block` weights of a row to `scales`."""
-    blocks_a_group = cell(linear, GROUP) // block
+def aligned(address: Any) -> Any:
+    """The next start of a cache line."""
+    return (address + (LINE - 1)) // LINE * LINE
+
+
+@inline
+def power_of_two(exponent: Any) -> Any:
+    """2^e for an int8 e, the smallest of which are below float32's normal numbers."""
+    if exponent > 0:
+        return float_from_bits(uint32(exponent + 127) << uint32(23))
+    return float_from_bits(uint32(exponent + 191) << uint32(23)) * float32(2.0**-64)
+
+
+@inline
+def float_tokens(arguments: Any, first: Any, count: Any, to: Any) -> None:
+    """Write tokens [count, K] from `first` on as float32."""
+    size, x_format = count * cell(arguments, IN), cell(arguments, X_FORMAT)
+    begin, out = first * cell(arguments, IN), carray(pointer_to(to), size, float32)
+    x = cell(arguments, X)
+    if x_format == FLOAT32:
+        out[:] = carray(pointer_to(x + 4 * begin), size, float32)
+        return
+    for i in range(size):
+        out[i] = load_number(x, begin + i, x_format)
+
+
+@inline
+def row_scales(linear: Any, row: Any, rows: Any, block: Any, scales: Any) -> None:
+    """Write float32 scales [rows, K/block], without the rows' powers of two."""
+    size = cell(linear, GROUP)
+    groups, blocks = cell(linear, IN) // size, cell(linear, IN) // block
+    stored, number_format = cell(linear, SCALES), cell(linear, FORMAT)
     begin = row * cell(linear, SCALE_STRIDE)
-    stored = cell(linear, SCALES)
-    number_format = cell(linear, FORMAT)
-    step = float32(1)
-    if number_format == GRID8:
-        step = float32(math.ldexp(1.0, int64(load(cell(linear, EXPONENTS) + row, int8))))
-    for b in range(cell(linear, IN) // block):
-        scale = load_number(stored, begin + b // blocks_a_group, number_format)
-        store(scales + 4 * b, scale * step)
+    if blocks == groups and cell(linear, SCALE_STRIDE) == groups:
+        out = carray(pointer_to(scales), rows * groups, float32)
+        if number_format == GRID8:
+            codes = carray(pointer_to(stored + begin), rows * groups, uint8)
+            for i in range(rows * groups):
+                out[i] = float32(codes[i])
+        else:
+            for i in range(rows * groups):
+                out[i] = load_number(stored, begin + i, number_format)
+        return
+    for r in range(rows):
+        first = begin + r * cell(linear, SCALE_STRIDE)
+        for b in range(blocks):
+            scale = load_number(stored, first + b * block // size, number_format)
+            store(scales + 4 * (r * blocks + b), scale)
+
+
+@inline
+def row_power(linear: Any, row: Any) -> Any:
+    """What a row's scales are to be multiplied with."""
+    if cell(linear, FORMAT) != GRID8:
+        return float32(1)
+    return power_of_two(int64(load(cell(linear, EXPONENTS) + row, int8)))
 
 
 @inline
@@ -130,250 +182,232 @@ def add_ends_of_groups(
         store(sums + 4 * i, load(sums + 4 * i, float32) + rest)
 
 
-def _multiplier(tiles: Any) -> Any:
-    """A Numba function: tokens times `rows` (4 or 1) rows, float32 [rows, M] to `out`."""
-    tile_4x4, tile_4x2, tile_4x1, tile_1x1 = tiles
-
-    @inline
-    def multiply(
-        x: Any,
-        record: Any,
-        tokens: Any,
-        weights: Any,
-        rows: Any,
-        scales: Any,
-        groups: Any,
-        size: Any,
-        out: Any,
-    ) -> None:
-        m = int64(0)
-        while m < tokens:
-            at, to, stride = x + m * record, out + 4 * m, 4 * tokens
-            if rows == 1:
-                tile_1x1(at, weights, scales, groups, size, to, stride)
-                m += 1
-            elif tokens - m >= 4:
-                tile_4x4(at, weights, scales, groups, size, to, stride)
-                m += 4
-            elif tokens - m >= 2:
-                tile_4x2(at, weights, scales, groups, size, to, stride)
-                m += 2
-            else:
-                tile_4x1(at, weights, scales, groups, size, to, stride)
-                m += 1
-
-    return multiply
-
-
-_float_tiles = [float_tile(*tile) for tile in TILES]
-float_4x1, float_1x1 = _float_tiles[2:]
-multiply_floats = _multiplier(_float_tiles)
-block_6, block_1 = int8_block(6), int8_block(1)
-BLOCK_TOKENS = 6
-"""Records that meet 32 rows at once: a multiple of 1, 2 and 3 parts."""
-multiply_int8 = _multiplier([int8_tile(*tile) for tile in TILES])
-
-
-@inline
-def multiply_token(
-    x: Any, weights: Any, rows: Any, scales: Any, groups: Any, size: Any, out: Any
-) -> None:
-    """`multiply_floats` for one token, with the usual group sizes unrolled."""
-    if rows == 1:
-        float_1x1(x, weights, scales, groups, size, out, 4)
-    elif size == 128:
-        float_4x1(x, weights, scales, groups, 128, out, 4)
-    elif size == 64:
-        float_4x1(x, weights, scales, groups, 64, out, 4)
-    else:
-        float_4x1(x, weights, scales, groups, size, out, 4)
-
-
 @inline
 def write_rows(
     linear: Any, row: Any, rows: Any, sums: Any, tokens: Any, first: Any, y: Any, y_format: Any
 ) -> None:
-    """Add the bias to sums [rows, M]; write them as y[first : first + M, row : row + rows]."""
+    """Finish sums [rows, M]: powers of two, bias; as y[first : first + M, row : row + rows]."""
     bias, out_features = cell(linear, BIAS), cell(linear, OUT)
     for r in range(rows):
+        power = row_power(linear, row + r)
         added = load(bias + 4 * (row + r), float32) if bias else float32(0)
         for m in range(tokens):
-            value = load(sums + 4 * (r * tokens + m), float32) + added
+            value = load(sums + 4 * (r * tokens + m), float32) * power + added
             store_number(y, (first + m) * out_features + row + r, y_format, value)
-
-
-@inline
-def next_rows(row: Any, end: Any) -> Any:
-    """How many rows to take at once."""
-    return int64(ROWS) if end - row >= ROWS else int64(1)
-
-
-@inline
-def row_block(linear: Any, row: Any, end: Any, block: Any, scratch: Any) -> Any:
-    """The number of rows to take at once, with their scales in `scratch`."""
-    rows = int64(ROWS) if end - row >= ROWS else int64(1)
-    blocks = cell(linear, IN) // block
-    for r in range(rows):
-        row_scales(linear, row + r, block, scratch + 4 * r * blocks)
-    return rows
 
 
 @inline
 def float_rows(
     linear: Any, begin: Any, end: Any, x: Any, tokens: Any, scratch: Any, y: Any, y_format: Any
 ) -> None:
-    """y[:, begin:end] of x float32 [M, K]; scratch for float32 [4, K/G + M]."""
+    """y[:, begin:end] of x float32 [M, K]; scratch for float32 [4, K/G + 4]."""
     columns, size = cell(linear, IN), cell(linear, GROUP)
     groups = columns // size
     sums = scratch + 4 * ROWS * groups
+    limit = cell(linear, PACKED) + end * columns - 1
     row = begin
     while row < end:
-        rows = row_block(linear, row, end, size, scratch)
+        rows = int64(ROWS) if end - row >= ROWS else int64(1)
+        stride = columns if rows == ROWS else int64(0)
+        row_scales(linear, row, rows, size, scratch)
         weights = cell(linear, PACKED) + row * columns
-        multiply_floats(x, 4 * columns, tokens, weights, rows, scratch, groups, size, sums)
-        if size % LANES:
-            add_ends_of_groups(x, tokens, weights, rows, scratch, groups, size, sums)
-        write_rows(linear, row, rows, sums, tokens, 0, y, y_format)
+        m = int64(0)
+        while m < tokens:
+            count, at = int64(1), x + 4 * m * columns
+            if tokens - m >= 4:
+                count = int64(4)
+                float_4(at, weights, scratch, groups, size, sums, stride, limit)
+            else:
+                float_1(at, weights, scratch, groups, size, sums, stride, limit)
+            if size % LANES:
+                add_ends_of_groups(at, count, weights, rows, scratch, groups, size, sums)
+            write_rows(linear, row, rows, sums, count, m, y, y_format)
+            m += count
         row += rows
 
 
 @inline
-def token_rows(
-    linear: Any, begin: Any, end: Any, x: Any, scratch: Any, y: Any, y_format: Any
+def digit_rows(
+    linear: Any,
+    begin: Any,
+    end: Any,
+    records: Any,
+    tokens: Any,
+    parts: Any,
+    scratch: Any,
+    y: Any,
+    y_format: Any,
 ) -> None:
-    """`float_rows` for one token."""
-    columns, size = cell(linear, IN), cell(linear, GROUP)
-    groups = columns // size
-    sums = scratch + 4 * ROWS * groups
+    """y[:, begin:end] of M records; scratch for float32 [4, K/B + 1]."""
+    columns, block = cell(linear, IN), step_block(cell(linear, GROUP))
+    blocks = columns // block
+    sums = scratch + 4 * ROWS * blocks
+    limit = cell(linear, PACKED) + end * columns - 1
     row = begin
     while row < end:
-        rows = row_block(linear, row, end, size, scratch)
+        rows = int64(ROWS) if end - row >= ROWS else int64(1)
+        stride = columns if rows == ROWS else int64(0)
+        row_scales(linear, row, rows, block, scratch)
         weights = cell(linear, PACKED) + row * columns
-        multiply_token(x, weights, rows, scratch, groups, size, sums)
-        if size % LANES:
-            add_ends_of_groups(x, 1, weights, rows, scratch, groups, size, sums)
-        write_rows(linear, row, rows, sums, 1, 0, y, y_format)
+        for m in range(tokens):
+            x = records + m * record_bytes(columns, block, parts)
+            if parts == 2:
+                digits_2(x, weights, scratch, blocks, block, sums, stride, limit)
+            elif parts == 3:
+                digits_3(x, weights, scratch, blocks, block, sums, stride, limit)
+            else:
+                digits_1(x, weights, scratch, blocks, block, sums, stride, limit)
+            write_rows(linear, row, rows, sums, 1, m, y, y_format)
         row += rows
 
 
-def linear_floats(pointer: Any) -> None:
-    """Kernel: y [M, N] = x [M, K] times a linear; threads take chunks of rows by ticket."""
+@inline
+def record_bytes(columns: Any, block: Any, parts: Any) -> Any:
+    """Bytes of a token in digits, as `digit_tile` reads it."""
+    return aligned(parts * columns + columns // block * (4 * LANES * parts + 4))
+
+
+@inline
+def round_part(
+    x: Any, digits: Any, stride: Any, starts: Any, step: Any, block: Any, parts: Any
+) -> None:
+    """`round_block` for 1 to 3 parts."""
+    if parts == 2:
+        round_2(x, digits, stride, starts, step, block)
+    elif parts == 3:
+        round_3(x, digits, stride, starts, step, block)
+    else:
+        round_1(x, digits, stride, starts, step, block)
+
+
+@inline
+def write_record(x: Any, columns: Any, block: Any, parts: Any, record: Any) -> None:
+    """Round x float32 [K] to digits."""
+    blocks = columns // block
+    starts = record
+    digits = starts + 4 * LANES * parts * blocks
+    steps = digits + parts * columns
+    for b in range(blocks):
+        at, to = x + 4 * b * block, digits + b * block
+        round_part(at, to, columns, starts + 4 * LANES * parts * b, steps + 4 * b, block, parts)
+
+
+@inline
+def digits_of(linear: Any, parts: Any) -> Any:
+    """The parts that a linear takes x in: 0 (floats) where its groups are too small."""
+    return parts if step_block(cell(linear, GROUP)) else int64(0)
+
+
+@inline
+def token_bytes(linear: Any, parts: Any) -> Any:
+    """Bytes of a token as `few_rows` wants it."""
+    columns = cell(linear, IN)
+    if digits_of(linear, parts) == 0:
+        return 4 * columns
+    return record_bytes(columns, step_block(cell(linear, GROUP)), parts)
+
+
+@inline
+def prepare_token(linear: Any, parts: Any, x: Any, to: Any) -> Any:
+    """x float32 [K] as `few_rows` wants it: where it is, or in digits at `to`."""
+    stay_apart()
+    if digits_of(linear, parts) == 0:
+        return x
+    write_record(x, cell(linear, IN), step_block(cell(linear, GROUP)), parts, to)
+    return to
+
+
+@inline
+def few_rows(
+    linear: Any,
+    begin: Any,
+    end: Any,
+    x: Any,
+    tokens: Any,
+    parts: Any,
+    scratch: Any,
+    y: Any,
+    y_format: Any,
+) -> None:
+    """y[:, begin:end] of prepared tokens; scratch for float32 [4, K/B + 4]."""
+    stay_apart()
+    if digits_of(linear, parts) == 0:
+        float_rows(linear, begin, end, x, tokens, scratch, y, y_format)
+    else:
+        digit_rows(linear, begin, end, x, tokens, parts, scratch, y, y_format)
+
+
+@inline
+def scratch_floats(linear: Any) -> Any:
+    """Floats of scratch that `few_rows` needs."""
+    block = step_block(cell(linear, GROUP)) or cell(linear, GROUP)
+    return ROWS * (cell(linear, IN) // block + 4)
+
+
+def linear_few(pointer: Any) -> None:
+    """Kernel: y [M, N] = x [M, K] times a linear; threads take chunks of rows by ticket.
+
+    Every thread rounds all tokens for itself: cheaper than to wait for another.
+    """
     arguments = address_of(pointer)
     out_features, columns = cell(arguments, OUT), cell(arguments, IN)
-    tokens, chunk = cell(arguments, TOKENS), cell(arguments, CHUNK)
-    groups = columns // cell(arguments, GROUP)
-    buffer = np.empty(tokens * columns + ROWS * (groups + tokens), np.float32)
-    x = int64(buffer.ctypes.data)
-    load_tokens(arguments, 0, tokens, x)
-    scratch = x + 4 * tokens * columns
+    tokens, chunk, parts = (
+        cell(arguments, TOKENS),
+        cell(arguments, CHUNK),
+        digits_of(arguments, cell(arguments, PARTS)),
+    )
+    size = token_bytes(arguments, parts)
+    wanted = tokens * (4 * columns + size) + 4 * scratch_floats(arguments) + LINE
+    buffer = np.empty(wanted, np.uint8)
+    x = aligned(int64(buffer.ctypes.data))
+    scratch = x + tokens * size
+    floats = scratch + 4 * scratch_floats(arguments)
+    if parts == 0:
+        float_tokens(arguments, 0, tokens, x)
+    else:
+        float_tokens(arguments, 0, tokens, floats)
+        for m in range(tokens):
+            prepare_token(arguments, parts, floats + 4 * m * columns, x + m * size)
     y, y_format = cell(arguments, Y), cell(arguments, X_FORMAT)
     while True:
         begin = fetch_add(arguments + 8 * TICKET, chunk)
         if begin >= out_features:
             break
         end = min(begin + chunk, out_features)
-        if tokens == 1:
-            token_rows(arguments, begin, end, x, scratch, y, y_format)
-        else:
-            float_rows(arguments, begin, end, x, tokens, scratch, y, y_format)
+        few_rows(arguments, begin, end, x, tokens, parts, scratch, y, y_format)
 
 
 @inline
-def round_token(x: Any, columns: Any, block: Any, parts: Any, record: Any) -> None:
-    """Round x float32 [K] to `parts` records: int8 [K], float32 step and int32 -128 sum a block.
-
-    The parts are the digits of a number of 8 parts bits, base 256, lowest first, each with a step
-    256 times that of the one before: their products add up to the product with x.
-    """
+def write_parts(x: Any, columns: Any, block: Any, parts: Any, record: Any, starts: Any) -> None:
+    """Round x float32 [K] to a record a part, as `int8_block` reads them; scratch [parts, 16]."""
     blocks = columns // block
     stride = columns + 8 * blocks
-    digits = int32(127)
-    for _ in range(1, parts):
-        digits = digits * int32(256) + int32(127)
-    most = float32(digits)
+    lanes = carray(pointer_to(starts), (parts, LANES), int32)
     for b in range(blocks):
-        largest = float32(0)
-        for k in range(b * block, (b + 1) * block):
-            largest = max(largest, abs(load(x + 4 * k, float32)))
-        inverse = most / largest if largest > 0 else float32(0)
-        step = largest / most
+        step = record + columns + 4 * b
+        round_part(x + 4 * b * block, record + b * block, stride, starts, step, block, parts)
+        factor = load(step, float32)
         for part in range(parts):
-            store(record + part * stride + columns + 4 * b, step)
-            store_int(record + part * stride + columns + 4 * (blocks + b), int32(0))
-            step *= float32(256)
-        for k in range(b * block, (b + 1) * block):
-            rest = int32(np.rint(load(x + 4 * k, float32) * inverse))
-            rest = min(max(rest, -digits), digits)
-            for part in range(parts):
-                digit = int8(rest)
-                rest = (rest - int32(digit)) >> int32(8)
-                at = record + part * stride
-                store_byte(at + k, digit)
-                sum_at = at + columns + 4 * (blocks + b)
-                store_int(sum_at, load(sum_at, int32) - int32(128) * int32(digit))
-
-
-@inline
-def int8_rows(
-    linear: Any,
-    begin: Any,
-    end: Any,
-    block: Any,
-    x: Any,
-    tokens: Any,
-    scratch: Any,
-    first: Any,
-    y: Any,
-    y_format: Any,
-) -> None:
-    """y[first : first + M, begin:end] of M records at `x`; scratch for float32 [4, K/block + M]."""
-    columns = cell(linear, IN)
-    blocks = columns // block
-    sums = scratch + 4 * ROWS * blocks
-    row = begin
-    while row < end:
-        rows = row_block(linear, row, end, block, scratch)
-        weights = cell(linear, PACKED) + row * columns
-        multiply_int8(x, columns + 8 * blocks, tokens, weights, rows, scratch, blocks, block, sums)
-        write_rows(linear, row, rows, sums, tokens, first, y, y_format)
-        row += rows
+            store(step + part * stride, factor)
+            store_int(step + part * stride + 4 * blocks, int32(lanes[part].sum()))
+            factor *= float32(256)
 
 
 def round_tokens(pointer: Any) -> None:
     """Kernel: x [M, K] to records at Y; threads take tokens by ticket."""
     arguments = address_of(pointer)
-    columns, block = cell(arguments, IN), cell(arguments, BLOCK)
-    buffer = np.empty(columns, np.float32)
+    columns, block = cell(arguments, IN), step_block(cell(arguments, GROUP))
+    parts = cell(arguments, PARTS)
+    buffer = np.empty(columns + MAX_PARTS * LANES, np.float32)
     x = int64(buffer.ctypes.data)
+    records = parts * (columns + 8 * (columns // block))
     while True:
         token = fetch_add(arguments + 8 * TICKET, 1)
         if token >= cell(arguments, TOKENS):
             break
-        load_tokens(arguments, token, 1, x)
-        parts = cell(arguments, PARTS)
-        records = parts * (columns + 8 * (columns // block))
-        round_token(x, columns, block, parts, cell(arguments, Y) + token * records)
-
-
-def linear_int8(pointer: Any) -> None:
-    """Kernel: y [M, N] = records of rounded tokens at X times a linear, by chunks of rows."""
-    arguments = address_of(pointer)
-    out_features, columns = cell(arguments, OUT), cell(arguments, IN)
-    chunk, block = cell(arguments, CHUNK), cell(arguments, BLOCK)
-    record = columns + 8 * (columns // block)
-    at_once = max(int64(4), TOKEN_BYTES // record // 4 * 4)
-    buffer = np.empty(ROWS * (columns // block + at_once), np.float32)
-    scratch = int64(buffer.ctypes.data)
-    y, y_format = cell(arguments, Y), cell(arguments, X_FORMAT)
-    while True:
-        begin = fetch_add(arguments + 8 * TICKET, chunk)
-        if begin >= out_features:
-            break
-        end = min(begin + chunk, out_features)
-        for first in range(0, cell(arguments, TOKENS), at_once):
-            tokens = min(at_once, cell(arguments, TOKENS) - first)
-            x = cell(arguments, X) + first * record
-            int8_rows(arguments, begin, end, block, x, tokens, scratch, first, y, y_format)
+        float_tokens(arguments, token, 1, x)
+        to = cell(arguments, Y) + token * records
+        write_parts(x, columns, block, parts, to, x + 4 * columns)
 
 
 @inline
@@ -385,11 +419,12 @@ def interleave_rows(linear: Any, row: Any, rows: Any, block: Any, to: Any, scale
     own = scales + 4 * BLOCK_ROWS * blocks
     for r in range(BLOCK_ROWS):
         if r < rows:
-            row_scales(linear, row + r, block, own)
+            row_scales(linear, row + r, 1, block, own)
             for k in range(0, columns, 4):
                 store_int(to + BLOCK_ROWS * k + 4 * r, load(weights + r * columns + k, int32))
+        power = row_power(linear, row + r) if r < rows else float32(0)
         for b in range(blocks):
-            scale = load(own + 4 * b, float32) if r < rows else float32(0)
+            scale = load(own + 4 * b, float32) * power if r < rows else float32(0)
             store(scales + 4 * (BLOCK_ROWS * b + r), scale)
 
 
@@ -419,7 +454,7 @@ def linear_many(pointer: Any) -> None:
     """Kernel: y [M, N] = tokens in parts at X times a linear; threads take 32 rows by ticket."""
     arguments = address_of(pointer)
     out_features, columns = cell(arguments, OUT), cell(arguments, IN)
-    block, parts = cell(arguments, BLOCK), cell(arguments, PARTS)
+    block, parts = step_block(cell(arguments, GROUP)), cell(arguments, PARTS)
     blocks = columns // block
     record = columns + 8 * blocks
     buffer = np.zeros(

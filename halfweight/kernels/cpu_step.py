@@ -32,11 +32,13 @@ from halfweight.kernels.cpu_loops import (
     LINEAR_CELLS,
     OUT,
     PACKED,
-    ROWS,
+    aligned,
     cell,
+    few_rows,
+    prepare_token,
+    row_power,
     row_scales,
     store_number,
-    token_rows,
     weight_at,
 )
 from halfweight.kernels.simd import (
@@ -50,6 +52,7 @@ from halfweight.kernels.simd import (
     pointer_to,
     store,
 )
+from halfweight.kernels.tiles import ROWS
 
 (
     COUNTERS,
@@ -75,9 +78,14 @@ from halfweight.kernels.simd import (
     FINAL_NORM,
     HEAD,
     WIDEST,
-) = range(23)
-"""Cells of a step; EPSILON and SCALING are bits of a float32, the rest counts and addresses."""
-STEP_CELLS = 23
+    PARTS,
+    RECORD,
+) = range(25)
+"""Cells of a step; EPSILON and SCALING are bits of a float32, the rest counts and addresses.
+
+PARTS is what products round x to, WIDEST their longest x, RECORD its bytes in digits.
+"""
+STEP_CELLS = 25
 
 LINEARS = 7
 Q, K, V, OUTPUT, GATE, UP, DOWN = (LINEAR_CELLS * i for i in range(LINEARS))
@@ -94,7 +102,8 @@ COUNTERS_A_LAYER = 12
 EMBEDDING_TICKET, EMBEDDING_DONE, LOGITS_TICKET, LOGITS_DONE = range(4)
 COUNTERS_A_STEP = 4
 """Counters before those of the layers."""
-CHUNK_BYTES = 1 << 14
+MIN_CHUNK_BYTES, MAX_CHUNKS, MAX_CHUNK_ROWS = 1 << 14, 64, 4096
+"""Weights a thread takes at a time: a share of the linear, but not too few."""
 SPINS = 3000
 """Looks at a counter before a thread offers its core to others."""
 LOG2_E = float32(1.4426950408889634)
@@ -150,51 +159,69 @@ def normalize(x: Any, weight: Any, size: Any, epsilon: Any, to: Any) -> None:
 @inline
 def take(counter: Any, linear: Any) -> Any:
     """The next rows of a linear that nobody has: begin and end, equal when there are none."""
-    chunk = max(int64(ROWS), CHUNK_BYTES // cell(linear, IN) // ROWS * ROWS)
+    rows, columns = cell(linear, OUT), cell(linear, IN)
+    chunk = max(rows // MAX_CHUNKS, MIN_CHUNK_BYTES // columns) // ROWS * ROWS
+    chunk = max(int64(ROWS), min(chunk, int64(MAX_CHUNK_ROWS)))
     begin = fetch_add(counter, chunk)
-    return begin, max(begin, min(begin + chunk, cell(linear, OUT)))
+    return begin, max(begin, min(begin + chunk, rows))
 
 
 @inline
-def share(linear: Any, ticket: Any, done: Any, x: Any, scratch: Any, y: Any) -> None:
-    """y [N] = a linear times x."""
+def share(linear: Any, parts: Any, ticket: Any, done: Any, x: Any, scratch: Any, y: Any) -> None:
+    """y [N] = a linear times a prepared x."""
     begin, end = take(ticket, linear)
     while begin < end:
-        token_rows(linear, begin, end, x, scratch, y, FLOAT32)
+        few_rows(linear, begin, end, x, 1, parts, scratch, y, FLOAT32)
         fetch_add(done, end - begin)
         begin, end = take(ticket, linear)
 
 
 @inline
 def share_and_add(
-    linear: Any, ticket: Any, done: Any, x: Any, scratch: Any, part: Any, y: Any
+    linear: Any, parts: Any, ticket: Any, done: Any, x: Any, scratch: Any, part: Any, y: Any
 ) -> None:
-    """y [N] += a linear times x."""
+    """y [N] += a linear times a prepared x."""
     begin, end = take(ticket, linear)
     while begin < end:
-        token_rows(linear, begin, end, x, scratch, part - 4 * begin, FLOAT32)
-        sums, parts = floats_at(y + 4 * begin, end - begin), floats_at(part, end - begin)
+        few_rows(linear, begin, end, x, 1, parts, scratch, part - 4 * begin, FLOAT32)
+        sums, products = floats_at(y + 4 * begin, end - begin), floats_at(part, end - begin)
         for i in range(end - begin):
-            sums[i] += parts[i]
+            sums[i] += products[i]
         fetch_add(done, end - begin)
         begin, end = take(ticket, linear)
 
 
 @inline
 def share_gated(
-    layer: Any, ticket: Any, done: Any, x: Any, scratch: Any, part: Any, y: Any
+    layer: Any,
+    parts: Any,
+    ticket: Any,
+    done: Any,
+    gate_x: Any,
+    up_x: Any,
+    scratch: Any,
+    part: Any,
+    y: Any,
 ) -> None:
-    """y [F] = silu(gate x) * (up x)."""
+    """y [F] = silu(gate x) * (up x), x prepared for each."""
     gate, up = layer + 8 * GATE, layer + 8 * UP
     begin, end = take(ticket, gate)
     while begin < end:
-        token_rows(gate, begin, end, x, scratch, y, FLOAT32)
-        token_rows(up, begin, end, x, scratch, part - 4 * begin, FLOAT32)
+        few_rows(gate, begin, end, gate_x, 1, parts, scratch, y, FLOAT32)
+        few_rows(up, begin, end, up_x, 1, parts, scratch, part - 4 * begin, FLOAT32)
         gates, ups = floats_at(y + 4 * begin, end - begin), floats_at(part, end - begin)
         for i in range(end - begin):
             gates[i] = gates[i] / (float32(1) + exp(-gates[i])) * ups[i]
         fetch_add(done, end - begin)
         begin, end = take(ticket, gate)
+
+
+@inline
+def prepare_again(linear: Any, other: Any, parts: Any, x: Any, prepared: Any, record: Any) -> Any:
+    """`prepare_token`, or what was prepared for another linear of the same groups."""
+    if cell(linear, GROUP) == cell(other, GROUP):
+        return prepared
+    return prepare_token(linear, parts, x, record)
 
 
 @inline
@@ -300,11 +327,12 @@ def attend(step: Any, layer: Any, head: Any, scratch: Any) -> None:
 def read_embedding(step: Any, scratch: Any) -> None:
     """The token's row as float32 to HIDDEN."""
     table, token, out = cell(step, EMBEDDING), cell(step, TOKEN), cell(step, HIDDEN)
-    size = cell(table, GROUP)
-    row_scales(table, token, size, scratch)
+    size, power = cell(table, GROUP), row_power(table, token)
+    row_scales(table, token, 1, size, scratch)
     weights = cell(table, PACKED) + token * cell(table, IN)
     for k in range(cell(table, IN)):
-        store(out + 4 * k, weight_at(weights, k) * load(scratch + 4 * (k // size), float32))
+        scale = load(scratch + 4 * (k // size), float32) * power
+        store(out + 4 * k, weight_at(weights, k) * scale)
 
 
 @inline
@@ -318,55 +346,69 @@ def share_heads(step: Any, layer: Any, ticket: Any, done: Any, scratch: Any) -> 
 
 
 @inline
-def run_layer(step: Any, layer: Any, counters: Any, x: Any, scratch: Any, part: Any) -> None:
+def run_layer(step: Any, layer: Any, counters: Any, work: Any) -> None:
     """One layer, all threads together."""
-    hidden, width = cell(step, HIDDEN), cell(layer + 8 * Q, IN)
+    x, record, scratch, part = work
+    other_record = record + cell(step, RECORD)
+    hidden, width, parts = cell(step, HIDDEN), cell(layer + 8 * Q, IN), cell(step, PARTS)
     epsilon = load(step + 8 * EPSILON, float32)
-    num_q, num_k = cell(layer + 8 * Q, OUT), cell(layer + 8 * K, OUT)
+    query, key, value = layer + 8 * Q, layer + 8 * K, layer + 8 * V
+    num_q, num_k = cell(query, OUT), cell(key, OUT)
     normalize(hidden, cell(layer, INPUT_NORM), width, epsilon, x)
     q, done = cell(step, QKV), counters + 8 * QKV_DONE
     k, v = q + 4 * num_q, q + 4 * (num_q + num_k)
-    share(layer + 8 * Q, counters + 8 * Q_TICKET, done, x, scratch, q)
-    share(layer + 8 * K, counters + 8 * K_TICKET, done, x, scratch, k)
-    share(layer + 8 * V, counters + 8 * V_TICKET, done, x, scratch, v)
+    token = prepare_token(query, parts, x, record)
+    share(query, parts, counters + 8 * Q_TICKET, done, token, scratch, q)
+    other = prepare_again(key, query, parts, x, token, other_record)
+    share(key, parts, counters + 8 * K_TICKET, done, other, scratch, k)
+    other = prepare_again(value, query, parts, x, token, other_record)
+    share(value, parts, counters + 8 * V_TICKET, done, other, scratch, v)
     wait_for(done, num_q + 2 * num_k)
     done = counters + 8 * HEADS_DONE
     share_heads(step, layer, counters + 8 * HEAD_TICKET, done, part)
     wait_for(done, cell(step, HEADS))
+    output, down = layer + 8 * OUTPUT, layer + 8 * DOWN
     ticket, done = counters + 8 * OUTPUT_TICKET, counters + 8 * OUTPUT_DONE
-    attended = cell(step, ATTENDED)
-    share_and_add(layer + 8 * OUTPUT, ticket, done, attended, scratch, part, hidden)
-    wait_for(done, cell(layer + 8 * OUTPUT, OUT))
+    token = prepare_token(output, parts, cell(step, ATTENDED), record)
+    share_and_add(output, parts, ticket, done, token, scratch, part, hidden)
+    wait_for(done, cell(output, OUT))
     normalize(hidden, cell(layer, MIDDLE_NORM), width, epsilon, x)
     ticket, done = counters + 8 * GATED_TICKET, counters + 8 * GATED_DONE
     activated = cell(step, ACTIVATED)
-    share_gated(layer, ticket, done, x, scratch, part, activated)
-    wait_for(done, cell(layer + 8 * GATE, OUT))
+    gate, up = layer + 8 * GATE, layer + 8 * UP
+    token = prepare_token(gate, parts, x, record)
+    other = prepare_again(up, gate, parts, x, token, other_record)
+    share_gated(layer, parts, ticket, done, token, other, scratch, part, activated)
+    wait_for(done, cell(gate, OUT))
     ticket, done = counters + 8 * DOWN_TICKET, counters + 8 * DOWN_DONE
-    share_and_add(layer + 8 * DOWN, ticket, done, activated, scratch, part, hidden)
-    wait_for(done, cell(layer + 8 * DOWN, OUT))
+    token = prepare_token(down, parts, activated, record)
+    share_and_add(down, parts, ticket, done, token, scratch, part, hidden)
+    wait_for(done, cell(down, OUT))
 
 
 def run_step(pointer: Any) -> None:
     """Kernel: a token through all layers; logits float32 [V]."""
     step = address_of(pointer)
     widest, head_size = cell(step, WIDEST), cell(step, HEAD_SIZE)
-    part_size = max(CHUNK_BYTES // ROWS, 2 * head_size + cell(step, MAX_LENGTH))
-    buffer = np.empty(widest + ROWS * (widest + 1) + part_size, np.float32)
-    x = int64(buffer.ctypes.data)
+    record_size, parts = cell(step, RECORD), cell(step, PARTS)
+    part_size = max(MAX_CHUNK_ROWS, 2 * head_size + cell(step, MAX_LENGTH))
+    scratch_size = 4 * ROWS * (widest + 4)
+    buffer = np.empty(2 * record_size + 4 * widest + scratch_size + 4 * part_size + 64, np.uint8)
+    record = aligned(int64(buffer.ctypes.data))
+    x = record + 2 * record_size
     scratch = x + 4 * widest
-    part = scratch + 4 * ROWS * (widest + 1)
+    part = scratch + scratch_size
     counters = cell(step, COUNTERS)
     if fetch_add(counters + 8 * EMBEDDING_TICKET, 1) == 0:
         read_embedding(step, scratch)
         fetch_add(counters + 8 * EMBEDDING_DONE, 1)
     wait_for(counters + 8 * EMBEDDING_DONE, 1)
+    work = (x, record, scratch, part)
     for i in range(cell(step, NUM_LAYERS)):
         layer = cell(step, LAYERS) + 8 * LAYER_CELLS * i
-        own = counters + 8 * (COUNTERS_A_STEP + COUNTERS_A_LAYER * i)
-        run_layer(step, layer, own, x, scratch, part)
+        run_layer(step, layer, counters + 8 * (COUNTERS_A_STEP + COUNTERS_A_LAYER * i), work)
     head = cell(step, HEAD)
     epsilon = load(step + 8 * EPSILON, float32)
     normalize(cell(step, HIDDEN), cell(step, FINAL_NORM), cell(head, IN), epsilon, x)
-    done = counters + 8 * LOGITS_DONE
-    share(head, counters + 8 * LOGITS_TICKET, done, x, scratch, cell(step, LOGITS))
+    token, done = prepare_token(head, parts, x, record), counters + 8 * LOGITS_DONE
+    share(head, parts, counters + 8 * LOGITS_TICKET, done, token, scratch, cell(step, LOGITS))
