@@ -149,6 +149,7 @@ class GpuStep:
             INT8=is_int8,
             SMALLEST=torch.finfo(qkv.dtype).smallest_normal,
             num_warps=4,
+            num_stages=2,
         )
         if splits > 1:
             launch(

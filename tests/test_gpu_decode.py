@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from test_cpu_decode import FAMILY, quantized
@@ -170,6 +176,17 @@ def test_what_has_no_step_says_why(tmp_path):
     assert step_for(model, cache, None, None, None) is None
     plain = LlamaForCausalLM(small("llama"))
     assert unsupported(plain) == "not every linear of its layers is in INT8"
+
+
+def test_kernels_compile_for_gpus_that_are_not_here():
+    """The interpreter takes programs that the compiler does not."""
+    shared_memory = {"75": 64 << 10, "90": 227 << 10}
+    child = Path(__file__).parent / "compile_step.py"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, child, *shared_memory]
+    result = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    for capability, kernels in json.loads(result.stdout).items():
+        assert max(kernels.values()) <= shared_memory[capability]
 
 
 @pytest.mark.gpu
