@@ -25,7 +25,7 @@ class Device:
 
 def local_device() -> Device:
     """The first NVIDIA GPU, else the processor and its memory."""
-    return _nvidia() or _processor()
+    return _nvidia() or processor_device()
 
 
 def _nvidia() -> Device | None:
@@ -46,7 +46,8 @@ def parse_nvidia(line: str) -> Device:
     return Device("cuda", name, driver, int(total) * MIB, int(free) * MIB)
 
 
-def _processor() -> Device:
+def processor_device() -> Device:
+    """The processor and its memory."""
     memory = _sizes(Path("/proc/meminfo"))
     page = os.sysconf("SC_PAGE_SIZE")
     total = memory.get("MemTotal", os.sysconf("SC_PHYS_PAGES") * page)
@@ -61,8 +62,13 @@ def processor() -> str:
     return models[0] if models else platform.machine()
 
 
+def process_bytes(field: str) -> int:
+    """A size that the kernel keeps of this process, as VmHWM; 0 where there is no /proc."""
+    return _sizes(Path("/proc/self/status")).get(field, 0)
+
+
 def _sizes(path: Path) -> dict[str, int]:
     if not path.exists():
         return {}
-    fields = (line.split() for line in path.read_text().splitlines())
-    return {field[0].rstrip(":"): int(field[1]) * 1024 for field in fields}
+    lines = [line.split() for line in path.read_text().splitlines()]
+    return {f[0].rstrip(":"): int(f[1]) * 1024 for f in lines if f[2:] == ["kB"]}

@@ -82,7 +82,7 @@ def test_without_gpus_it_plans_for_this_machine(capsys, monkeypatch):
     assert found["device"] == {"count": 1, "name": here.name, "num_bytes": 81000 * 2**20}
     assert found["workload"]["device"] == "cuda"
     monkeypatch.setattr(machine, "_nvidia", lambda: None)
-    monkeypatch.setattr(machine, "local_device", machine._processor)
+    monkeypatch.setattr(machine, "local_device", machine.processor_device)
     _, found = answer(capsys, "plan", "smollm2-135m")
     assert found["workload"]["device"] == "cpu"
     names = [p["name"] for p in found["footprints"]["int8"]["parts"]]

@@ -66,4 +66,15 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(result if isinstance(result, int) else 0)
 
 
-from halfweight.cli import backends, bench, bench_models, convert, demo, evaluate, plan, run, serve  # noqa: E402, F401  commands register on `app`
+from halfweight.cli import (  # noqa: E402, F401  commands register themselves on `app`
+    backends,
+    bench,
+    bench_models,
+    convert,
+    demo,
+    evaluate,
+    measure,
+    plan,
+    run,
+    serve,
+)

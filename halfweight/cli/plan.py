@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from halfweight.cards import Gpus
     from halfweight.costs import Conversion, Loading, Serving
     from halfweight.fit import Cell
-    from halfweight.plan import Footprint, Plan, Workload
+    from halfweight.machine import Device
+    from halfweight.memory_record import Record
+    from halfweight.plan import DeviceKind, Footprint, Model, Plan, Workload
 
 MODEL_HELP = "A folder, a .gguf file, a Hub id, a config.json, or a preset such as llama-3-8b."
 STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red"}
@@ -78,11 +80,12 @@ def plan(
             f"--tensor-parallel {ranks} with {target.gpus.count} GPUs",
             hint=f"give --gpus {ranks}x{target.gpus.name}",
         )
-    work = _workload(context, batch, kv_dtype, ranks, runtime, target)
+    records = _records(target, found)
+    work = _workload(context, batch, kv_dtype, ranks, runtime, target, records)
     if solve == "gpus":
         work = work.on_ranks(1)
     made = make_plan(found, work, target.budget)
-    answer = _answer(made, target.gpus, read_bandwidth, price, model)
+    answer = replace(_answer(made, target.gpus, read_bandwidth, price, model), records=records)
     if solve is not None:
         answer = _solved(answer, solve)
     if json_output:
@@ -97,8 +100,9 @@ class _Target:
     """What the model is to run on: `budget` bytes of each device."""
 
     gpus: Gpus
-    kind: Literal["cuda", "cpu"]
+    kind: DeviceKind
     budget: int
+    here: Device | None
 
 
 @dataclass(frozen=True)
@@ -112,30 +116,56 @@ class _Answer:
     serving: Serving | None
     solution: dict[str, Any] | None = None
     cells: Sequence[Cell] = ()
+    records: Sequence[Record] = ()
+
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """How many measurements the plan uses, and how far earlier plans were off."""
+        if not self.records:
+            return None
+        errors = [abs(record.error) for record in self.records]
+        return {
+            "measurements": len(errors),
+            "mean_absolute_error": sum(errors) / len(errors),
+            "worst_error": max(errors),
+        }
 
 
 def _target(gpus: str | None, budget: str | None, reserve: str | None) -> _Target:
     from halfweight.cards import Gpus, parse_bytes, parse_gpus
     from halfweight.machine import local_device
 
-    kind: Literal["cuda", "cpu"] = "cuda"
-    if gpus is not None:
-        found = parse_gpus(gpus)
-    else:
-        here = local_device()
-        found, kind = Gpus(1, here.name, here.free_bytes), here.kind
+    here = None if gpus else local_device()
+    kind: DeviceKind = here.kind if here else "cuda"
+    found = Gpus(1, here.name, here.free_bytes) if here else parse_gpus(gpus or "")
     num_bytes = parse_bytes(budget) if budget else found.num_bytes
     left = num_bytes - (parse_bytes(reserve) if reserve else 0)
     if left <= 0:
         raise UsageError(
             f"--reserve {reserve} leaves nothing of {size(num_bytes)}", hint="reserve less"
         )
-    return _Target(found, kind, left)
+    return _Target(found, kind, left, here)
+
+
+def _records(target: _Target, model: Model) -> list[Record]:
+    """What was measured of this model on the very device that it is planned for."""
+    from halfweight.memory_record import key_of, records_for, records_path
+
+    if target.here is None or not records_path().exists():
+        return []
+    return records_for(key_of(target.here, model.architecture))
 
 
 def _workload(
-    context: int, batch: int, kv_dtype: Any, ranks: int, runtime: Any, target: _Target
+    context: int,
+    batch: int,
+    kv_dtype: Any,
+    ranks: int,
+    runtime: Any,
+    target: _Target,
+    records: Sequence[Record],
 ) -> Workload:
+    from halfweight.memory_record import calibrated_overhead
     from halfweight.plan import Workload
 
     return Workload(
@@ -145,6 +175,7 @@ def _workload(
         ranks,
         runtime or ("halfweight" if ranks == 1 else "vllm"),
         target.kind,
+        calibrated_overhead(records, target.kind) if records else None,
     )
 
 
@@ -209,6 +240,7 @@ def _document(answer: _Answer) -> dict[str, Any]:
         serving=answer.serving,
         solution=answer.solution,
         cells=answer.cells,
+        calibration=answer.calibration,
     )
 
 
@@ -275,6 +307,11 @@ def _print_verdict(answer: _Answer) -> None:
         stdout.print(f"{name} [{STYLES[verdict]}]{verdict}[/]")
     for line in advice(made):
         stdout.print(f"  {line}")
+    if (past := answer.calibration) is not None:
+        stdout.print(
+            f"measured here {past['measurements']} times: earlier plans were off by "
+            f"{past['mean_absolute_error']:.1%}, at worst {past['worst_error']:.1%}"
+        )
     legal = ", ".join(map(str, legal_ranks(made.model)))
     stdout.print(f"tensor-parallel sizes: {legal}")
 

@@ -1,0 +1,120 @@
+"""What was predicted and measured on this machine, kept for the next plan. No torch here.
+
+A record is keyed by device, driver, torch, version of this package and architecture. The part that
+cannot be computed (context, loaded kernels, the allocator's rounding) is what a measurement adds:
+its total less what was predicted to be allocated. Each measurement also halves, thirds, ... what is
+left of the assumed uncertainty on both sides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+from halfweight.architecture import Architecture
+from halfweight.machine import Device
+from halfweight.plan import ASSUMED_OVERHEAD, DeviceKind, Range
+from halfweight.shard import read_json
+
+MOST_RECORDS = 500
+"""The oldest go."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a measurement holds for."""
+
+    device: str
+    driver: str
+    torch: str
+    halfweight: str
+    architecture: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement: bytes predicted and found, by component, and in all."""
+
+    key: Key
+    workload: dict[str, int | str]
+    predicted: dict[str, int]
+    measured: dict[str, int]
+    allocated: int
+    predicted_total: int
+    measured_total: int
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured total, less 1."""
+        return self.predicted_total / self.measured_total - 1
+
+
+def key_of(device: Device, a: Architecture) -> Key:
+    """The key of this machine's device, as installed now, for an architecture."""
+    from halfweight import __version__
+
+    sizes = f"{len(a.cache_layers)} x {a.hidden}/{a.intermediate}"
+    heads = f"{a.heads}/{a.kv_heads} x {a.head_dim}, {a.vocabulary}"
+    return Key(device.name, device.driver, _version("torch"), __version__, f"{sizes}, {heads}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def records_path() -> Path:
+    """Where the records of this user's machine are."""
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return cache_home / "halfweight" / "memory.json"
+
+
+def read_records() -> list[Record]:
+    """All records; none where there is no file or one of another form."""
+    path = records_path()
+    if not path.is_file():
+        return []
+    found = read_json(path).get("records", [])
+    try:
+        return [Record(**{**row, "key": Key(**row["key"])}) for row in found]
+    except (TypeError, KeyError):
+        return []
+
+
+def add_record(record: Record) -> Path:
+    """Keep a record; of the same key and workload only the newest stays. Returns the file."""
+    same = (record.key, record.workload)
+    kept = [r for r in read_records() if (r.key, r.workload) != same][1 - MOST_RECORDS :]
+    path = records_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"records": [asdict(r) for r in (*kept, record)]}
+    beside = path.with_suffix(f".{os.getpid()}")
+    beside.write_text(json.dumps(document, indent=1) + "\n")
+    beside.replace(path)
+    return path
+
+
+def records_for(key: Key) -> list[Record]:
+    """What was measured of this very device, software and architecture."""
+    return [record for record in read_records() if record.key == key]
+
+
+def calibrated_overhead(records: Sequence[Record], device: DeviceKind) -> Range:
+    """The overhead that records have shown; the assumption without any."""
+    assumed = ASSUMED_OVERHEAD[device]
+    if not records:
+        return assumed
+    found = [record.measured_total - record.allocated for record in records]
+    share, likely = len(found) + 1, int(median(found))
+    return Range(
+        max(0, min(found) - (assumed.likely - assumed.low) // share),
+        likely,
+        max(found) + (assumed.high - assumed.likely) // share,
+    )

@@ -1,0 +1,144 @@
+"""Plans beside measurements: what is kept, and what the next plan makes of it."""
+
+import json
+
+import pytest
+import torch
+from test_cli import run
+from tiny import make_llama
+
+import halfweight
+from halfweight import machine, memory_record
+from halfweight.architecture import architecture
+from halfweight.machine import Device
+from halfweight.memory_record import Key, Record, add_record, calibrated_overhead, records_for
+from halfweight.plan import ASSUMED_OVERHEAD, MIB, Range, Workload, footprint
+from halfweight.planned import planned_model
+from halfweight.presets import preset
+
+KEY = Key("card", "1", "2.13", "0.1.0", "2 x 64")
+
+
+@pytest.fixture(autouse=True)
+def _own_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_record, "records_path", lambda: tmp_path / "cache" / "memory.json")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("measured")
+    halfweight.quantize(make_llama(place / "source"), place / "int8")
+    return place / "int8"
+
+
+def record(total, *, batch=1, allocated=1000 * MIB, key=KEY):
+    workload = {"context": 64, "batch": batch, "kv_dtype": "16bit", "weights": "int8"}
+    return Record(key, workload, {"weights": 1}, {"weights": 1}, allocated, 2000 * MIB, total)
+
+
+def test_a_measurement_agrees_with_the_plan_and_serves_the_next(folder, capsys, monkeypatch):
+    """Weights and cache to the byte, in a real process on the CPU."""
+    here = machine.processor_device()
+    monkeypatch.setattr(machine, "local_device", lambda: here)
+    options = (str(folder), "--context", "128", "--batch", "2")
+    code, out, _ = run(capsys, "measure", *options, "--json")
+    found = json.loads(out)
+    planned = footprint(
+        planned_model(str(folder)), Workload(128, 2, device="cpu"), found["workload"]["weights"]
+    )
+    assert code == 0
+    assert found["measured"]["weights"] == planned.weight_bytes == found["predicted"]["weights"]
+    assert found["measured"]["KV cache"] == planned.kv_bytes
+    assert sum(found["measured"].values()) == found["measured_total"]
+    assert found["error"] == found["predicted_total"] / found["measured_total"] - 1
+    _, out, _ = run(capsys, "plan", *options, "--json")
+    plan = json.loads(out)
+    assert plan["calibration"]["measurements"] == 1
+    assert plan["calibration"]["worst_error"] == pytest.approx(abs(found["error"]))
+    likely = plan["footprints"]["int8"]["total_bytes"]["likely"]
+    assert likely == found["measured_total"], "the same workload again is predicted as it was"
+    _, out, _ = run(capsys, "plan", *options)
+    assert "measured here 1 times" in out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpus_memory_is_taken_apart(folder, capsys):
+    code, out, _ = run(capsys, "measure", str(folder), "--context", "128", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["measured"]["KV cache"] == found["predicted"]["KV cache"]
+    assert found["measured"]["weights"] == pytest.approx(found["predicted"]["weights"], abs=MIB)
+    assert found["measured_total"] > sum(found["predicted"].values()) - 700 * MIB
+
+
+def test_what_cannot_fit_is_refused_unless_forced(folder, capsys, monkeypatch):
+    from halfweight import measure
+
+    small = Device("cpu", "a processor", "1", 1 << 20, 1 << 20)
+    monkeypatch.setattr(machine, "local_device", lambda: small)
+    code, _, err = run(capsys, "measure", str(folder), "--context", "128", "--batch", "64")
+    assert code == 3
+    assert "batch 64 of 128 tokens needs" in err
+    assert "--force" in err
+    monkeypatch.setattr(measure, "measure", lambda *_: record(1000 * MIB))
+    code, _, _ = run(capsys, "measure", str(folder), "--batch", "64", "--context", "128", "--force")
+    assert code == 0
+
+
+def test_a_context_beyond_the_models_is_refused(folder, capsys):
+    code, _, err = run(capsys, "measure", str(folder), "--context", "9999")
+    assert code == 2
+    assert "context 9999 is more than the model's" in err
+
+
+def test_a_failed_process_is_one_error(monkeypatch):
+    from halfweight import measure
+    from halfweight.errors import HalfweightError
+
+    def fail(*_):
+        raise RuntimeError("the process ended without a result (killed for memory?)")
+
+    monkeypatch.setattr(measure, "from_fresh_process", fail)
+    with pytest.raises(HalfweightError, match="measuring FOLDER: the process ended") as caught:
+        measure.measure("FOLDER", None, Workload(device="cpu"), "int8")
+    assert "halfweight plan" in caught.value.hint
+
+
+def test_records_lie_in_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert memory_record.records_path() == tmp_path / "halfweight" / "memory.json"
+
+
+def test_measurements_narrow_the_assumption():
+    assumed = ASSUMED_OVERHEAD["cuda"]
+    assert calibrated_overhead([], "cuda") == assumed
+    one = calibrated_overhead([record(1500 * MIB)], "cuda")
+    assert one == Range(350 * MIB, 500 * MIB, 850 * MIB)
+    three = calibrated_overhead([record(n * MIB, batch=n) for n in (1500, 1500, 1520)], "cuda")
+    assert three == Range(425 * MIB, 500 * MIB, 695 * MIB)
+
+
+def test_records_are_of_one_key_and_the_newest_of_a_workload_counts():
+    add_record(record(1500 * MIB))
+    add_record(record(1600 * MIB))
+    add_record(record(1700 * MIB, batch=2))
+    other = Key("card", "2", "2.13", "0.1.0", "2 x 64")
+    add_record(record(1800 * MIB, key=other))
+    assert [r.measured_total // MIB for r in records_for(KEY)] == [1600, 1700]
+    assert record(1600 * MIB).error == pytest.approx(0.25)
+
+
+def test_a_record_of_another_form_is_no_record():
+    add_record(record(1500 * MIB))
+    memory_record.records_path().write_text('{"records": [{"key": {}}]}')
+    assert memory_record.read_records() == []
+
+
+def test_the_key_tells_devices_drivers_and_architectures_apart():
+    small, large = (architecture(preset(n)) for n in ("llama-3-8b", "llama-3-70b"))
+    card = Device("cuda", "NVIDIA H100", "580.1", 1, 1)
+    newer = Device("cuda", "NVIDIA H100", "590.1", 1, 1)
+    keys = {memory_record.key_of(d, a) for d, a in ((card, small), (newer, small), (card, large))}
+    assert len(keys) == 3
