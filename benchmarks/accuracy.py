@@ -4,6 +4,7 @@
     python benchmarks/texts.py unpacked texts
     python benchmarks/accuracy.py run MODEL texts/handbook.txt texts/austen.txt
     python benchmarks/accuracy.py run MODEL texts/handbook.txt texts/austen.txt --planted
+    python benchmarks/accuracy.py spread MODEL texts/handbook.txt texts/austen.txt
     python benchmarks/accuracy.py collect
     python benchmarks/accuracy.py encoder ENCODER texts/handbook.txt
     python benchmarks/accuracy_table.py
@@ -34,7 +35,17 @@ import torch
 from envelope import envelope, write_result
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from variants import CALIBRATED, DEFAULT, Q8_0, TENSOR, VARIANTS, Stored, Variant
+from variants import (
+    CALIBRATED,
+    DEFAULT,
+    FLOAT32_SAME_GROUP,
+    Q8_0,
+    SMALLEST_GROUP,
+    TENSOR,
+    VARIANTS,
+    Stored,
+    Variant,
+)
 
 from halfweight.checkpoint import quantized_modules, read_headers
 from halfweight.evaluation import SplitModel, load_model, split, tokenize
@@ -51,6 +62,9 @@ OUTLIER_FACTOR, OUTLIER_COLUMNS = 20.0, 4
 PLANTED = "planted "
 """Before the names of rows that were measured on the model with planted outliers."""
 PLANTED_VARIANTS = (TENSOR, "bitsandbytes row", DEFAULT, Q8_0)
+SPREAD = (DEFAULT, FLOAT32_SAME_GROUP, SMALLEST_GROUP, Q8_0)
+"""Rows close to each other, measured on several sources: what is chance, what is the format."""
+NOISE_BLOCK = 32
 NORM_BEFORE = {
     "self_attn.q_proj": "input_layernorm",
     "self_attn.k_proj": "input_layernorm",
@@ -218,6 +232,40 @@ def run(arguments: argparse.Namespace) -> None:
             measure(replace(part, windows=(window,)), number, model, rows, work, text)
 
 
+def fill_low_bits(weights: dict[str, Tensor], seed: int) -> None:
+    """Add noise of an 8-bit step's width, absmax / 127 of each 32 of a row, to weights in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in weights.values():
+        blocks = weight.view(-1, NOISE_BLOCK)
+        steps = blocks.abs().amax(dim=1, keepdim=True) / 127
+        blocks += (torch.rand(blocks.shape, generator=generator) - 0.5) * steps
+
+
+def spread(arguments: argparse.Namespace) -> None:
+    """Some rows on sources that differ by noise no larger than an 8-bit step."""
+    runs = samples(arguments.model, arguments.texts, arguments.windows)
+    entries = []
+    for seed in range(1, arguments.seeds + 1):
+        work: Path = arguments.work / f"seed-{seed}"
+        work.mkdir(parents=True, exist_ok=True)
+        whole = load_model(arguments.model, "cpu", torch.float32)
+        fill_low_bits(weights_of(whole), seed)
+        model = Runnable(whole)
+        rows = [Row.stored(name, model, by(VARIANTS[name]), work) for name in SPREAD]
+        for text, part in runs.items():
+            for number, window in enumerate(part.windows):
+                measure(replace(part, windows=(window,)), number, model, rows, work, text)
+        for row in rows:
+            scores = np.concatenate(list(scores_of(work / f"{row.name}.json").values()))
+            found = asdict(summarize(scores))
+            entries.append({"seed": seed, "variant": row.name, "comparison": found})
+            (work / f"{row.name}.safetensors").unlink()
+        facts = envelope(torch.device("cpu"), {}) | {
+            "command": COMMAND.format("spread MODEL TEXTS")
+        }
+        write_result("accuracy_spread", envelope(torch.device("cpu"), {}) | command, entries)
+
+
 @torch.inference_mode()
 def measure(
     part: Sample, number: int, reference: Runnable, rows: list[Row], work: Path, text: str
@@ -341,6 +389,13 @@ def main() -> None:
         "--calibrated", nargs="*", default=[], metavar="TEXT=FOLDER", help="of `--calibrate TEXT`"
     )
     runs.set_defaults(function=run)
+    spreads = commands.add_parser("spread", help="close rows, on several sources")
+    spreads.add_argument("model", type=Path)
+    spreads.add_argument("texts", type=Path, nargs="+")
+    spreads.add_argument("--work", type=Path, default=Path("build/accuracy"))
+    spreads.add_argument("--windows", type=int, default=1, help="of 1024 tokens, from each text")
+    spreads.add_argument("--seeds", type=int, default=6)
+    spreads.set_defaults(function=spread)
     collecting = commands.add_parser("collect", help="write the result of a work folder")
     collecting.add_argument("work", type=Path, nargs="?", default=Path("build/accuracy"))
     collecting.set_defaults(function=collect)

@@ -15,29 +15,17 @@ import sys
 from pathlib import Path
 
 import torch
-from accuracy import weights_of
-from torch import Tensor
+from accuracy import fill_low_bits, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halfweight.evaluation import load_model
-
-BLOCK = 32
-
-
-def fill_low_bits(weight: Tensor, generator: torch.Generator) -> None:
-    """Add noise of a step's width, absmax / 127 of each block of a row, to `weight` [N, K]."""
-    blocks = weight.view(-1, BLOCK)
-    steps = blocks.abs().amax(dim=1, keepdim=True) / 127
-    blocks += (torch.rand(blocks.shape, generator=generator) - 0.5) * steps
 
 
 def main() -> None:
     """Write the folder named second."""
     file, out = map(Path, sys.argv[1:3])
     decoded = load_model(file, "cpu", torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    for weight in weights_of(decoded).values():
-        fill_low_bits(weight, generator)
+    fill_low_bits(weights_of(decoded), seed=0)
     model = AutoModelForCausalLM.from_config(decoded.config, dtype=torch.float32)
     model.load_state_dict(decoded.state_dict())
     model.config.__dict__.pop("quantization_config", None)
