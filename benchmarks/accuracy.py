@@ -260,10 +260,9 @@ def spread(arguments: argparse.Namespace) -> None:
             found = asdict(summarize(scores))
             entries.append({"seed": seed, "variant": row.name, "comparison": found})
             (work / f"{row.name}.safetensors").unlink()
-        facts = envelope(torch.device("cpu"), {}) | {
-            "command": COMMAND.format("spread MODEL TEXTS")
-        }
-        write_result("accuracy_spread", envelope(torch.device("cpu"), {}) | command, entries)
+        facts = envelope(torch.device("cpu"), {})
+        facts |= {"command": COMMAND.format("spread MODEL TEXTS")}
+        write_result("accuracy_spread", facts, entries)
 
 
 @torch.inference_mode()
