@@ -16,38 +16,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
 from halfweight.kernels.threads import Arguments, Kernel, num_threads
+from halfweight.llama_like import difference, layer_linears
 from halfweight.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 
 log = logging.getLogger("halfweight")
 
-FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Models whose forward is the one in kernels/cpu_step.py."""
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose angles depend on the position alone."""
-LINEARS = (
-    *(f"self_attn.{name}_proj" for name in "qkvo"),
-    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
-)
-
 
 def unsupported(model: PreTrainedModel) -> str | None:
     """Why `model` cannot decode by one kernel, or None."""
-    name, config = type(model).__name__, model.config
-    if name not in FAMILY:
-        return f"{name} is not one of {', '.join(FAMILY)}"
-    if config.hidden_act != "silu":
-        return f"its activation is {config.hidden_act}, not silu"
-    if config.rope_parameters["rope_type"] not in STATIC_ROPE:
-        return f"its rotary embedding is {config.rope_parameters['rope_type']}"
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
-        return "some layers attend to a sliding window"
-    if getattr(config, "sliding_window", None) and name == "MistralForCausalLM":
-        return "its layers attend to a sliding window"
+    reason = difference(model)
+    if reason is not None:
+        return reason
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, QuantizedEmbedding) or embedding.embed_scale is not None:
         return "its embedding is not in INT8"
-    layers = model.model.layers
-    linears = [layer.get_submodule(name) for layer in layers for name in LINEARS]
+    linears = [linear for layer in model.model.layers for linear in layer_linears(layer)]
     for linear in (*linears, model.get_output_embeddings()):
         if not isinstance(linear, QuantizedLinear) or linear.backend_name != "cpu":
             return "not every linear is in INT8 on the backend 'cpu'"
@@ -80,7 +63,7 @@ class CpuStep:
         return self.logits
 
     def _describe(self, model: PreTrainedModel, cache: StaticCache) -> None:
-        from halfweight.kernels.cpu import exact_parts, max_record_bytes
+        from halfweight.kernels.cpu import exact_parts, max_record_bytes, product
 
         names, config, body = self._cells, model.config, model.model
         keys = cache.layers[0].keys
@@ -121,6 +104,7 @@ class CpuStep:
             names.HEAD: self._linear_address(model.get_output_embeddings()),
             names.WIDEST: widest,
             names.PARTS: parts,
+            names.PRODUCT: product.address,
             names.RECORD: max_record_bytes(widest, parts),
         }
         for cell, value in values.items():
@@ -129,9 +113,8 @@ class CpuStep:
     def _layer(self, layer: Any, cached: Any) -> list[int]:
         """The cells of a layer."""
         attention = layer.self_attn
-        linears = [layer.get_submodule(name) for name in LINEARS]
         return [
-            *(value for linear in linears for value in self._linear(linear)),
+            *(value for linear in layer_linears(layer) for value in self._linear(linear)),
             self._norm(layer.input_layernorm),
             self._norm(getattr(attention, "q_norm", None)),
             self._norm(getattr(attention, "k_norm", None)),

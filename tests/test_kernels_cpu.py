@@ -13,6 +13,11 @@ SHAPES = [(1, 32), (7, 64), (48, 576), (33, 1536), (130, 896), (5, 4864)]
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    torch.manual_seed(0)
+
+
 def weight(shape=(48, 576), group_size=64, scale_format="grid8"):
     generator = torch.Generator().manual_seed(sum(shape))
     rows = torch.exp(torch.randn(shape[0], 1, generator=generator))
@@ -93,10 +98,11 @@ def test_embedding_equals_the_reference(scale_format, dtype):
 
 
 def rounded(x, block):
-    """x as the int8 path sees it: the nearest of 255 steps in each block."""
-    blocks = x.double().reshape(*x.shape[:-1], -1, block)
-    step = blocks.abs().amax(dim=-1, keepdim=True) / 127
-    return ((blocks / step).round() * step).reshape(x.shape)
+    """x as the int8 path sees it: the nearest of 255 steps in each block, in float32."""
+    blocks = x.reshape(*x.shape[:-1], -1, block)
+    largest = blocks.abs().amax(dim=-1, keepdim=True)
+    digits = (blocks * (127 / largest)).round()
+    return (digits.double() * (largest / 127).double()).reshape(x.shape)
 
 
 @pytest.mark.parametrize(("group_size", "block"), [(64, 64), (128, 128), (256, 256), ("row", 256)])
@@ -107,7 +113,7 @@ def test_int8_activations_equal_the_product_with_rounded_x(group_size, block, to
     x, bias = torch.randn(tokens, 768), torch.randn(37)
     y = kernels.linear(x, *parts, bias, "cpu", True)
     expected = reference.linear(rounded(x, block), *parts, bias)
-    assert (y.double() - expected).norm() / expected.norm() < 1e-4
+    assert (y.double() - expected).norm() / expected.norm() < 2e-6
     exact = reference.linear(x.double(), *parts, bias)
     assert 1e-4 < (y.double() - exact).norm() / exact.norm() < 2e-2
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from halfweight.errors import UsageError
 from halfweight.kernels import Backend, cpu_loops
-from halfweight.kernels.threads import Arguments, Kernel, num_threads
+from halfweight.kernels.threads import Arguments, CFunction, Kernel, num_threads
 from halfweight.kernels.tiles import ROWS
 from halfweight.numerics import QuantizedTensor, dequantize
 
@@ -41,6 +41,7 @@ FORMATS = {
     torch.uint8: cpu_loops.GRID8,
 }
 
+product = CFunction(cpu_loops.product)
 _linear_few = Kernel(cpu_loops.linear_few)
 _round_tokens = Kernel(cpu_loops.round_tokens)
 _linear_many = Kernel(cpu_loops.linear_many)
@@ -104,7 +105,7 @@ def _linear_few_tokens(
     cells = linear_cells(packed, scales, exponents, bias)
     form = FORMATS[x.dtype]
     if tokens:
-        rest = (0, tokens, x.data_ptr(), form, y.data_ptr(), chunk, parts)
+        rest = (0, tokens, x.data_ptr(), form, y.data_ptr(), chunk, parts, product.address)
         _linear_few.run(Arguments(*cells, *rest), threads)
     return y
 
@@ -142,8 +143,8 @@ def linear_int8(
             hint="load the model without activations='int8', or quantize it with --group-size 64",
         )
     few = x.numel() // x.shape[-1] <= MAX_DIRECT_TOKENS
-    product = _linear_few_tokens if few else _linear_many_tokens
-    return product(x, packed, scales, exponents, bias, 1)
+    multiply = _linear_few_tokens if few else _linear_many_tokens
+    return multiply(x, packed, scales, exponents, bias, 1)
 
 
 def _linear_many_tokens(
@@ -163,8 +164,8 @@ def _linear_many_tokens(
     source, rounded = x.data_ptr(), records.data_ptr()
     rounding = Arguments(*cells, 0, tokens, source, form, rounded, 0, parts)
     _round_tokens.run(rounding, num_threads())
-    product = Arguments(*cells, 0, tokens, rounded, form, y.data_ptr(), 0, parts)
-    _linear_many.run(product, _split(packed)[1])
+    products = Arguments(*cells, 0, tokens, rounded, form, y.data_ptr(), 0, parts)
+    _linear_many.run(products, _split(packed)[1])
     return y
 
 

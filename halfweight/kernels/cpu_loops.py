@@ -18,13 +18,13 @@ from numba import carray, float32, int8, int32, int64, uint8, uint16, uint32
 from halfweight.kernels.simd import (
     address_of,
     bits_of,
+    call_at,
     fetch_add,
     float_from_bits,
     from_float16,
     inline,
     load,
     pointer_to,
-    stay_apart,
     store,
     store_half,
     store_int,
@@ -46,8 +46,8 @@ FLOAT32, BFLOAT16, FLOAT16, GRID8 = range(4)
 
 OUT, IN, GROUP, PACKED, SCALES, FORMAT, SCALE_STRIDE, EXPONENTS, BIAS = range(9)
 LINEAR_CELLS = 9
-TICKET, TOKENS, X, X_FORMAT, Y, CHUNK, PARTS = range(LINEAR_CELLS, LINEAR_CELLS + 7)
-"""PARTS: digits that x is rounded to, 0 where it stays in floats."""
+TICKET, TOKENS, X, X_FORMAT, Y, CHUNK, PARTS, PRODUCT = range(LINEAR_CELLS, LINEAR_CELLS + 8)
+"""PARTS: digits that x is rounded to, 0 where it stays in floats. PRODUCT: where `product` is."""
 
 MAX_PARTS = 3
 
@@ -300,25 +300,14 @@ def digits_of(linear: Any, parts: Any) -> Any:
 
 @inline
 def token_bytes(linear: Any, parts: Any) -> Any:
-    """Bytes of a token as `few_rows` wants it."""
+    """Bytes of a token as `product` wants it."""
     columns = cell(linear, IN)
     if digits_of(linear, parts) == 0:
         return 4 * columns
     return record_bytes(columns, step_block(cell(linear, GROUP)), parts)
 
 
-@inline
-def prepare_token(linear: Any, parts: Any, x: Any, to: Any) -> Any:
-    """x float32 [K] as `few_rows` wants it: where it is, or in digits at `to`."""
-    stay_apart()
-    if digits_of(linear, parts) == 0:
-        return x
-    write_record(x, cell(linear, IN), step_block(cell(linear, GROUP)), parts, to)
-    return to
-
-
-@inline
-def few_rows(
+def product(
     linear: Any,
     begin: Any,
     end: Any,
@@ -328,18 +317,34 @@ def few_rows(
     scratch: Any,
     y: Any,
     y_format: Any,
-) -> None:
-    """y[:, begin:end] of prepared tokens; scratch for float32 [4, K/B + 4]."""
-    stay_apart()
-    if digits_of(linear, parts) == 0:
+) -> Any:
+    """y[:, begin:end] of prepared tokens; scratch for float32 [4, K/B + 4].
+
+    With `begin` = -1: x float32 [K] prepared for it, returned; where it is, or in digits at `y`.
+    A function of its own, that kernels call by its address, so that it is compiled once.
+    """
+    parts = digits_of(linear, parts)
+    if begin < 0:
+        if parts == 0:
+            return x
+        write_record(x, cell(linear, IN), step_block(cell(linear, GROUP)), parts, y)
+        return y
+    if parts == 0:
         float_rows(linear, begin, end, x, tokens, scratch, y, y_format)
     else:
         digit_rows(linear, begin, end, x, tokens, parts, scratch, y, y_format)
+    return y
+
+
+@inline
+def prepare_token(product_at: Any, linear: Any, parts: Any, x: Any, to: Any) -> Any:
+    """x float32 [K] as `product` wants it: where it is, or in digits at `to`."""
+    return call_at(product_at, (linear, -1, 0, x, 1, parts, 0, to, 0))
 
 
 @inline
 def scratch_floats(linear: Any) -> Any:
-    """Floats of scratch that `few_rows` needs."""
+    """Floats of scratch that `product` needs."""
     block = step_block(cell(linear, GROUP)) or cell(linear, GROUP)
     return ROWS * (cell(linear, IN) // block + 4)
 
@@ -356,7 +361,7 @@ def linear_few(pointer: Any) -> None:
         cell(arguments, CHUNK),
         digits_of(arguments, cell(arguments, PARTS)),
     )
-    size = token_bytes(arguments, parts)
+    product_at, size = cell(arguments, PRODUCT), token_bytes(arguments, parts)
     wanted = tokens * (4 * columns + size) + 4 * scratch_floats(arguments) + LINE
     buffer = np.empty(wanted, np.uint8)
     x = aligned(int64(buffer.ctypes.data))
@@ -367,14 +372,15 @@ def linear_few(pointer: Any) -> None:
     else:
         float_tokens(arguments, 0, tokens, floats)
         for m in range(tokens):
-            prepare_token(arguments, parts, floats + 4 * m * columns, x + m * size)
+            prepare_token(product_at, arguments, parts, floats + 4 * m * columns, x + m * size)
     y, y_format = cell(arguments, Y), cell(arguments, X_FORMAT)
     while True:
         begin = fetch_add(arguments + 8 * TICKET, chunk)
         if begin >= out_features:
             break
         end = min(begin + chunk, out_features)
-        few_rows(arguments, begin, end, x, tokens, parts, scratch, y, y_format)
+        rows = (arguments, begin, end, x, tokens, parts, scratch, y, y_format)
+        call_at(product_at, rows)
 
 
 @inline

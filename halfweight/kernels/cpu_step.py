@@ -34,7 +34,6 @@ from halfweight.kernels.cpu_loops import (
     PACKED,
     aligned,
     cell,
-    few_rows,
     prepare_token,
     row_power,
     row_scales,
@@ -43,6 +42,7 @@ from halfweight.kernels.cpu_loops import (
 )
 from halfweight.kernels.simd import (
     address_of,
+    call_at,
     fetch_add,
     float_from_bits,
     from_float16,
@@ -80,12 +80,14 @@ from halfweight.kernels.tiles import ROWS
     WIDEST,
     PARTS,
     RECORD,
-) = range(25)
+    PRODUCT,
+) = range(26)
 """Cells of a step; EPSILON and SCALING are bits of a float32, the rest counts and addresses.
 
-PARTS is what products round x to, WIDEST their longest x, RECORD its bytes in digits.
+PARTS is what products round x to, WIDEST their longest x, RECORD its bytes in digits, PRODUCT where
+`cpu_loops.product` is.
 """
-STEP_CELLS = 25
+STEP_CELLS = 26
 
 LINEARS = 7
 Q, K, V, OUTPUT, GATE, UP, DOWN = (LINEAR_CELLS * i for i in range(LINEARS))
@@ -167,23 +169,44 @@ def take(counter: Any, linear: Any) -> Any:
 
 
 @inline
-def share(linear: Any, parts: Any, ticket: Any, done: Any, x: Any, scratch: Any, y: Any) -> None:
+def multiply(step: Any, linear: Any, begin: Any, end: Any, x: Any, scratch: Any, y: Any) -> None:
+    """y[begin:end] of a linear times a prepared x."""
+    parts = cell(step, PARTS)
+    call_at(cell(step, PRODUCT), (linear, begin, end, x, 1, parts, scratch, y, FLOAT32))
+
+
+@inline
+def prepare(step: Any, linear: Any, x: Any, record: Any) -> Any:
+    """x float32 [K] as `multiply` wants it."""
+    return prepare_token(cell(step, PRODUCT), linear, cell(step, PARTS), x, record)
+
+
+@inline
+def prepare_again(step: Any, linear: Any, other: Any, x: Any, prepared: Any, record: Any) -> Any:
+    """`prepare`, or what was prepared for another linear of the same groups."""
+    if cell(linear, GROUP) == cell(other, GROUP):
+        return prepared
+    return prepare(step, linear, x, record)
+
+
+@inline
+def share(step: Any, linear: Any, ticket: Any, done: Any, x: Any, scratch: Any, y: Any) -> None:
     """y [N] = a linear times a prepared x."""
     begin, end = take(ticket, linear)
     while begin < end:
-        few_rows(linear, begin, end, x, 1, parts, scratch, y, FLOAT32)
+        multiply(step, linear, begin, end, x, scratch, y)
         fetch_add(done, end - begin)
         begin, end = take(ticket, linear)
 
 
 @inline
 def share_and_add(
-    linear: Any, parts: Any, ticket: Any, done: Any, x: Any, scratch: Any, part: Any, y: Any
+    step: Any, linear: Any, ticket: Any, done: Any, x: Any, scratch: Any, part: Any, y: Any
 ) -> None:
     """y [N] += a linear times a prepared x."""
     begin, end = take(ticket, linear)
     while begin < end:
-        few_rows(linear, begin, end, x, 1, parts, scratch, part - 4 * begin, FLOAT32)
+        multiply(step, linear, begin, end, x, scratch, part - 4 * begin)
         sums, products = floats_at(y + 4 * begin, end - begin), floats_at(part, end - begin)
         for i in range(end - begin):
             sums[i] += products[i]
@@ -193,8 +216,8 @@ def share_and_add(
 
 @inline
 def share_gated(
+    step: Any,
     layer: Any,
-    parts: Any,
     ticket: Any,
     done: Any,
     gate_x: Any,
@@ -207,21 +230,13 @@ def share_gated(
     gate, up = layer + 8 * GATE, layer + 8 * UP
     begin, end = take(ticket, gate)
     while begin < end:
-        few_rows(gate, begin, end, gate_x, 1, parts, scratch, y, FLOAT32)
-        few_rows(up, begin, end, up_x, 1, parts, scratch, part - 4 * begin, FLOAT32)
+        multiply(step, gate, begin, end, gate_x, scratch, y)
+        multiply(step, up, begin, end, up_x, scratch, part - 4 * begin)
         gates, ups = floats_at(y + 4 * begin, end - begin), floats_at(part, end - begin)
         for i in range(end - begin):
             gates[i] = gates[i] / (float32(1) + exp(-gates[i])) * ups[i]
         fetch_add(done, end - begin)
         begin, end = take(ticket, gate)
-
-
-@inline
-def prepare_again(linear: Any, other: Any, parts: Any, x: Any, prepared: Any, record: Any) -> Any:
-    """`prepare_token`, or what was prepared for another linear of the same groups."""
-    if cell(linear, GROUP) == cell(other, GROUP):
-        return prepared
-    return prepare_token(linear, parts, x, record)
 
 
 @inline
@@ -350,39 +365,39 @@ def run_layer(step: Any, layer: Any, counters: Any, work: Any) -> None:
     """One layer, all threads together."""
     x, record, scratch, part = work
     other_record = record + cell(step, RECORD)
-    hidden, width, parts = cell(step, HIDDEN), cell(layer + 8 * Q, IN), cell(step, PARTS)
+    hidden, width = cell(step, HIDDEN), cell(layer + 8 * Q, IN)
     epsilon = load(step + 8 * EPSILON, float32)
     query, key, value = layer + 8 * Q, layer + 8 * K, layer + 8 * V
     num_q, num_k = cell(query, OUT), cell(key, OUT)
     normalize(hidden, cell(layer, INPUT_NORM), width, epsilon, x)
     q, done = cell(step, QKV), counters + 8 * QKV_DONE
     k, v = q + 4 * num_q, q + 4 * (num_q + num_k)
-    token = prepare_token(query, parts, x, record)
-    share(query, parts, counters + 8 * Q_TICKET, done, token, scratch, q)
-    other = prepare_again(key, query, parts, x, token, other_record)
-    share(key, parts, counters + 8 * K_TICKET, done, other, scratch, k)
-    other = prepare_again(value, query, parts, x, token, other_record)
-    share(value, parts, counters + 8 * V_TICKET, done, other, scratch, v)
+    token = prepare(step, query, x, record)
+    share(step, query, counters + 8 * Q_TICKET, done, token, scratch, q)
+    other = prepare_again(step, key, query, x, token, other_record)
+    share(step, key, counters + 8 * K_TICKET, done, other, scratch, k)
+    other = prepare_again(step, value, query, x, token, other_record)
+    share(step, value, counters + 8 * V_TICKET, done, other, scratch, v)
     wait_for(done, num_q + 2 * num_k)
     done = counters + 8 * HEADS_DONE
     share_heads(step, layer, counters + 8 * HEAD_TICKET, done, part)
     wait_for(done, cell(step, HEADS))
     output, down = layer + 8 * OUTPUT, layer + 8 * DOWN
     ticket, done = counters + 8 * OUTPUT_TICKET, counters + 8 * OUTPUT_DONE
-    token = prepare_token(output, parts, cell(step, ATTENDED), record)
-    share_and_add(output, parts, ticket, done, token, scratch, part, hidden)
+    token = prepare(step, output, cell(step, ATTENDED), record)
+    share_and_add(step, output, ticket, done, token, scratch, part, hidden)
     wait_for(done, cell(output, OUT))
     normalize(hidden, cell(layer, MIDDLE_NORM), width, epsilon, x)
     ticket, done = counters + 8 * GATED_TICKET, counters + 8 * GATED_DONE
     activated = cell(step, ACTIVATED)
     gate, up = layer + 8 * GATE, layer + 8 * UP
-    token = prepare_token(gate, parts, x, record)
-    other = prepare_again(up, gate, parts, x, token, other_record)
-    share_gated(layer, parts, ticket, done, token, other, scratch, part, activated)
+    token = prepare(step, gate, x, record)
+    other = prepare_again(step, up, gate, x, token, other_record)
+    share_gated(step, layer, ticket, done, token, other, scratch, part, activated)
     wait_for(done, cell(gate, OUT))
     ticket, done = counters + 8 * DOWN_TICKET, counters + 8 * DOWN_DONE
-    token = prepare_token(down, parts, activated, record)
-    share_and_add(down, parts, ticket, done, token, scratch, part, hidden)
+    token = prepare(step, down, activated, record)
+    share_and_add(step, down, ticket, done, token, scratch, part, hidden)
     wait_for(done, cell(down, OUT))
 
 
@@ -390,7 +405,7 @@ def run_step(pointer: Any) -> None:
     """Kernel: a token through all layers; logits float32 [V]."""
     step = address_of(pointer)
     widest, head_size = cell(step, WIDEST), cell(step, HEAD_SIZE)
-    record_size, parts = cell(step, RECORD), cell(step, PARTS)
+    record_size = cell(step, RECORD)
     part_size = max(MAX_CHUNK_ROWS, 2 * head_size + cell(step, MAX_LENGTH))
     scratch_size = 4 * ROWS * (widest + 4)
     buffer = np.empty(2 * record_size + 4 * widest + scratch_size + 4 * part_size + 64, np.uint8)
@@ -410,5 +425,5 @@ def run_step(pointer: Any) -> None:
     head = cell(step, HEAD)
     epsilon = load(step + 8 * EPSILON, float32)
     normalize(cell(step, HIDDEN), cell(step, FINAL_NORM), cell(head, IN), epsilon, x)
-    token, done = prepare_token(head, parts, x, record), counters + 8 * LOGITS_DONE
-    share(head, parts, counters + 8 * LOGITS_TICKET, done, token, scratch, cell(step, LOGITS))
+    token, done = prepare(step, head, x, record), counters + 8 * LOGITS_DONE
+    share(step, head, counters + 8 * LOGITS_TICKET, done, token, scratch, cell(step, LOGITS))

@@ -8,6 +8,7 @@ from typing import Any
 import numba
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -128,13 +129,19 @@ def inline(function: Any) -> Any:
     return numba.njit(error_model="numpy", fastmath=flags, nogil=True)(function)
 
 
-@_operation(types.void)
-def stay_apart(builder: Any) -> None:
-    """Keep the function that this is part of from being copied into its callers."""
-    builder.function.attributes.add("noinline")
-
-
 @_operation(types.voidptr, types.int64)
 def pointer_to(builder: Any, address: Any) -> Any:
     """An address as a C pointer, for `carray`."""
     return builder.inttoptr(address, _I8.as_pointer())
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def call_at(_typing: Any, address: Any, arguments: Any) -> Any:
+    """Call the C function of int64 at `address` with a tuple of arguments; returns its int64."""
+
+    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+        cells = cgutils.unpack_tuple(builder, values[1])
+        function = ir.FunctionType(_I64, [_I64] * len(cells)).as_pointer()
+        return builder.call(builder.inttoptr(values[0], function), cells)
+
+    return types.int64(types.int64, arguments), generate

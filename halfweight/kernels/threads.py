@@ -30,25 +30,33 @@ class Arguments:
         self.cells = (ctypes.c_int64 * len(cells))(*cells)
 
 
-class Kernel:
-    """A Numba function `kernel(address)` as a C callback, compiled at first use, cached on disk."""
+class CFunction:
+    """A Numba function of int64 as a C function, compiled at first use, cached on disk."""
 
-    def __init__(self, function: Callable[[int], None]) -> None:
+    signature = types.int64(*[types.int64] * 9)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
     @cached_property
     def compiled(self) -> Any:
         """The compiled callback."""
-        signature = types.void(types.voidptr)
-        return numba.cfunc(signature, cache=True, error_model="numpy")(self._function)
+        return numba.cfunc(self.signature, cache=True, error_model="numpy")(self._function)
 
     @cached_property
-    def _address(self) -> int:
+    def address(self) -> int:
+        """Where it is."""
         return int(self.compiled.address)
+
+
+class Kernel(CFunction):
+    """A Numba function `kernel(address)` that threads run together."""
+
+    signature = types.void(types.voidptr)
 
     @cached_property
     def _call(self) -> Any:
-        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
+        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
 
     def run(self, arguments: Arguments, num_threads: int) -> None:
         """Run on `num_threads` threads at once; each gets the same arguments."""
@@ -56,7 +64,7 @@ class Kernel:
         if num_threads == 1 or parallel is None:
             self._call(arguments.cells)
         else:
-            parallel(self._address, arguments.cells, num_threads, 0)
+            parallel(self.address, arguments.cells, num_threads, 0)
 
 
 @cache
