@@ -126,11 +126,13 @@ def _device(workload: Workload) -> str:
 def require_fit(
     model: Model, workload: Workload, free_bytes: int, *, weights: Weights = "int8"
 ) -> None:
-    """Raise DoesNotFitError if `weights` and all that goes with them exceed `free_bytes`.
+    """Raise DoesNotFitError if the least that the workload takes exceeds `free_bytes`.
 
-    `free_bytes` is what the process can still allocate, so the overhead is not counted.
+    `free_bytes` is what the process can still allocate, so the overhead is not counted; nor are
+    kernel workspace and graph, which a backend may do without.
     """
-    needed = footprint(model, workload, weights).allocated
+    found = footprint(model, workload, weights)
+    needed = found.allocated - found.bytes_of("kernel workspace", "CUDA graph")
     if needed > free_bytes:
         alone = replace(workload, overhead=Range(0, 0, 0))
         batch = solve(model, alone, free_bytes, "batch", weights)

@@ -13,6 +13,7 @@ import typer
 
 from halfweight.cli import app
 from halfweight.cli.output import print_json, stderr
+from halfweight.cli.refusal import Force, longest_prompt, require_room
 from halfweight.errors import UsageError
 
 Model = Annotated[str, typer.Argument(help="A halfweight folder or Hub id.")]
@@ -59,6 +60,7 @@ def generate(
     activations: Activations = "exact",
     kv_cache: Cache = "16bit",
     compiled: Compile = False,
+    force: Force = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Continue a prompt, or every line of a file."""
@@ -67,6 +69,15 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise UsageError("no prompt, or two kinds of them", hint="give PROMPT or --prompts FILE")
     texts = [prompt] if prompt is not None else _lines(prompts)
+    if not force:
+        batch = min(int(batch_size), len(texts)) if batch_size.isdigit() else 1
+        require_room(
+            model,
+            device,
+            lambda: longest_prompt(model, texts) + max_new_tokens,
+            max(1, batch),
+            kv_cache,
+        )
     loaded, tokenizer = open_model(model, device, dtype, backend, activations)
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     options = {

@@ -9,6 +9,7 @@ import typer
 
 from halfweight.cli import app
 from halfweight.cli.output import stderr
+from halfweight.cli.refusal import Force, require_room
 from halfweight.cli.run import Activations, BackendName, Device, Dtype, Model
 from halfweight.errors import UsageError
 
@@ -35,6 +36,7 @@ def serve(
     dtype: Dtype = None,
     backend: BackendName = None,
     activations: Activations = "exact",
+    force: Force = False,
 ) -> None:
     """Serve a model: /v1/chat/completions, /v1/completions, /v1/models, /health."""
     try:
@@ -51,6 +53,8 @@ def serve(
 
     if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
         stderr.print(f"{host} is reachable by others and there is no --api-key: anyone can use it")
+    if not force:
+        require_room(model, device, lambda: cache_tokens or 1, 1)
     loaded, tokenizer = open_model(model, device, dtype, backend, activations)
     engine = Engine(loaded, max_requests=max_requests, cache_tokens=cache_tokens)
     application = build_app(engine, tokenizer, name or Path(model).name, api_key=api_key)

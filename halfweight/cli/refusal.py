@@ -1,0 +1,48 @@
+"""Refuse, before anything is loaded, what the plan says cannot fit on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+Force = Annotated[bool, typer.Option("--force", help="Even if the plan says it cannot fit.")]
+
+
+def require_room(
+    model: str,
+    device: str | None,
+    context: Callable[[], int],
+    batch: int,
+    kv_cache: Any = "16bit",
+) -> None:
+    """Raise DoesNotFitError if `batch` sequences of `context()` tokens cannot fit beside the model.
+
+    Only on CUDA, whose free memory is known; a CPU can swap.
+    """
+    import torch
+
+    from halfweight.checkpoint import quantized_modules, read_headers, resolve
+    from halfweight.device_memory import available_bytes
+    from halfweight.fit import require_fit
+    from halfweight.plan import Workload
+    from halfweight.planned import planned_model
+
+    free = available_bytes(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if free is None:
+        return
+    folder = resolve(model)
+    weights = "int8" if quantized_modules(read_headers(folder)) else "16bit"
+    work = Workload(context(), batch, kv_cache)
+    require_fit(planned_model(str(folder)), work, free, weights=weights)  # type: ignore[arg-type]
+
+
+def longest_prompt(model: str, texts: Sequence[str]) -> int:
+    """Tokens of the longest text."""
+    from transformers import AutoTokenizer
+
+    from halfweight.checkpoint import resolve
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+    return max(len(tokenizer(text)["input_ids"]) for text in texts)
