@@ -30,6 +30,7 @@ from transformers.generation.logits_process import (
 
 from halfweight.device_memory import available_bytes
 from halfweight.errors import UsageError
+from halfweight.experts import has_experts
 from halfweight.kv_cache import Int8Cache
 
 Step = Literal["eager", "graph", "compiled", "kernel"]
@@ -133,11 +134,12 @@ class Decoder:
 
     def _choose(self) -> Tensor:
         """The first step, when the cache exists: by our kernels if the model has such a step."""
-        fast = self._gpu_step() if self._ids.is_cuda else self._cpu_step()
+        on_cuda = self._ids.is_cuda
+        fast = self._gpu_step() if on_cuda else self._cpu_step()
         if fast is None:
-            self.step = "graph" if self._ids.is_cuda else "eager"
+            self.step = "graph" if on_cuda and not has_experts(self._model) else "eager"
         call = self._one_token if fast is None else fast
-        self._step = _Graph(call) if self._ids.is_cuda else call
+        self._step = _Graph(call) if on_cuda and self.step != "eager" else call
         return self._step()
 
     def _gpu_step(self) -> Callable[[], Tensor] | None:

@@ -31,6 +31,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from halfweight.checkpoint import Checkpoint, StoredWeight, quantized_modules, read_headers, resolve
 from halfweight.device_memory import indexed, out_of_memory, require
 from halfweight.errors import CheckpointError, UsageError
+from halfweight.experts import (
+    AwaitedExperts,
+    QuantizedExperts,
+    experts_place,
+    is_fused,
+    stored_experts,
+)
 from halfweight.kernels import backend, choose_backend
 from halfweight.layout import quantization_config
 from halfweight.llama_like import SHARED_INPUT
@@ -91,7 +98,11 @@ class HalfweightQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config
+        layers = stored_experts(config.stored or {})
+        of_experts = {name for found in layers for name in found.names}
         for name, weight in (config.stored or {}).items():
+            if name in of_experts:
+                continue
             scale_dtype = DTYPES[weight.scale.info.dtype]
             replacement = stand_in(
                 _submodule(model, name, weight),
@@ -109,6 +120,9 @@ class HalfweightQuantizer(HfQuantizer):  # type: ignore[misc]
                     hint="quantize again with --keep for this module",
                 )
             model.set_submodule(name, replacement)
+        for found in layers:
+            place = experts_place(model, found)
+            model.set_submodule(place, AwaitedExperts(found, model.get_submodule(place).act_fn))
         _tie_head(model)
 
     def _process_model_after_weight_loading(
@@ -175,6 +189,8 @@ def load(
     mapped = map_tensors(checkpoint)
     source = {t.data_ptr(): s for s in checkpoint.tensors if (t := mapped[s.name]).numel()}
     loaded = _from_tensors(checkpoint, config, _model_tensors(mapped, stored))
+    options = {"backend_name": chosen, "int8_activations": activations == "int8"}
+    _fill_experts(loaded, mapped, options)
     if device.type != "cpu":
         what = f"loading {checkpoint.root.name}"
         require(checkpoint.num_bytes, device, what, hint=LOAD_HINT)
@@ -188,8 +204,9 @@ def load(
 
 def saved_config(model: PreTrainedModel) -> dict[str, Any]:
     """The `quantization_config` of config.json for the modules of `model`."""
-    decisions = []
+    decisions, file_names = [], _file_names(model)
     for name, module in model.named_modules():
+        name = file_names.get(name, name)
         if isinstance(module, QuantizedWeight):
             shape = (module.out_features, module.in_features)
             scheme = Scheme(module.group_size)
@@ -206,7 +223,9 @@ def stored_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     modules = _quantized(model)
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
+    file_names = _file_names(model)
     for name, module in modules.items():
+        name = file_names.get(name, name)
         if module.weight_packed.data_ptr() in seen:
             continue
         seen.add(module.weight_packed.data_ptr())
@@ -248,13 +267,38 @@ def _model_config(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
 def _model_tensors(
     mapped: Mapping[str, Tensor], stored: Mapping[str, StoredWeight]
 ) -> dict[str, Tensor]:
-    """Mapped tensors by the names of our modules: bytes of packed weights, no shape records."""
+    """Mapped tensors by the names of our modules: bytes of packed weights, no shape records.
+
+    Without those of experts, which transformers would merge.
+    """
     tensors = dict(mapped)
     for name in stored:
         packed = tensors[f"{name}.weight_packed"]
         tensors[f"{name}.weight_packed"] = packed.view(torch.uint8)
         del tensors[f"{name}.weight_shape"]
+    for name in (name for found in stored_experts(stored) for name in found.names):
+        for part in ("packed", "scale"):
+            del tensors[f"{name}.weight_{part}"]
     return tensors
+
+
+def _fill_experts(
+    model: PreTrainedModel, mapped: Mapping[str, Tensor], options: Mapping[str, Any]
+) -> None:
+    """Experts in INT8 wherever transformers left a place for them."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AwaitedExperts):
+            model.set_submodule(name, QuantizedExperts(module, mapped, options))
+
+
+def _file_names(model: PreTrainedModel) -> dict[str, str]:
+    """Of modules that the file calls otherwise: name in the model -> name in the file."""
+    return {
+        f"{name}.{own}": file_name
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedExperts)
+        for own, file_name in module.file_names.items()
+    }
 
 
 def _from_tensors(checkpoint: Checkpoint, config: Any, tensors: dict[str, Tensor]) -> Any:
@@ -282,6 +326,12 @@ def _from_tensors(checkpoint: Checkpoint, config: Any, tensors: dict[str, Tensor
             hint="download the checkpoint again, or quantize its source again",
         )
     return loaded
+
+
+def _expert_of(name: str, module: nn.Module) -> TensorInfo:
+    """A matrix of one expert, as a checkpoint would have it."""
+    shape = tuple(module.get_parameter("down_proj").shape[1:])
+    return TensorInfo(f"{name}.0.down_proj.weight", "BF16", shape)
 
 
 def _submodule(model: PreTrainedModel, name: str, weight: StoredWeight) -> nn.Module:
@@ -391,6 +441,12 @@ def _finish(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 
 def _quantize_in_place(model: PreTrainedModel, config: HalfweightConfig) -> None:
     """Replace the 16-bit linears and embeddings that the recipe takes, one at a time."""
+    for name, module in model.named_modules():
+        if is_fused(module) and config.recipe.decide(_expert_of(name, module)).scheme is not None:
+            raise UsageError(
+                f"{name}: experts merged in one tensor cannot be quantized while loading",
+                hint="run `halfweight quantize` on the checkpoint, or keep '*experts*'",
+            )
     device = next(model.parameters()).device
     name_of_backend = choose_backend(device, config.backend)
     _check_activations(name_of_backend, config.activations)
