@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from halfweight.cli import app
-from halfweight.cli.output import print_json, size, stderr, stdout
+from halfweight.cli.output import bytes_bar, print_json, size, stderr, stdout
 from halfweight.errors import InterruptedConversionError, VerificationError
 from halfweight.scheme import GroupSize, Recipe, Scheme
 
@@ -61,7 +61,7 @@ def quantize(
     from halfweight import convert
 
     scheme = Scheme(_group_size(group_size), scale, scale_choice)  # type: ignore[arg-type]
-    with _stop_on_ctrl_c() as stop, _bar() as bar:
+    with _stop_on_ctrl_c() as stop, bytes_bar() as bar:
         task = bar.add_task("reading headers", total=None)
 
         def show(progress: convert.Progress) -> None:
@@ -129,7 +129,7 @@ def verify(
 
     from halfweight.verification import verify as check
 
-    with _bar() as bar:
+    with bytes_bar() as bar:
         task = bar.add_task("verifying", total=None)
 
         def show(name: str, done: int, total: int) -> None:
@@ -195,22 +195,6 @@ def _stop_on_ctrl_c() -> Iterator[Event]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _bar() -> Progress:
-    """A bar of bytes, rate and time left, on stderr and only on a terminal."""
-    from rich import progress
-
-    return progress.Progress(
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-        console=stderr,
-        transient=True,
-        disable=not stderr.is_terminal,
-    )
 
 
 def _fields(report: ConversionReport) -> dict[str, Any]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from halfweight.errors import HalfweightError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 stdout = Console()
 stderr = Console(stderr=True)
@@ -33,3 +36,19 @@ def size(num_bytes: float) -> str:
         if num_bytes >= 1000**power:
             return f"{num_bytes / 1000**power:.2f} {gb} ({num_bytes / 1024**power:.2f} {gib})"
     return f"{num_bytes:.0f} bytes"
+
+
+def bytes_bar() -> Progress:
+    """A bar of bytes, rate and time left, on stderr and only on a terminal."""
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=stderr,
+        transient=True,
+        disable=not stderr.is_terminal,
+    )

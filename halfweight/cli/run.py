@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from halfweight.cli import app
-from halfweight.cli.output import print_json, stderr
+from halfweight.cli.output import bytes_bar, print_json, stderr
 from halfweight.cli.refusal import Force, longest_prompt, require_room
 from halfweight.errors import UsageError
 
@@ -144,13 +144,16 @@ def open_model(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     begin = time.perf_counter()
-    loaded = load(
-        model,
-        device=device,
-        dtype=getattr(torch, dtype) if dtype else None,
-        backend=backend,
-        activations=activations,
-    )
+    with bytes_bar() as bar:
+        task = bar.add_task(f"loading on {device}", total=None)
+        loaded = load(
+            model,
+            device=device,
+            dtype=getattr(torch, dtype) if dtype else None,
+            backend=backend,
+            activations=activations,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
     if sys.stderr.isatty():
         stderr.print(f"loaded on {device} in {time.perf_counter() - begin:.1f} s")
     return loaded, AutoTokenizer.from_pretrained(resolve(model))
