@@ -114,7 +114,8 @@ def require(
         raise VerificationError(
             f"KL divergence from the source is {divergence:.6f} nats on {found.num_tokens} tokens "
             f"of {text}, expected at most {max_kl:g}",
-            hint="try a smaller group size, or --keep the worst of `halfweight inspect --errors`",
+            hint="try a smaller group size; what is finished is kept, and the same command without "
+            "--check publishes it",
         )
     return found
 

@@ -97,9 +97,41 @@ def test_quantize_check_publishes_nothing_that_fails(capsys, pair, tmp_path):
     assert "error: KL divergence from the source is 0.0000" in err
     assert "expected at most 0" in err
     assert "hint: try a smaller group size" in err
+    assert "what is finished is kept" in err
     assert not (tmp_path / "out").exists()
     code, output, _ = run(capsys, *arguments)  # without the check: all shards were kept
     assert code == 0
     assert "wrote " in output
     code, _, err = run(capsys, *arguments, "--check", str(text), "--max-kl", "0")
     assert code == 5  # a complete folder is checked too
+
+
+def test_quantize_check_leaves_the_folder_it_was_to_replace(capsys, pair, tmp_path):
+    source, _, text = pair
+    out = tmp_path / "out"
+    halfweight.quantize(source, out)
+    before = (out / "halfweight.json").read_bytes()
+    code, _, err = run(
+        capsys, "quantize", str(source), str(out), "--overwrite", "--group-size", "32",
+        "--check", str(text), "--max-kl", "0",
+    )  # fmt: skip
+    assert code == 5, err
+    assert (out / "halfweight.json").read_bytes() == before
+    assert halfweight.verify(out).problems == ()
+
+
+def test_quantize_check_refuses_before_the_work(capsys, pair, tmp_path):
+    source, _, _ = pair
+    arguments = ("quantize", str(source), str(tmp_path / "out"))
+    code, _, err = run(capsys, *arguments, "--check", "no-such-text")
+    assert code == 4
+    assert "no-such-text: cannot be read as UTF-8 text" in err
+    (tmp_path / "short.txt").write_text("a")
+    code, _, err = run(capsys, *arguments, "--check", str(tmp_path / "short.txt"))
+    assert code == 2
+    assert "the text has 1 tokens; a score needs 2" in err
+    code, _, err = run(capsys, *arguments, "--max-kl", "0.1")
+    assert code == 2
+    assert "error: --max-kl 0.1 without --check has nothing to measure" in err
+    assert "hint: give a file of plain text with --check" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]  # nothing was begun

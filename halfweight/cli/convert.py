@@ -14,7 +14,7 @@ import typer
 
 from halfweight.cli import app
 from halfweight.cli.output import bytes_bar, print_json, size, stderr, stdout
-from halfweight.errors import InterruptedConversionError, VerificationError
+from halfweight.errors import InterruptedConversionError, UsageError, VerificationError
 from halfweight.scheme import GroupSize, Recipe, Scheme
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from halfweight.contents import Contents
     from halfweight.convert import ConversionReport, Refinement
+
+MAX_KL = 0.01
+"""Nats; a model that diverges more from its source than this fails --check."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -53,8 +56,11 @@ def quantize(
         Path | None, typer.Option(metavar="TEXT", help="Compare with SRC on this text at the end.")
     ] = None,
     max_kl: Annotated[
-        float, typer.Option(min=0, help="With --check: the largest mean KL divergence, in nats.")
-    ] = 0.01,
+        float | None,
+        typer.Option(
+            min=0, help="With --check: the largest mean KL divergence, in nats [default: 0.01]."
+        ),
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Quantize a model to INT8. Interrupted or killed, the same command goes on where it was."""
@@ -77,7 +83,7 @@ def quantize(
             progress=show,
             stop=stop,
             refine=_calibration(source, calibrate, bar) if calibrate else None,
-            check=_divergence_check(source, check, max_kl) if check else None,
+            check=_divergence_check(source, check, max_kl, bar),
         )
     if json_output:
         print_json(_fields(report))
@@ -163,11 +169,31 @@ def _calibration(source: str, text: Path, bar: Progress) -> Refinement:
     return calibration(resolve(source), text, show)
 
 
-def _divergence_check(source: str, text: Path, max_kl: float) -> Callable[[Path], None]:
-    def check(folder: Path) -> None:
-        from halfweight.evaluation import require
+def _divergence_check(
+    source: str, text: Path | None, max_kl: float | None, bar: Progress
+) -> Callable[[Path], None] | None:
+    """What --check does at the end; that it can be done is found out now."""
+    if text is None:
+        if max_kl is not None:
+            raise UsageError(
+                f"--max-kl {max_kl:g} without --check has nothing to measure",
+                hint="give a file of plain text with --check",
+            )
+        return None
+    from halfweight.checkpoint import resolve
+    from halfweight.evaluation import require, tokenize
+    from halfweight.scoring import sample
 
-        found = require(folder, reference=source, text=text, max_kl=max_kl)
+    sample(tokenize(resolve(source), text))
+    limit = MAX_KL if max_kl is None else max_kl
+
+    def check(folder: Path) -> None:
+        task = bar.add_task("checking", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=f"checking: {done} of {total} tokens, {what}")
+
+        found = require(folder, reference=source, text=text, max_kl=limit, progress=show)
         assert found.comparison is not None
         figure = f"{found.comparison.kl_mean.value:.6f} nats on {found.num_tokens} tokens"
         stderr.print(f"KL divergence from the source: {figure}", highlight=False)
