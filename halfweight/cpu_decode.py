@@ -59,7 +59,10 @@ class CpuStep:
         cells, names = self._arguments.cells, self._cells
         self._counters.zero_()
         cells[names.TOKEN], cells[names.POSITION] = token, position
-        self._kernel.run(self._arguments, num_threads())
+        threads = num_threads()
+        work = torch.empty(threads * cells[names.WORK_BYTES], dtype=torch.uint8)
+        cells[names.WORK] = work.data_ptr()
+        self._kernel.run(self._arguments, threads)
         return self.logits
 
     def _describe(self, model: PreTrainedModel, cache: StaticCache) -> None:
@@ -79,6 +82,7 @@ class CpuStep:
             body.layers[0].self_attn.o_proj.in_features,
         )
         parts = exact_parts(model.dtype)
+        record = max_record_bytes(widest, parts)
         work = [torch.empty(widest) for _ in range(3)]
         qkv = torch.empty((config.num_attention_heads + 2 * kv_heads) * head_size)
         values = {
@@ -105,7 +109,8 @@ class CpuStep:
             names.WIDEST: widest,
             names.PARTS: parts,
             names.PRODUCT: product.address,
-            names.RECORD: max_record_bytes(widest, parts),
+            names.RECORD: record,
+            names.WORK_BYTES: names.work_bytes(widest, record, head_size, max_length),
         }
         for cell, value in values.items():
             self._arguments.cells[cell] = value

@@ -23,7 +23,7 @@ from torch import Tensor
 from halfweight.errors import UsageError
 from halfweight.kernels import Backend, cpu_loops
 from halfweight.kernels.threads import Arguments, CFunction, Kernel, num_threads
-from halfweight.kernels.tiles import ROWS
+from halfweight.kernels.tiles import LANES, LINE, ROWS
 from halfweight.numerics import QuantizedTensor, dequantize
 
 MAX_DIRECT_TOKENS = 8
@@ -85,9 +85,22 @@ def exact_parts(dtype: torch.dtype) -> int:
 
 
 def max_record_bytes(columns: int, parts: int) -> int:
-    """Bytes of a token in digits, at most (cpu_loops.record_bytes)."""
+    """Bytes of a token in digits, at most and in whole lines (cpu_loops.record_bytes)."""
     blocks = -(-columns // 64)
-    return parts * columns + blocks * (64 * parts + 4) + 64
+    return _whole_lines(parts * columns + blocks * (64 * parts + 4))
+
+
+def _whole_lines(num_bytes: int) -> int:
+    return -(-num_bytes // LINE) * LINE
+
+
+def _run(
+    kernel: Kernel, linear: tuple[int, ...], rest: tuple[int, ...], threads: int, work_bytes: int
+) -> None:
+    """Run a kernel of cpu_loops; `rest` are its cells from TOKENS to PARTS."""
+    own = _whole_lines(work_bytes)
+    work = torch.empty(threads * own, dtype=torch.uint8)
+    kernel.run(Arguments(*linear, 0, *rest, product.address, 0, work.data_ptr(), own), threads)
 
 
 def _linear_few_tokens(
@@ -99,14 +112,16 @@ def _linear_few_tokens(
     parts: int,
 ) -> Tensor:
     x, bias = x.contiguous(), None if bias is None else bias.float()
+    columns, groups = packed.shape[1], scales.shape[1]
     y = x.new_empty((*x.shape[:-1], packed.shape[0]))
-    tokens = x.numel() // x.shape[-1]
+    tokens = x.numel() // columns
     chunk, threads = _split(packed)
     cells = linear_cells(packed, scales, exponents, bias)
-    form = FORMATS[x.dtype]
     if tokens:
-        rest = (0, tokens, x.data_ptr(), form, y.data_ptr(), chunk, parts, product.address)
-        _linear_few.run(Arguments(*cells, *rest), threads)
+        rest = (tokens, x.data_ptr(), FORMATS[x.dtype], y.data_ptr(), chunk, parts)
+        token_bytes = 4 * columns + max_record_bytes(columns, parts)
+        scratch = 4 * ROWS * (max(groups, columns // 64) + 4)
+        _run(_linear_few, cells, rest, threads, tokens * token_bytes + scratch)
     return y
 
 
@@ -162,10 +177,10 @@ def _linear_many_tokens(
     records = torch.empty(tokens * parts, columns + 8 * (columns // block), dtype=torch.uint8)
     y = x.new_empty((*x.shape[:-1], packed.shape[0]))
     source, rounded = x.data_ptr(), records.data_ptr()
-    rounding = Arguments(*cells, 0, tokens, source, form, rounded, 0, parts)
-    _round_tokens.run(rounding, num_threads())
-    products = Arguments(*cells, 0, tokens, rounded, form, y.data_ptr(), 0, parts)
-    _linear_many.run(products, _split(packed)[1])
+    rounding = (tokens, source, form, rounded, 0, parts)
+    _run(_round_tokens, cells, rounding, num_threads(), 4 * (columns + 3 * LANES))
+    products = (tokens, rounded, form, y.data_ptr(), 0, parts)
+    _run(_linear_many, cells, products, _split(packed)[1], cpu_loops.many_bytes(columns, block))
     return y
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numba import carray, float32, int8, int32, int64, uint8, uint16, uint32
 
 from halfweight.kernels.simd import (
     address_of,
     bits_of,
     call_at,
+    cell,
     fetch_add,
     float_from_bits,
     from_float16,
@@ -46,8 +46,13 @@ FLOAT32, BFLOAT16, FLOAT16, GRID8 = range(4)
 
 OUT, IN, GROUP, PACKED, SCALES, FORMAT, SCALE_STRIDE, EXPONENTS, BIAS = range(9)
 LINEAR_CELLS = 9
-TICKET, TOKENS, X, X_FORMAT, Y, CHUNK, PARTS, PRODUCT = range(LINEAR_CELLS, LINEAR_CELLS + 8)
-"""PARTS: digits that x is rounded to, 0 where it stays in floats. PRODUCT: where `product` is."""
+TICKET, TOKENS, X, X_FORMAT, Y, CHUNK, PARTS, PRODUCT, THREAD, WORK, WORK_BYTES = range(
+    LINEAR_CELLS, LINEAR_CELLS + 11
+)
+"""PARTS: digits that x is rounded to, 0 where it stays in floats. PRODUCT: where `product` is.
+
+THREAD counts threads as they come; each has WORK_BYTES of its own, from WORK on.
+"""
 
 MAX_PARTS = 3
 
@@ -57,12 +62,6 @@ round_1, round_2, round_3 = (round_block(parts) for parts in range(1, MAX_PARTS 
 block_6, block_1 = int8_block(6), int8_block(1)
 BLOCK_TOKENS = 6
 """Records that meet 32 rows at once: a multiple of 1, 2 and 3 parts."""
-
-
-@inline
-def cell(arguments: Any, index: Any) -> Any:
-    """An int64 argument."""
-    return load(arguments + 8 * index, int64)
 
 
 @inline
@@ -102,9 +101,16 @@ def step_block(group_size: Any) -> Any:
 
 
 @inline
-def aligned(address: Any) -> Any:
-    """The next start of a cache line."""
-    return (address + (LINE - 1)) // LINE * LINE
+def whole_lines(num_bytes: Any) -> Any:
+    """Rounded up to cache lines."""
+    return (num_bytes + (LINE - 1)) // LINE * LINE
+
+
+@inline
+def own_memory(arguments: Any) -> Any:
+    """Where this thread's memory begins."""
+    thread = fetch_add(arguments + 8 * THREAD, 1)
+    return cell(arguments, WORK) + thread * cell(arguments, WORK_BYTES)
 
 
 @inline
@@ -122,7 +128,8 @@ def float_tokens(arguments: Any, first: Any, count: Any, to: Any) -> None:
     begin, out = first * cell(arguments, IN), carray(pointer_to(to), size, float32)
     x = cell(arguments, X)
     if x_format == FLOAT32:
-        out[:] = carray(pointer_to(x + 4 * begin), size, float32)
+        for i in range(size):
+            out[i] = load(x + 4 * (begin + i), float32)
         return
     for i in range(size):
         out[i] = load_number(x, begin + i, x_format)
@@ -264,7 +271,7 @@ def digit_rows(
 @inline
 def record_bytes(columns: Any, block: Any, parts: Any) -> Any:
     """Bytes of a token in digits, as `digit_tile` reads it."""
-    return aligned(parts * columns + columns // block * (4 * LANES * parts + 4))
+    return whole_lines(parts * columns + columns // block * (4 * LANES * parts + 4))
 
 
 @inline
@@ -362,9 +369,7 @@ def linear_few(pointer: Any) -> None:
         digits_of(arguments, cell(arguments, PARTS)),
     )
     product_at, size = cell(arguments, PRODUCT), token_bytes(arguments, parts)
-    wanted = tokens * (4 * columns + size) + 4 * scratch_floats(arguments) + LINE
-    buffer = np.empty(wanted, np.uint8)
-    x = aligned(int64(buffer.ctypes.data))
+    x = own_memory(arguments)
     scratch = x + tokens * size
     floats = scratch + 4 * scratch_floats(arguments)
     if parts == 0:
@@ -388,14 +393,16 @@ def write_parts(x: Any, columns: Any, block: Any, parts: Any, record: Any, start
     """Round x float32 [K] to a record a part, as `int8_block` reads them; scratch [parts, 16]."""
     blocks = columns // block
     stride = columns + 8 * blocks
-    lanes = carray(pointer_to(starts), (parts, LANES), int32)
     for b in range(blocks):
         step = record + columns + 4 * b
         round_part(x + 4 * b * block, record + b * block, stride, starts, step, block, parts)
         factor = load(step, float32)
         for part in range(parts):
             store(step + part * stride, factor)
-            store_int(step + part * stride + 4 * blocks, int32(lanes[part].sum()))
+            start = int32(0)
+            for lane in range(LANES):
+                start += load(starts + 4 * (LANES * part + lane), int32)
+            store_int(step + part * stride + 4 * blocks, start)
             factor *= float32(256)
 
 
@@ -404,8 +411,7 @@ def round_tokens(pointer: Any) -> None:
     arguments = address_of(pointer)
     columns, block = cell(arguments, IN), step_block(cell(arguments, GROUP))
     parts = cell(arguments, PARTS)
-    buffer = np.empty(columns + MAX_PARTS * LANES, np.float32)
-    x = int64(buffer.ctypes.data)
+    x = own_memory(arguments)
     records = parts * (columns + 8 * (columns // block))
     while True:
         token = fetch_add(arguments + 8 * TICKET, 1)
@@ -440,20 +446,24 @@ def write_token(
 ) -> None:
     """y[row : row + rows] of one token: its parts' sums [parts, 32] added, and the bias."""
     bias = cell(linear, BIAS)
-    values = carray(pointer_to(sums), (parts, BLOCK_ROWS), float32)
-    for part in range(1, parts):
-        for r in range(BLOCK_ROWS):
-            values[0, r] += values[part, r]
+    values = carray(pointer_to(sums), parts * BLOCK_ROWS, float32)
+    for i in range(BLOCK_ROWS, parts * BLOCK_ROWS):
+        values[i % BLOCK_ROWS] += values[i]
     if bias:
         for r in range(rows):
-            values[0, r] += load(bias + 4 * (row + r), float32)
+            values[r] += load(bias + 4 * (row + r), float32)
     if y_format == FLOAT32:
         out = carray(pointer_to(y + 4 * row), rows, float32)
         for r in range(rows):
-            out[r] = values[0, r]
+            out[r] = values[r]
     else:
         for r in range(rows):
-            store_number(y, row + r, y_format, values[0, r])
+            store_number(y, row + r, y_format, values[r])
+
+
+def many_bytes(columns: int, block: int) -> int:
+    """Bytes of memory that a thread of `linear_many` needs for itself."""
+    return 4 * ((BLOCK_ROWS + 1) * (columns // block) + BLOCK_ROWS * (BLOCK_TOKENS + columns // 4))
 
 
 def linear_many(pointer: Any) -> None:
@@ -463,11 +473,7 @@ def linear_many(pointer: Any) -> None:
     block, parts = step_block(cell(arguments, GROUP)), cell(arguments, PARTS)
     blocks = columns // block
     record = columns + 8 * blocks
-    buffer = np.zeros(
-        (BLOCK_ROWS + 1) * blocks + BLOCK_TOKENS * BLOCK_ROWS + BLOCK_ROWS * columns // 4,
-        np.float32,
-    )
-    scales = int64(buffer.ctypes.data)
+    scales = own_memory(arguments)
     sums = scales + 4 * (BLOCK_ROWS + 1) * blocks
     weights = sums + 4 * BLOCK_TOKENS * BLOCK_ROWS
     stride, records = 4 * BLOCK_ROWS, cell(arguments, TOKENS) * parts

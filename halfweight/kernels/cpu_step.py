@@ -32,8 +32,6 @@ from halfweight.kernels.cpu_loops import (
     LINEAR_CELLS,
     OUT,
     PACKED,
-    aligned,
-    cell,
     prepare_token,
     row_power,
     row_scales,
@@ -43,6 +41,7 @@ from halfweight.kernels.cpu_loops import (
 from halfweight.kernels.simd import (
     address_of,
     call_at,
+    cell,
     fetch_add,
     float_from_bits,
     from_float16,
@@ -52,7 +51,7 @@ from halfweight.kernels.simd import (
     pointer_to,
     store,
 )
-from halfweight.kernels.tiles import ROWS
+from halfweight.kernels.tiles import LINE, ROWS
 
 (
     COUNTERS,
@@ -81,13 +80,15 @@ from halfweight.kernels.tiles import ROWS
     PARTS,
     RECORD,
     PRODUCT,
-) = range(26)
+    WORK,
+    WORK_BYTES,
+) = range(28)
 """Cells of a step; EPSILON and SCALING are bits of a float32, the rest counts and addresses.
 
 PARTS is what products round x to, WIDEST their longest x, RECORD its bytes in digits, PRODUCT where
-`cpu_loops.product` is.
+`cpu_loops.product` is, WORK where each thread has WORK_BYTES of its own.
 """
-STEP_CELLS = 26
+STEP_CELLS = 28
 
 LINEARS = 7
 Q, K, V, OUTPUT, GATE, UP, DOWN = (LINEAR_CELLS * i for i in range(LINEARS))
@@ -101,8 +102,8 @@ Q_TICKET, K_TICKET, V_TICKET, HEAD_TICKET, OUTPUT_TICKET, GATED_TICKET, DOWN_TIC
 QKV_DONE, HEADS_DONE, OUTPUT_DONE, GATED_DONE, DOWN_DONE = range(7, 12)
 COUNTERS_A_LAYER = 12
 """Rows (or heads) of each product taken, and of each phase done."""
-EMBEDDING_TICKET, EMBEDDING_DONE, LOGITS_TICKET, LOGITS_DONE = range(4)
-COUNTERS_A_STEP = 4
+EMBEDDING_TICKET, EMBEDDING_DONE, LOGITS_TICKET, LOGITS_DONE, THREAD = range(5)
+COUNTERS_A_STEP = 5
 """Counters before those of the layers."""
 MIN_CHUNK_BYTES, MAX_CHUNKS, MAX_CHUNK_ROWS = 1 << 14, 64, 4096
 """Weights a thread takes at a time: a share of the linear, but not too few."""
@@ -401,19 +402,21 @@ def run_layer(step: Any, layer: Any, counters: Any, work: Any) -> None:
     wait_for(done, cell(down, OUT))
 
 
+def work_bytes(widest: int, record: int, head_size: int, max_length: int) -> int:
+    """Bytes of memory that a thread needs for itself."""
+    part = max(MAX_CHUNK_ROWS, 2 * head_size + max_length)
+    return -(-(2 * record + 4 * (widest + ROWS * (widest + 4) + part)) // LINE) * LINE
+
+
 def run_step(pointer: Any) -> None:
     """Kernel: a token through all layers; logits float32 [V]."""
     step = address_of(pointer)
-    widest, head_size = cell(step, WIDEST), cell(step, HEAD_SIZE)
-    record_size = cell(step, RECORD)
-    part_size = max(MAX_CHUNK_ROWS, 2 * head_size + cell(step, MAX_LENGTH))
-    scratch_size = 4 * ROWS * (widest + 4)
-    buffer = np.empty(2 * record_size + 4 * widest + scratch_size + 4 * part_size + 64, np.uint8)
-    record = aligned(int64(buffer.ctypes.data))
-    x = record + 2 * record_size
+    widest, counters = cell(step, WIDEST), cell(step, COUNTERS)
+    thread = fetch_add(counters + 8 * THREAD, 1)
+    record = cell(step, WORK) + thread * cell(step, WORK_BYTES)
+    x = record + 2 * cell(step, RECORD)
     scratch = x + 4 * widest
-    part = scratch + scratch_size
-    counters = cell(step, COUNTERS)
+    part = scratch + 4 * ROWS * (widest + 4)
     if fetch_add(counters + 8 * EMBEDDING_TICKET, 1) == 0:
         read_embedding(step, scratch)
         fetch_add(counters + 8 * EMBEDDING_DONE, 1)

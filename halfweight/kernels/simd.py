@@ -63,6 +63,13 @@ def load(_typing: Any, address: Any, dtype: Any) -> Any:
     return result(types.int64, dtype), generate
 
 
+@_operation(types.int64, types.int64, types.int64)
+def cell(builder: Any, cells: Any, index: Any) -> Any:
+    """An int64 of an array at an address."""
+    address = builder.add(cells, builder.mul(index, _I64(8)))
+    return builder.load(_pointer(builder, address, _I64), align=8)
+
+
 @_operation(types.void, types.int64, types.float32)
 def store(builder: Any, address: Any, value: Any) -> None:
     """Write a float32."""
