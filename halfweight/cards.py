@@ -59,7 +59,7 @@ def parse_gpus(text: str) -> Gpus:
         return Gpus(count, name, _offered(CARDS[name]))
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*gb", name)
     num_bytes = _offered(float(size[1])) if size else parse_bytes(name)
-    return Gpus(count, name, num_bytes)
+    return Gpus(count, name.replace("gb", "GB").replace("gib", "GiB"), num_bytes)
 
 
 def parse_bytes(text: str) -> int:

@@ -261,7 +261,7 @@ def kv_parts(a: Architecture, workload: Workload) -> list[Part]:
     for layer, count in Counter(a.cache_layers).items():
         heads = -(-layer.heads // workload.ranks)
         each = workload.batch * count * _layer_bytes(a, layer, heads, workload)
-        name = "KV cache" + _kind(a, layer)
+        name = "KV cache" + kind_of_layer(a, layer)
         before = found.get(name, Part(name, 0, 0))
         divided = workload.ranks > 1 and layer.heads > 1
         found[name] = Part(
@@ -280,7 +280,8 @@ def _layer_bytes(a: Architecture, layer: CacheLayer, heads: int, workload: Workl
     return each * layer.tokens(workload.context)
 
 
-def _kind(a: Architecture, layer: CacheLayer) -> str:
+def kind_of_layer(a: Architecture, layer: CacheLayer) -> str:
+    """What follows "KV cache" in the name of a layer's part."""
     if layer.numbers and layer.numbers != 2 * layer.heads * a.head_dim:
         return ", compressed"
     return "" if layer.window is None else ", sliding window"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from halfweight.cli import app
-from halfweight.cli.output import print_json, size, stdout
+from halfweight.cli.output import print_json, size, stderr, stdout
 from halfweight.errors import DoesNotFitError, UsageError
 from halfweight.scheme import Recipe, Scheme
 
@@ -61,6 +61,10 @@ def plan(
         str | None,
         typer.Option(help="Of the disk a second, as 3GB; 'measure' reads the model's files."),
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with sliders; needs no network.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Say what a model needs of each device and whether it fits (exit 0) or not (exit 3).
@@ -88,6 +92,7 @@ def plan(
     answer = replace(_answer(made, target.gpus, read_bandwidth, price, model), records=records)
     if solve is not None:
         answer = _solved(answer, solve)
+    _write(answer, html, png)
     if json_output:
         print_json(_document(answer))
     else:
@@ -221,6 +226,20 @@ def _solved(answer: _Answer, quantity: Any) -> _Answer:
     cells = list(fit.grid(made.model, made.workload, *fit.grid_axes(made.model, made.workload)))
     solution = {"quantity": quantity, **{k: values.get(k) for k in ("16bit", "int8")}}
     return replace(answer, solution=solution, cells=cells)
+
+
+def _write(answer: _Answer, html: Path | None, png: Path | None) -> None:
+    if html is not None:
+        from halfweight.plan_page import render
+
+        html.write_text(render(answer.plan, answer.gpus))
+    if png is not None:
+        from halfweight.plan_figure import draw
+
+        draw(answer.plan, answer.gpus, png)
+    for path in (html, png):
+        if path is not None:
+            stderr.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _fails(answer: _Answer) -> bool:

@@ -1,0 +1,82 @@
+"use strict";
+// The planner's arithmetic (plan.py) for the page. A test compares the two over a grid.
+// Sizes are whole bytes below 2^53, so every sum is exact.
+
+const WEIGHT_PARTS = ["int8 data", "scales", "16-bit weights"];
+
+function ceilDiv(a, b) {
+  const top = a + b - 1;
+  return (top - (top % b)) / b;
+}
+
+function runtimeOn(model, ranks) {
+  return model.runtime === "halfweight" && ranks > 1 ? "vllm" : model.runtime;
+}
+
+function kvParts(model, work) {
+  const vllm = runtimeOn(model, work.ranks) === "vllm";
+  const parts = new Map([["KV cache", { name: "KV cache", sharded: 0, replicated: 0 }]]);
+  for (const layer of model.layers) {
+    const heads = ceilDiv(layer.heads, work.ranks);
+    const numbers = ((layer.numbers - (layer.numbers % layer.heads)) / layer.heads) * heads;
+    let each = 2 * numbers;
+    if (work.kvDtype === "int8" && layer.window === null) {
+      each = vllm ? numbers : numbers + 4 * heads;
+    }
+    const tokens = layer.window === null ? work.context : Math.min(work.context, layer.window);
+    const bytes = work.batch * layer.count * each * tokens;
+    const name = "KV cache" + layer.kind;
+    const part = parts.get(name) ?? { name, sharded: 0, replicated: 0 };
+    part[work.ranks > 1 && layer.heads > 1 ? "sharded" : "replicated"] += bytes;
+    parts.set(name, part);
+  }
+  return [...parts.values()];
+}
+
+function forwardPeak(model, length, work) {
+  const a = model.architecture;
+  const heads = ceilDiv(a.heads, work.ranks);
+  const kvHeads = ceilDiv(a.kv_heads, work.ranks);
+  const tokens = work.batch * length;
+  const width = ceilDiv(a.intermediate, work.ranks);
+  let attention = 2 * tokens * (3 * a.hidden + 2 * (heads + kvHeads) * a.head_dim);
+  let mask = 0;
+  if (runtimeOn(model, work.ranks) !== "vllm") {
+    mask = tokens * work.context;
+    const layer = 4 * work.batch * work.context * a.head_dim;
+    if (heads > kvHeads && length > 1) attention += layer * heads;
+    if (work.kvDtype === "int8") attention += layer * kvHeads;
+  }
+  const mlp = mask + 2 * tokens * (4 * a.hidden + 3 * width);
+  const norm = mask + tokens * 18 * a.hidden;
+  return Math.max(mlp, norm, mask + attention + 2 * mask);
+}
+
+function footprint(model, work, weights) {
+  const sums = model.weights[runtimeOn(model, work.ranks)];
+  const [divided, held] = weights === "16bit" ? sums["16bit"] : sums.int8[work.groupSize];
+  const parts = WEIGHT_PARTS.map((name, i) =>
+    work.ranks > 1
+      ? { name, sharded: ceilDiv(divided[i], work.ranks), replicated: held[i] }
+      : { name, sharded: 0, replicated: divided[i] + held[i] });
+  const logits = 6 * work.batch * model.architecture.vocabulary;
+  const chunk = Math.max(1, Math.floor(model.chunkTokens / work.batch));
+  const prefill = forwardPeak(model, Math.min(work.context, chunk), work);
+  const decode = forwardPeak(model, 1, work);
+  const onGpu = model.device === "cuda";
+  parts.push(...kvParts(model, work));
+  parts.push({ name: "logits", sharded: 0, replicated: logits });
+  parts.push({ name: "prefill activations", sharded: 0, replicated: prefill });
+  parts.push({ name: "kernel workspace", sharded: 0, replicated: onGpu ? model.workspace : 0 });
+  parts.push({ name: "CUDA graph", sharded: 0, replicated: onGpu ? decode + logits : 0 });
+  const found = parts.filter((part) => part.sharded + part.replicated > 0);
+  const allocated = found.reduce((sum, part) => sum + part.sharded + part.replicated, 0);
+  const total = {};
+  for (const bound of ["low", "likely", "high"]) total[bound] = allocated + model.overhead[bound];
+  return { parts: found, allocated, total };
+}
+
+function judge(total, budget) {
+  if (total.high <= budget) return "fits";
+  return total.likely <= budget ? "tight" : "does not fit";
+}
