@@ -188,7 +188,7 @@ def load(
     }
     mapped = map_tensors(checkpoint)
     source = {t.data_ptr(): s for s in checkpoint.tensors if (t := mapped[s.name]).numel()}
-    loaded = _from_tensors(checkpoint, config, _model_tensors(mapped, stored))
+    loaded = _from_tensors(checkpoint, config, _model_tensors(mapped, stored, dtype))
     options = {"backend_name": chosen, "int8_activations": activations == "int8"}
     _fill_experts(loaded, mapped, options)
     if device.type != "cpu":
@@ -265,13 +265,18 @@ def _model_config(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
 
 
 def _model_tensors(
-    mapped: Mapping[str, Tensor], stored: Mapping[str, StoredWeight]
+    mapped: Mapping[str, Tensor], stored: Mapping[str, StoredWeight], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """Mapped tensors by the names of our modules: bytes of packed weights, no shape records.
 
-    Without those of experts, which transformers would merge.
+    Without those of experts, which transformers would merge; what is in 16 bits in `dtype`, to
+    which transformers 5.17 does not bring tensors that it renames.
     """
-    tensors = dict(mapped)
+    scales = {f"{name}.weight_scale" for name in stored}
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() and name not in scales else tensor
+        for name, tensor in mapped.items()
+    }
     for name in stored:
         packed = tensors[f"{name}.weight_packed"]
         tensors[f"{name}.weight_packed"] = packed.view(torch.uint8)
