@@ -1,0 +1,66 @@
+"""The benchmark of the plan's accuracy: what it runs, what it sums up, that it runs."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import plan_accuracy  # noqa: E402
+
+from halfweight import measure  # noqa: E402
+from halfweight.machine import Device  # noqa: E402
+from halfweight.memory_record import Key, Record  # noqa: E402
+from halfweight.plan import ASSUMED_OVERHEAD, MIB  # noqa: E402
+
+KEY = Key("card", "1", "2.13", "0.1.0", "x")
+CARD = Device("cuda", "card", "1", 24_000 * MIB, 24_000 * MIB)
+
+
+def record(batch, allocated, overhead):
+    assumed = ASSUMED_OVERHEAD["cuda"].likely
+    total = allocated + overhead
+    return Record(KEY, {"batch": batch}, {}, {}, allocated, allocated + assumed, total)
+
+
+def test_the_configurations_span_what_is_claimed():
+    found = plan_accuracy.CONFIGURATIONS
+    assert len(set(found)) == 12
+    for field, values in (
+        (0, {"16bit", "int8"}),
+        (1, {512, 32768}),
+        (2, {1, 32}),
+        (3, {"16bit", "int8"}),
+    ):
+        assert values <= {configuration[field] for configuration in found}
+    assert {(w, c) for w, c, _, _ in found} >= {("16bit", 32768), ("int8", 32768)}
+
+
+def test_the_summary_counts_errors_and_what_a_plan_was_short_of():
+    """700 MiB are assumed; 940 and 460 were taken beside 1,000 and 11,540 allocated."""
+    records = [record(1, 1000 * MIB, 940 * MIB), record(2, 11540 * MIB, 460 * MIB)]
+    found = plan_accuracy.summary(records, CARD)
+    low, high = 240 / 1940, 240 / 12000
+    assert found["mean_absolute_error"] == pytest.approx((low + high) / 2)
+    assert found["worst_absolute_error"] == pytest.approx(low)
+    assert found["most_short_of_card"] == pytest.approx(240 / 24000)
+    assert found["calibrated_worst_absolute_error"] == pytest.approx(480 / 1940)
+    assert found["calibrated_most_short_of_card"] == pytest.approx(480 / 24000)
+
+
+def test_it_runs_and_writes(tmp_path, monkeypatch):
+    """Two workloads of the tiny shape, run in this process."""
+    monkeypatch.setattr(measure, "from_fresh_process", lambda run, *rest: run(*rest))
+    options = ["--tiny", "--configurations", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["plan_accuracy.py", *options])
+    plan_accuracy.main()
+    found = json.loads((tmp_path / "plan_accuracy.json").read_text())
+    assert {"command", "commit", "device", "versions", "ceiling"} <= found.keys()
+    rows = found["results"]["rows"]
+    assert [r["workload"]["weights"] for r in rows] == ["16bit", "int8"]
+    for row in rows:
+        for part in ("weights", "KV cache"):
+            assert row["measured"][part] == row["predicted"][part]
+    assert found["results"]["summary"]["worst_absolute_error"] > 0
