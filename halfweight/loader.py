@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 
 from halfweight.checkpoint import Checkpoint
-from halfweight.device_memory import indexed, out_of_memory, require
 from halfweight.shard import StoredTensor, broken
 
 CHUNK_BYTES = 8 << 20
@@ -80,27 +79,6 @@ class _Chunk:
     pieces: tuple[_Piece, ...]
 
 
-def read_tensors(
-    checkpoint: Checkpoint, device: torch.device | str, progress: Progress | None = None
-) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint by name, in its stored dtype and shape, on `device`.
-
-    On the CPU they are views of the mapped files (writable: pages written to are copied). Raises
-    DoesNotFitError before reading if the device lacks the memory, CheckpointError if a file ends
-    before its header says.
-    """
-    device = indexed(device)
-    if device.type == "cpu":
-        return map_tensors(checkpoint)
-    what = f"loading {checkpoint.root.name}"
-    hint = "`halfweight plan` shows what would fit; free the device or use a smaller model"
-    require(checkpoint.num_bytes, device, what, hint=hint)
-    with out_of_memory(device, what, hint=hint):
-        found = {t.name: _empty(t, device) for t in checkpoint.tensors}
-        read_into(((t, found[t.name]) for t in checkpoint.tensors), progress)
-    return found
-
-
 def map_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every tensor by name as a view of its mapped file; a copy where not aligned to its dtype."""
     found: dict[str, Tensor] = {}
@@ -142,10 +120,6 @@ def read_into(
     with ThreadPoolExecutor(num_threads) as pool:
         for done in [pool.submit(work) for _ in range(num_threads)]:
             done.result()
-
-
-def _empty(tensor: StoredTensor, device: torch.device) -> Tensor:
-    return torch.empty(tensor.info.shape, dtype=DTYPES[tensor.info.dtype], device=device)
 
 
 def _cut(run: Iterable[tuple[StoredTensor, Tensor]]) -> Iterator[_Chunk]:
