@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
-from accuracy import OUTLIER_COLUMNS, PLANTED
+from accuracy import OUTLIER_COLUMNS, PLANTED, SPREAD
 from envelope import RESULTS
-from variants import DEFAULT, FLOAT32_SAME_GROUP, Q8_0, SMALLEST_GROUP, TENSOR, VARIANTS
+from variants import (
+    DEFAULT,
+    FLOAT32_SAME_GROUP,
+    Q8_0,
+    SIXTEEN_BITS,
+    SMALLEST_GROUP,
+    TENSOR,
+    VARIANTS,
+)
 
 PAGE = Path(__file__).parent.parent / "docs" / "accuracy.md"
 PEERS = (Q8_0, "bitsandbytes row", "torchao row")
+TOP_GOAL = 0.985
 
 TEXT = """# Accuracy
 
@@ -38,6 +49,19 @@ weight (`benchmarks/accuracy_source.py`): real in shape and outliers, on no form
 ## Formats
 
 {formats}
+
+## By chance
+
+An error of a few weights that large inputs meet weighs more than thousands of others, so how
+rounding happens to fall moves the divergence of a whole model by more than the error bars above,
+which are of tokens only. Here are {num_seeds} sources that differ by noise of one 8-bit step's
+width, {spread_tokens:,} tokens each; errors are of the mean over sources, differences paired.
+
+{spread}
+
+## The top token
+
+{top}
 
 ## Outliers
 
@@ -69,7 +93,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def named(entry: dict[str, Any]) -> str:
     """'G=128, grid8, least squares' of halfweight's, a peer's own name of a peer's."""
     key = entry["variant"].removeprefix(PLANTED)
-    if key in PEERS:
+    if key in (*PEERS, SIXTEEN_BITS):
         return key
     group, scale, choice = key.split("-", 2)
     size = f"G={group}" if group.isdigit() else f"one a {group}"
@@ -132,6 +156,62 @@ def encoder(entries: list[dict[str, Any]]) -> str:
         for e in entries
     ]
     return table(["scales", "bits", "SQNR", "mean", "worst"], rows)
+
+
+class Spread:
+    """KL of close rows on several sources: row -> one mean divergence a source."""
+
+    def __init__(self, entries: list[dict[str, Any]]) -> None:
+        self.num_tokens: int = entries[0]["comparison"]["num_tokens"]
+        self.kl = {
+            name: [
+                e["comparison"]["comparison"]["kl_mean"]["value"]
+                for e in sorted(entries, key=lambda e: e["seed"])
+                if e["variant"] == name
+            ]
+            for name in SPREAD
+        }
+        self.num_seeds = len(self.kl[DEFAULT])
+
+    def over(self, one: str, other: str) -> dict[str, float]:
+        """The paired difference: mean over sources and its standard error."""
+        return mean([a - b for a, b in zip(self.kl[one], self.kl[other], strict=True)])
+
+    def table(self) -> str:
+        rows = [
+            [
+                f"**{name}** (default)" if name == DEFAULT else named({"variant": name}),
+                scientific(mean(found)),
+                f"{1000 * min(found):.3f} to {1000 * max(found):.3f}",
+                scientific(self.over(name, DEFAULT), "+"),
+                scientific(self.over(name, Q8_0), "+"),
+            ]
+            for name, found in self.kl.items()
+        ]
+        return table(["scales", "KL x 1000", "least to most", "over default", "over Q8_0"], rows)
+
+
+def mean(values: list[float]) -> dict[str, float]:
+    """Mean and its standard error."""
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return {"value": statistics.fmean(values), "error": error}
+
+
+def top(by_name: dict[str, dict[str, Any]]) -> str:
+    """What it would take to keep more of the top tokens, from the measured rows."""
+    default = by_name[DEFAULT]["comparison"]["comparison"]
+    sixteen = by_name[SIXTEEN_BITS]["comparison"]["comparison"]
+    flips = 1 - default["top_agreement"]["value"]
+    ratio = flips / (1 - TOP_GOAL)
+    return (
+        f"The default changes the most likely token in {flips:.1%} of places, those where the "
+        f"source's first two\nare nearly equal: the perplexity moves by "
+        f"{percent(default['perplexity_change'])}. Storing the same weights in bfloat16, 16 bits "
+        f"each,\nchanges {1 - sixteen['top_agreement']['value']:.1%}. Changes fall with the "
+        f"error of the weights, divergence with its square: {1 - TOP_GOAL:.1%}\nwould take "
+        f"{ratio:.1f} times less error, {math.log2(ratio):.1f} bits more a weight, "
+        f"on a model as small as this one.\nLarger models have fewer near ties."
+    )
 
 
 def claims(by_name: dict[str, dict[str, Any]]) -> str:

@@ -85,11 +85,17 @@ def _row_127_5(weight: Tensor) -> Stored:
     return Stored(rounded * scale, weight.numel() + 2 * weight.shape[0])
 
 
+def _bfloat16(weight: Tensor) -> Stored:
+    """No scales, 16 bits: what a checkpoint of a float32 model loses before any quantization."""
+    return Stored(weight.to(torch.bfloat16).float(), 2 * weight.numel())
+
+
 DEFAULT = "128-grid8-least_squares"
 FLOAT32_SAME_GROUP = "128-float32-absmax"
 SMALLEST_GROUP = "32-grid8-least_squares"
 Q8_0 = "llama.cpp Q8_0"
 TENSOR = "tensor-float32-absmax"
+SIXTEEN_BITS = "bfloat16 weights"
 CALIBRATED = "128-grid8-calibrated"
 """Not a function of one weight: made by `quantize --calibrate`."""
 
@@ -103,6 +109,7 @@ VARIANTS = {
         ours("tensor", "float32", "absmax"),
         Variant("bitsandbytes row", "float32", "absmax", _row_127),
         Variant("torchao row", "bfloat16", "absmax", _row_127_5),
+        Variant(SIXTEEN_BITS, "none", "none", _bfloat16),
         ours("row", "grid8", "least_squares"),
         ours(256, "grid8", "least_squares"),
         ours(64, "grid8", "least_squares"),
