@@ -174,19 +174,16 @@ def on_cards(name: str, cards: Sequence[str], context: int) -> str:
 
 
 def tokens_that_fit(name: str, card: str) -> str:
-    """The largest context at batch 1, by bytes reserved."""
+    """Tokens of cache beside the weights, with all else taken as so many GiB a GPU."""
     gpus = parse_gpus(card)
-    found = model(name)
-    unlimited = replace(found, architecture=replace(found.architecture, max_context=None))
+    work = Workload(1).on_ranks(gpus.count)
+    parts = [footprint(model(name), work, weights) for weights in ("16bit", "int8")]
     rows = []
-    for reserved in (0, 1, 2, 3):
-        budget = gpus.num_bytes - reserved * GIB
-        work = Workload().on_ranks(gpus.count)
-        values = [
-            fit.solve(unlimited, work, budget, "context", weights) for weights in ("16bit", "int8")
-        ]
-        rows.append((f"{reserved} GiB", *(f"{v:,}" if v else "does not fit" for v in values)))
-    return table(("reserved", "FP16 tokens", "INT8 tokens"), rows)
+    for rest in (1, 2, 3):
+        room = [gpus.num_bytes - rest * GIB - found.weight_bytes for found in parts]
+        tokens = [left // found.kv_bytes for left, found in zip(room, parts, strict=True)]
+        rows.append((f"{rest} GiB", *(f"{n:,}" if n > 0 else "none" for n in tokens)))
+    return table(("all else", "FP16 tokens", "INT8 tokens"), rows)
 
 
 def quoted() -> str:
@@ -322,7 +319,8 @@ Several GPUs run the checkpoint by vLLM: scales as on disk, two bytes each.
 
 {on_cards("llama-3-70b", ("4x24GB", "4x48GB", "8x24GB"), 8192)}
 
-The largest context of one sequence on 4 x 24 GB (the model itself stops at 8,192):
+Tokens of cache, of all sequences together, that 4 x 24 GB hold beside the weights, with all else
+taken as 1, 2 or 3 GiB on each:
 
 {tokens_that_fit("llama-3-70b", "4x24GB")}
 
@@ -332,7 +330,7 @@ The largest context of one sequence on 4 x 24 GB (the model itself stops at 8,19
 
 {on_cards("llama-3-8b", ("1x24GB", "1x16GB", "1x12GB"), 8192)}
 
-The largest context of one sequence on one 24 GB card (the model itself stops at 8,192):
+Tokens of cache beside the weights, with all else taken as 1, 2 or 3 GiB:
 
 {tokens_that_fit("llama-3-8b", "24GB")}
 """

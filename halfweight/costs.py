@@ -18,7 +18,7 @@ from halfweight.fit import solve
 from halfweight.layout import lay_out
 from halfweight.plan import MIB, Model, Weights, Workload, footprint
 
-CONVERTER_PROCESS_BYTES = 671_000_000
+CONVERTER_PROCESS_BYTES = 436_000_000
 """Most resident memory of a conversion of 8.2 GB, two threads: benchmarks/results/convert.json."""
 CONVERTER_BLOCK_BYTES = 1_000_000
 """As in stream.py; a test keeps them equal."""

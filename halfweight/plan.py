@@ -56,6 +56,8 @@ ASSUMED_OVERHEAD: dict[DeviceKind, Range] = {
 }
 """Driver's context (of a CPU: the process and its libraries), loaded kernels, allocator's rounding.
 An assumption, wide on purpose."""
+ENGINE_OVERHEAD = Range(MIB * 700, MIB * 1700, MIB * 2700)
+"""Of another engine: its own graphs and the buffers by which GPUs talk as well. An assumption."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,16 @@ class Workload:
 
     def on_ranks(self, ranks: int) -> Workload:
         """The same on so many GPUs, by vLLM where halfweight alone cannot."""
-        alone = self.runtime == "halfweight" and ranks > 1
-        return replace(self, ranks=ranks, runtime="vllm" if alone else self.runtime)
+        if self.runtime == "halfweight" and ranks > 1:
+            return replace(self, ranks=ranks, runtime="vllm", overhead=None)
+        return replace(self, ranks=ranks)
+
+    @property
+    def expected_overhead(self) -> Range:
+        """What was measured, else what is assumed of the runtime on the device."""
+        if self.overhead is not None:
+            return self.overhead
+        return ASSUMED_OVERHEAD[self.device] if self.runtime == "halfweight" else ENGINE_OVERHEAD
 
 
 @dataclass(frozen=True)
@@ -243,7 +253,7 @@ def footprint(model: Model, workload: Workload, weights: Weights) -> Footprint:
     return Footprint(
         weights,
         tuple(part for part in parts if part.num_bytes),
-        workload.overhead or ASSUMED_OVERHEAD[workload.device],
+        workload.expected_overhead,
     )
 
 

@@ -20,7 +20,6 @@ from halfweight.plan import (
     KERNEL_WORKSPACE_BYTES,
     Model,
     Plan,
-    Runtime,
     kind_of_layer,
     legal_ranks,
 )
@@ -46,9 +45,8 @@ def render(found: Plan, gpus: Gpus) -> str:
 def page_data(found: Plan, gpus: Gpus) -> dict[str, Any]:
     """All that the page computes from."""
     model, work, a = found.model, found.workload, found.model.architecture
-    overhead = found.int8.overhead
     by_group = _by_group(model)
-    runtimes: set[Runtime] = {work.runtime, work.on_ranks(2).runtime}
+    runtimes = {w.runtime: w for w in (work.on_ranks(2), work)}
     batches, contexts = grid_axes(model, work)
     return {
         "name": a.name,
@@ -66,14 +64,14 @@ def page_data(found: Plan, gpus: Gpus) -> dict[str, Any]:
                 "16bit": model.weight_sums("16bit", runtime),
                 "int8": {g: m.weight_sums("int8", runtime) for g, m in by_group.items()},
             }
-            for runtime in sorted(runtimes)
+            for runtime in runtimes
         },
         "legalRanks": {g: legal_ranks(m) for g, m in by_group.items()},
         "runtime": work.runtime,
         "device": work.device,
         "chunkTokens": CHUNK_TOKENS,
         "workspace": KERNEL_WORKSPACE_BYTES,
-        "overhead": asdict(overhead),
+        "overhead": {r: asdict(w.expected_overhead) for r, w in runtimes.items()},
         "gpu": gpus.name,
         "budget": found.budget,
         "work": {

@@ -234,7 +234,9 @@ def test_a_measured_overhead_replaces_the_assumption():
     measured = Workload(4096, overhead=Range(10, 20, 30))
     found, assumed = (footprint(LLAMA_8B, w, "int8") for w in (measured, Workload(4096)))
     assert found.total == Range(*(found.allocated + n for n in (10, 20, 30)))
-    assert assumed.total.low - assumed.allocated == plan.ASSUMED_OVERHEAD["cuda"].low
+    assert assumed.overhead == plan.ASSUMED_OVERHEAD["cuda"]
+    elsewhere = footprint(LLAMA_8B, measured.on_ranks(4), "int8")
+    assert elsewhere.overhead == plan.ENGINE_OVERHEAD, "what was measured is not another engine's"
 
 
 def test_no_such_model():

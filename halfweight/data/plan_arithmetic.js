@@ -71,9 +71,10 @@ function footprint(model, work, weights) {
   parts.push({ name: "CUDA graph", sharded: 0, replicated: onGpu ? decode + logits : 0 });
   const found = parts.filter((part) => part.sharded + part.replicated > 0);
   const allocated = found.reduce((sum, part) => sum + part.sharded + part.replicated, 0);
+  const overhead = model.overhead[runtimeOn(model, work.ranks)];
   const total = {};
-  for (const bound of ["low", "likely", "high"]) total[bound] = allocated + model.overhead[bound];
-  return { parts: found, allocated, total };
+  for (const bound of ["low", "likely", "high"]) total[bound] = allocated + overhead[bound];
+  return { parts: found, allocated, overhead, total };
 }
 
 function judge(total, budget) {
