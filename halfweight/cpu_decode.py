@@ -61,14 +61,15 @@ class CpuStep:
         cells[names.TOKEN], cells[names.POSITION] = token, position
         threads = num_threads()
         work = torch.empty(threads * cells[names.WORK_BYTES], dtype=torch.uint8)
-        cells[names.WORK] = work.data_ptr()
+        cells[names.WORK], cells[names.THREADS] = work.data_ptr(), threads
         self._kernel.run(self._arguments, threads)
         return self.logits
 
     def _describe(self, model: PreTrainedModel, cache: StaticCache) -> None:
-        from halfweight.kernels.cpu import exact_parts, max_record_bytes, product
+        from halfweight.kernels.cpu import exact_parts, max_record_bytes
 
         names, config, body = self._cells, model.config, model.model
+        self._parts = exact_parts(model.dtype)
         keys = cache.layers[0].keys
         kv_heads, max_length, head_size = keys.shape[1:]
         pairs = zip(body.layers, cache.layers, strict=True)
@@ -81,8 +82,7 @@ class CpuStep:
             config.intermediate_size,
             body.layers[0].self_attn.o_proj.in_features,
         )
-        parts = exact_parts(model.dtype)
-        record = max_record_bytes(widest, parts)
+        record = max_record_bytes(widest, self._parts)
         work = [torch.empty(widest) for _ in range(3)]
         qkv = torch.empty((config.num_attention_heads + 2 * kv_heads) * head_size)
         values = {
@@ -107,8 +107,6 @@ class CpuStep:
             names.FINAL_NORM: self._norm(body.norm),
             names.HEAD: self._linear_address(model.get_output_embeddings()),
             names.WIDEST: widest,
-            names.PARTS: parts,
-            names.PRODUCT: product.address,
             names.RECORD: record,
             names.WORK_BYTES: names.work_bytes(widest, record, head_size, max_length),
         }
@@ -135,7 +133,8 @@ class CpuStep:
         if bias is not None:
             bias = bias.detach().float().contiguous()
             self._kept.append(bias)
-        return linear_cells(module.weight_packed, module.weight_scale, module.weight_exponent, bias)
+        stored = (module.weight_packed, module.weight_scale, module.weight_exponent)
+        return linear_cells(*stored, bias, self._parts)
 
     def _linear_address(self, module: QuantizedWeight) -> int:
         return self._address(torch.tensor(self._linear(module)))

@@ -32,8 +32,6 @@ BLOCK_WEIGHTS = 1 << 21
 """Weights dequantized at a time for prefill: they stay in a shared cache."""
 MIN_THREAD_BYTES = 1 << 16
 """Weights that are worth a thread."""
-CHUNK_BYTES = 1 << 16
-"""Weights a thread takes at a time."""
 FORMATS = {
     torch.float32: cpu_loops.FLOAT32,
     torch.bfloat16: cpu_loops.BFLOAT16,
@@ -41,27 +39,39 @@ FORMATS = {
     torch.uint8: cpu_loops.GRID8,
 }
 
-product = CFunction(cpu_loops.product)
+_float_product = CFunction(cpu_loops.float_product)
+_digit_product = CFunction(cpu_loops.digit_product)
 _linear_few = Kernel(cpu_loops.linear_few)
 _round_tokens = Kernel(cpu_loops.round_tokens)
 _linear_many = Kernel(cpu_loops.linear_many)
 
 
 def linear_cells(
-    packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
+    packed: Tensor,
+    scales: Tensor,
+    exponents: Tensor | None,
+    bias: Tensor | None,
+    parts: int,
 ) -> tuple[int, ...]:
-    """A linear as its kernels know it; `bias` is float32, and all tensors must outlive the call."""
+    """A linear as its kernels know it; `bias` is float32, and all tensors must outlive the call.
+
+    `parts` are the digits that x is to be rounded to, if the weight's groups allow.
+    """
     out_features, in_features = packed.shape
+    group_size = in_features // scales.shape[1]
+    parts = parts if _step_block(group_size) else 0
     return (
         out_features,
         in_features,
-        in_features // scales.shape[1],
+        group_size,
         packed.data_ptr(),
         scales.data_ptr(),
         FORMATS[scales.dtype],
         scales.shape[1] if scales.shape[0] > 1 or out_features == 1 else 0,
         0 if exponents is None else exponents.data_ptr(),
         0 if bias is None else bias.data_ptr(),
+        parts,
+        (_digit_product if parts else _float_product).address,
     )
 
 
@@ -97,10 +107,10 @@ def _whole_lines(num_bytes: int) -> int:
 def _run(
     kernel: Kernel, linear: tuple[int, ...], rest: tuple[int, ...], threads: int, work_bytes: int
 ) -> None:
-    """Run a kernel of cpu_loops; `rest` are its cells from TOKENS to PARTS."""
+    """Run a kernel of cpu_loops; `rest` are its cells from TOKENS to Y."""
     own = _whole_lines(work_bytes)
     work = torch.empty(threads * own, dtype=torch.uint8)
-    kernel.run(Arguments(*linear, 0, *rest, product.address, 0, work.data_ptr(), own), threads)
+    kernel.run(Arguments(*linear, 0, *rest, threads, 0, work.data_ptr(), own), threads)
 
 
 def _linear_few_tokens(
@@ -115,22 +125,17 @@ def _linear_few_tokens(
     columns, groups = packed.shape[1], scales.shape[1]
     y = x.new_empty((*x.shape[:-1], packed.shape[0]))
     tokens = x.numel() // columns
-    chunk, threads = _split(packed)
-    cells = linear_cells(packed, scales, exponents, bias)
+    cells = linear_cells(packed, scales, exponents, bias, parts)
     if tokens:
-        rest = (tokens, x.data_ptr(), FORMATS[x.dtype], y.data_ptr(), chunk, parts)
+        rest = (tokens, x.data_ptr(), FORMATS[x.dtype], y.data_ptr())
         token_bytes = 4 * columns + max_record_bytes(columns, parts)
         scratch = 4 * ROWS * (max(groups, columns // 64) + 4)
-        _run(_linear_few, cells, rest, threads, tokens * token_bytes + scratch)
+        _run(_linear_few, cells, rest, _threads_for(packed), tokens * token_bytes + scratch)
     return y
 
 
-def _split(packed: Tensor) -> tuple[int, int]:
-    """Rows a thread takes at a time, and the number of threads."""
-    rows, columns = packed.shape
-    threads = min(num_threads(), max(1, packed.numel() // MIN_THREAD_BYTES))
-    chunk = max(1, min(CHUNK_BYTES // columns, rows // (4 * threads)))
-    return -(-chunk // ROWS) * ROWS, threads
+def _threads_for(packed: Tensor) -> int:
+    return min(num_threads(), max(1, packed.numel() // MIN_THREAD_BYTES))
 
 
 def _linear_by_blocks(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
@@ -172,15 +177,15 @@ def _linear_many_tokens(
 ) -> Tensor:
     columns, tokens = packed.shape[1], x.numel() // packed.shape[1]
     x, bias = x.contiguous(), None if bias is None else bias.float()
-    cells = linear_cells(packed, scales, exponents, bias)
+    cells = linear_cells(packed, scales, exponents, bias, parts)
     block, form = _step_block(cells[cpu_loops.GROUP]), FORMATS[x.dtype]
     records = torch.empty(tokens * parts, columns + 8 * (columns // block), dtype=torch.uint8)
     y = x.new_empty((*x.shape[:-1], packed.shape[0]))
     source, rounded = x.data_ptr(), records.data_ptr()
-    rounding = (tokens, source, form, rounded, 0, parts)
+    rounding = (tokens, source, form, rounded)
     _run(_round_tokens, cells, rounding, num_threads(), 4 * (columns + 3 * LANES))
-    products = (tokens, rounded, form, y.data_ptr(), 0, parts)
-    _run(_linear_many, cells, products, _split(packed)[1], cpu_loops.many_bytes(columns, block))
+    products = (tokens, rounded, form, y.data_ptr())
+    _run(_linear_many, cells, products, _threads_for(packed), cpu_loops.many_bytes(columns, block))
     return y
 
 

@@ -25,6 +25,7 @@ from halfweight.kernels.simd import (
     inline,
     load,
     pointer_to,
+    prefetch,
     store,
     store_half,
     store_int,
@@ -44,15 +45,20 @@ from halfweight.kernels.tiles import (
 FLOAT32, BFLOAT16, FLOAT16, GRID8 = range(4)
 """How numbers in memory are read: float formats of activations and scales, and grid8 codes."""
 
-OUT, IN, GROUP, PACKED, SCALES, FORMAT, SCALE_STRIDE, EXPONENTS, BIAS = range(9)
-LINEAR_CELLS = 9
-TICKET, TOKENS, X, X_FORMAT, Y, CHUNK, PARTS, PRODUCT, THREAD, WORK, WORK_BYTES = range(
-    LINEAR_CELLS, LINEAR_CELLS + 11
-)
-"""PARTS: digits that x is rounded to, 0 where it stays in floats. PRODUCT: where `product` is.
+OUT, IN, GROUP, PACKED, SCALES, FORMAT, SCALE_STRIDE, EXPONENTS, BIAS, PARTS, PRODUCT = range(11)
+LINEAR_CELLS = 11
+"""Cells of a linear. PARTS: digits that x is rounded to, 0 where it stays in floats.
 
-THREAD counts threads as they come; each has WORK_BYTES of its own, from WORK on.
+PRODUCT: the address of `float_product` or `digit_product`.
 """
+TICKET, TOKENS, X, X_FORMAT, Y, THREADS, THREAD, WORK, WORK_BYTES = range(
+    LINEAR_CELLS, LINEAR_CELLS + 9
+)
+"""THREAD counts threads as they come; each has WORK_BYTES of its own, from WORK on."""
+MIN_SHARE_BYTES, MAX_SHARE_ROWS = 1 << 14, 4096
+"""Weights a thread takes at a time: not too few."""
+FIRST_BYTES = 4096
+"""Bytes asked for when rows are taken, before they are multiplied."""
 
 MAX_PARTS = 3
 
@@ -299,22 +305,29 @@ def write_record(x: Any, columns: Any, block: Any, parts: Any, record: Any) -> N
         round_part(at, to, columns, starts + 4 * LANES * parts * b, steps + 4 * b, block, parts)
 
 
-@inline
-def digits_of(linear: Any, parts: Any) -> Any:
-    """The parts that a linear takes x in: 0 (floats) where its groups are too small."""
-    return parts if step_block(cell(linear, GROUP)) else int64(0)
+def float_product(
+    linear: Any,
+    begin: Any,
+    end: Any,
+    x: Any,
+    tokens: Any,
+    _parts: Any,
+    scratch: Any,
+    y: Any,
+    y_format: Any,
+) -> Any:
+    """y[:, begin:end] of x float32 [M, K]; scratch for float32 [4, K/G + 4].
+
+    With `begin` = -1: x of one token as it wants it (where it is). A function of its own that
+    kernels call by its address, so that it is compiled once, and only where it is used.
+    """
+    if begin < 0:
+        return x
+    float_rows(linear, begin, end, x, tokens, scratch, y, y_format)
+    return y
 
 
-@inline
-def token_bytes(linear: Any, parts: Any) -> Any:
-    """Bytes of a token as `product` wants it."""
-    columns = cell(linear, IN)
-    if digits_of(linear, parts) == 0:
-        return 4 * columns
-    return record_bytes(columns, step_block(cell(linear, GROUP)), parts)
-
-
-def product(
+def digit_product(
     linear: Any,
     begin: Any,
     end: Any,
@@ -325,67 +338,94 @@ def product(
     y: Any,
     y_format: Any,
 ) -> Any:
-    """y[:, begin:end] of prepared tokens; scratch for float32 [4, K/B + 4].
-
-    With `begin` = -1: x float32 [K] prepared for it, returned; where it is, or in digits at `y`.
-    A function of its own, that kernels call by its address, so that it is compiled once.
-    """
-    parts = digits_of(linear, parts)
+    """`float_product` of records; with `begin` = -1, x float32 [K] becomes one at `y`."""
     if begin < 0:
-        if parts == 0:
-            return x
         write_record(x, cell(linear, IN), step_block(cell(linear, GROUP)), parts, y)
         return y
-    if parts == 0:
-        float_rows(linear, begin, end, x, tokens, scratch, y, y_format)
-    else:
-        digit_rows(linear, begin, end, x, tokens, parts, scratch, y, y_format)
+    digit_rows(linear, begin, end, x, tokens, parts, scratch, y, y_format)
     return y
 
 
 @inline
-def prepare_token(product_at: Any, linear: Any, parts: Any, x: Any, to: Any) -> Any:
-    """x float32 [K] as `product` wants it: where it is, or in digits at `to`."""
-    return call_at(product_at, (linear, -1, 0, x, 1, parts, 0, to, 0))
+def prepare_token(linear: Any, x: Any, to: Any) -> Any:
+    """x float32 [K] as a linear's product wants it: where it is, or in digits at `to`."""
+    parts = cell(linear, PARTS)
+    return call_at(cell(linear, PRODUCT), (linear, -1, 0, x, 1, parts, 0, to, 0))
+
+
+@inline
+def multiply(
+    linear: Any, begin: Any, end: Any, x: Any, tokens: Any, scratch: Any, y: Any, y_format: Any
+) -> None:
+    """y[:, begin:end] of a linear times prepared tokens."""
+    parts = cell(linear, PARTS)
+    call_at(cell(linear, PRODUCT), (linear, begin, end, x, tokens, parts, scratch, y, y_format))
+
+
+@inline
+def token_bytes(linear: Any) -> Any:
+    """Bytes of a prepared token."""
+    columns, parts = cell(linear, IN), cell(linear, PARTS)
+    if parts == 0:
+        return 4 * columns
+    return record_bytes(columns, step_block(cell(linear, GROUP)), parts)
+
+
+@inline
+def take(counter: Any, linear: Any, threads: Any) -> Any:
+    """The next rows of a linear that nobody has: begin and end, equal when there are none.
+
+    First a large share for each thread, where memory is read without a break, then small ones.
+    The first lines of them are asked for.
+    """
+    rows, columns = cell(linear, OUT), cell(linear, IN)
+    large = min(rows // (2 * threads), int64(MAX_SHARE_ROWS)) // ROWS * ROWS
+    rest = rows - large * threads
+    small = min(max(rest // (4 * threads), MIN_SHARE_BYTES // columns), int64(MAX_SHARE_ROWS))
+    small = max(int64(ROWS), small // ROWS * ROWS)
+    i = fetch_add(counter, 1)
+    if large > 0 and i < threads:
+        begin, end = i * large, i * large + large
+    else:
+        if large > 0:
+            i -= threads
+        begin = min(large * threads + i * small, rows)
+        end = min(begin + small, rows)
+    weights = cell(linear, PACKED) + begin * columns
+    for at in range(weights, weights + min((end - begin) * columns, int64(FIRST_BYTES)), LINE):
+        prefetch(at)
+    return begin, end
 
 
 @inline
 def scratch_floats(linear: Any) -> Any:
-    """Floats of scratch that `product` needs."""
+    """Floats of scratch that a product needs."""
     block = step_block(cell(linear, GROUP)) or cell(linear, GROUP)
     return ROWS * (cell(linear, IN) // block + 4)
 
 
 def linear_few(pointer: Any) -> None:
-    """Kernel: y [M, N] = x [M, K] times a linear; threads take chunks of rows by ticket.
+    """Kernel: y [M, N] = x [M, K] times a linear; threads take rows by ticket.
 
     Every thread rounds all tokens for itself: cheaper than to wait for another.
     """
     arguments = address_of(pointer)
-    out_features, columns = cell(arguments, OUT), cell(arguments, IN)
-    tokens, chunk, parts = (
-        cell(arguments, TOKENS),
-        cell(arguments, CHUNK),
-        digits_of(arguments, cell(arguments, PARTS)),
-    )
-    product_at, size = cell(arguments, PRODUCT), token_bytes(arguments, parts)
+    columns, size = cell(arguments, IN), token_bytes(arguments)
+    tokens, threads = cell(arguments, TOKENS), cell(arguments, THREADS)
+    begin, end = take(arguments + 8 * TICKET, arguments, threads)
     x = own_memory(arguments)
     scratch = x + tokens * size
     floats = scratch + 4 * scratch_floats(arguments)
-    if parts == 0:
+    if cell(arguments, PARTS) == 0:
         float_tokens(arguments, 0, tokens, x)
     else:
         float_tokens(arguments, 0, tokens, floats)
         for m in range(tokens):
-            prepare_token(product_at, arguments, parts, floats + 4 * m * columns, x + m * size)
+            prepare_token(arguments, floats + 4 * m * columns, x + m * size)
     y, y_format = cell(arguments, Y), cell(arguments, X_FORMAT)
-    while True:
-        begin = fetch_add(arguments + 8 * TICKET, chunk)
-        if begin >= out_features:
-            break
-        end = min(begin + chunk, out_features)
-        rows = (arguments, begin, end, x, tokens, parts, scratch, y, y_format)
-        call_at(product_at, rows)
+    while begin < end:
+        multiply(arguments, begin, end, x, tokens, scratch, y, y_format)
+        begin, end = take(arguments + 8 * TICKET, arguments, threads)
 
 
 @inline

@@ -30,17 +30,19 @@ from halfweight.kernels.cpu_loops import (
     GROUP,
     IN,
     LINEAR_CELLS,
+    MAX_SHARE_ROWS,
     OUT,
     PACKED,
+    multiply,
     prepare_token,
     row_power,
     row_scales,
     store_number,
+    take,
     weight_at,
 )
 from halfweight.kernels.simd import (
     address_of,
-    call_at,
     cell,
     fetch_add,
     float_from_bits,
@@ -77,18 +79,17 @@ from halfweight.kernels.tiles import LINE, ROWS
     FINAL_NORM,
     HEAD,
     WIDEST,
-    PARTS,
     RECORD,
-    PRODUCT,
+    THREADS,
     WORK,
     WORK_BYTES,
-) = range(28)
+) = range(27)
 """Cells of a step; EPSILON and SCALING are bits of a float32, the rest counts and addresses.
 
-PARTS is what products round x to, WIDEST their longest x, RECORD its bytes in digits, PRODUCT where
-`cpu_loops.product` is, WORK where each thread has WORK_BYTES of its own.
+WIDEST is the longest x of a product, RECORD its bytes in digits. Each thread has WORK_BYTES of its
+own, from WORK on.
 """
-STEP_CELLS = 28
+STEP_CELLS = 27
 
 LINEARS = 7
 Q, K, V, OUTPUT, GATE, UP, DOWN = (LINEAR_CELLS * i for i in range(LINEARS))
@@ -105,8 +106,6 @@ COUNTERS_A_LAYER = 12
 EMBEDDING_TICKET, EMBEDDING_DONE, LOGITS_TICKET, LOGITS_DONE, THREAD = range(5)
 COUNTERS_A_STEP = 5
 """Counters before those of the layers."""
-MIN_CHUNK_BYTES, MAX_CHUNKS, MAX_CHUNK_ROWS = 1 << 14, 64, 4096
-"""Weights a thread takes at a time: a share of the linear, but not too few."""
 SPINS = 3000
 """Looks at a counter before a thread offers its core to others."""
 LOG2_E = float32(1.4426950408889634)
@@ -160,66 +159,54 @@ def normalize(x: Any, weight: Any, size: Any, epsilon: Any, to: Any) -> None:
 
 
 @inline
-def take(counter: Any, linear: Any) -> Any:
-    """The next rows of a linear that nobody has: begin and end, equal when there are none."""
-    rows, columns = cell(linear, OUT), cell(linear, IN)
-    chunk = max(rows // MAX_CHUNKS, MIN_CHUNK_BYTES // columns) // ROWS * ROWS
-    chunk = max(int64(ROWS), min(chunk, int64(MAX_CHUNK_ROWS)))
-    begin = fetch_add(counter, chunk)
-    return begin, max(begin, min(begin + chunk, rows))
-
-
-@inline
-def multiply(step: Any, linear: Any, begin: Any, end: Any, x: Any, scratch: Any, y: Any) -> None:
-    """y[begin:end] of a linear times a prepared x."""
-    parts = cell(step, PARTS)
-    call_at(cell(step, PRODUCT), (linear, begin, end, x, 1, parts, scratch, y, FLOAT32))
-
-
-@inline
-def prepare(step: Any, linear: Any, x: Any, record: Any) -> Any:
-    """x float32 [K] as `multiply` wants it."""
-    return prepare_token(cell(step, PRODUCT), linear, cell(step, PARTS), x, record)
-
-
-@inline
-def prepare_again(step: Any, linear: Any, other: Any, x: Any, prepared: Any, record: Any) -> Any:
-    """`prepare`, or what was prepared for another linear of the same groups."""
+def prepare_again(linear: Any, other: Any, x: Any, prepared: Any, record: Any) -> Any:
+    """`prepare_token`, or what was prepared for another linear of the same groups."""
     if cell(linear, GROUP) == cell(other, GROUP):
         return prepared
-    return prepare(step, linear, x, record)
+    return prepare_token(linear, x, record)
 
 
 @inline
-def share(step: Any, linear: Any, ticket: Any, done: Any, x: Any, scratch: Any, y: Any) -> None:
-    """y [N] = a linear times a prepared x."""
-    begin, end = take(ticket, linear)
+def share(
+    linear: Any, rows: Any, ticket: Any, threads: Any, done: Any, x: Any, scratch: Any, y: Any
+) -> None:
+    """y [N] = a linear times a prepared x; `rows` are those that the thread has already."""
+    begin, end = rows
     while begin < end:
-        multiply(step, linear, begin, end, x, scratch, y)
+        multiply(linear, begin, end, x, 1, scratch, y, FLOAT32)
         fetch_add(done, end - begin)
-        begin, end = take(ticket, linear)
+        begin, end = take(ticket, linear, threads)
 
 
 @inline
 def share_and_add(
-    step: Any, linear: Any, ticket: Any, done: Any, x: Any, scratch: Any, part: Any, y: Any
+    linear: Any,
+    rows: Any,
+    ticket: Any,
+    threads: Any,
+    done: Any,
+    x: Any,
+    scratch: Any,
+    part: Any,
+    y: Any,
 ) -> None:
     """y [N] += a linear times a prepared x."""
-    begin, end = take(ticket, linear)
+    begin, end = rows
     while begin < end:
-        multiply(step, linear, begin, end, x, scratch, part - 4 * begin)
+        multiply(linear, begin, end, x, 1, scratch, part - 4 * begin, FLOAT32)
         sums, products = floats_at(y + 4 * begin, end - begin), floats_at(part, end - begin)
         for i in range(end - begin):
             sums[i] += products[i]
         fetch_add(done, end - begin)
-        begin, end = take(ticket, linear)
+        begin, end = take(ticket, linear, threads)
 
 
 @inline
 def share_gated(
-    step: Any,
     layer: Any,
+    rows: Any,
     ticket: Any,
+    threads: Any,
     done: Any,
     gate_x: Any,
     up_x: Any,
@@ -229,15 +216,15 @@ def share_gated(
 ) -> None:
     """y [F] = silu(gate x) * (up x), x prepared for each."""
     gate, up = layer + 8 * GATE, layer + 8 * UP
-    begin, end = take(ticket, gate)
+    begin, end = rows
     while begin < end:
-        multiply(step, gate, begin, end, gate_x, scratch, y)
-        multiply(step, up, begin, end, up_x, scratch, part - 4 * begin)
+        multiply(gate, begin, end, gate_x, 1, scratch, y, FLOAT32)
+        multiply(up, begin, end, up_x, 1, scratch, part - 4 * begin, FLOAT32)
         gates, ups = floats_at(y + 4 * begin, end - begin), floats_at(part, end - begin)
         for i in range(end - begin):
             gates[i] = gates[i] / (float32(1) + exp(-gates[i])) * ups[i]
         fetch_add(done, end - begin)
-        begin, end = take(ticket, gate)
+        begin, end = take(ticket, gate, threads)
 
 
 @inline
@@ -362,49 +349,66 @@ def share_heads(step: Any, layer: Any, ticket: Any, done: Any, scratch: Any) -> 
 
 
 @inline
-def run_layer(step: Any, layer: Any, counters: Any, work: Any) -> None:
-    """One layer, all threads together."""
+def attend_phases(step: Any, layer: Any, counters: Any, before: Any, work: Any) -> None:
+    """The first half of a layer, all threads together, once `before` (counter, total) is reached.
+
+    A thread takes its rows, and asks for their first bytes, before it waits.
+    """
     x, record, scratch, part = work
     other_record = record + cell(step, RECORD)
-    hidden, width = cell(step, HIDDEN), cell(layer + 8 * Q, IN)
-    epsilon = load(step + 8 * EPSILON, float32)
+    hidden, threads = cell(step, HIDDEN), cell(step, THREADS)
     query, key, value = layer + 8 * Q, layer + 8 * K, layer + 8 * V
     num_q, num_k = cell(query, OUT), cell(key, OUT)
-    normalize(hidden, cell(layer, INPUT_NORM), width, epsilon, x)
-    q, done = cell(step, QKV), counters + 8 * QKV_DONE
+    ticket, done = counters + 8 * Q_TICKET, counters + 8 * QKV_DONE
+    rows = take(ticket, query, threads)
+    wait_for(before[0], before[1])
+    epsilon = load(step + 8 * EPSILON, float32)
+    normalize(hidden, cell(layer, INPUT_NORM), cell(query, IN), epsilon, x)
+    q = cell(step, QKV)
     k, v = q + 4 * num_q, q + 4 * (num_q + num_k)
-    token = prepare(step, query, x, record)
-    share(step, query, counters + 8 * Q_TICKET, done, token, scratch, q)
-    other = prepare_again(step, key, query, x, token, other_record)
-    share(step, key, counters + 8 * K_TICKET, done, other, scratch, k)
-    other = prepare_again(step, value, query, x, token, other_record)
-    share(step, value, counters + 8 * V_TICKET, done, other, scratch, v)
+    token = prepare_token(query, x, record)
+    share(query, rows, ticket, threads, done, token, scratch, q)
+    other = prepare_again(key, query, x, token, other_record)
+    ticket = counters + 8 * K_TICKET
+    share(key, take(ticket, key, threads), ticket, threads, done, other, scratch, k)
+    other = prepare_again(value, query, x, token, other_record)
+    ticket = counters + 8 * V_TICKET
+    share(value, take(ticket, value, threads), ticket, threads, done, other, scratch, v)
     wait_for(done, num_q + 2 * num_k)
     done = counters + 8 * HEADS_DONE
     share_heads(step, layer, counters + 8 * HEAD_TICKET, done, part)
+    output = layer + 8 * OUTPUT
+    ticket = counters + 8 * OUTPUT_TICKET
+    rows = take(ticket, output, threads)
     wait_for(done, cell(step, HEADS))
-    output, down = layer + 8 * OUTPUT, layer + 8 * DOWN
-    ticket, done = counters + 8 * OUTPUT_TICKET, counters + 8 * OUTPUT_DONE
-    token = prepare(step, output, cell(step, ATTENDED), record)
-    share_and_add(step, output, ticket, done, token, scratch, part, hidden)
-    wait_for(done, cell(output, OUT))
-    normalize(hidden, cell(layer, MIDDLE_NORM), width, epsilon, x)
+    token, done = prepare_token(output, cell(step, ATTENDED), record), counters + 8 * OUTPUT_DONE
+    share_and_add(output, rows, ticket, threads, done, token, scratch, part, hidden)
+
+
+@inline
+def gated_phases(step: Any, layer: Any, counters: Any, work: Any) -> None:
+    """The second half; it ends when DOWN_DONE has all rows."""
+    x, record, scratch, part = work
+    hidden, threads = cell(step, HIDDEN), cell(step, THREADS)
+    gate, up, down = layer + 8 * GATE, layer + 8 * UP, layer + 8 * DOWN
     ticket, done = counters + 8 * GATED_TICKET, counters + 8 * GATED_DONE
-    activated = cell(step, ACTIVATED)
-    gate, up = layer + 8 * GATE, layer + 8 * UP
-    token = prepare(step, gate, x, record)
-    other = prepare_again(step, up, gate, x, token, other_record)
-    share_gated(step, layer, ticket, done, token, other, scratch, part, activated)
+    rows = take(ticket, gate, threads)
+    wait_for(counters + 8 * OUTPUT_DONE, cell(layer + 8 * OUTPUT, OUT))
+    epsilon = load(step + 8 * EPSILON, float32)
+    normalize(hidden, cell(layer, MIDDLE_NORM), cell(gate, IN), epsilon, x)
+    activated, token = cell(step, ACTIVATED), prepare_token(gate, x, record)
+    other = prepare_again(up, gate, x, token, record + cell(step, RECORD))
+    share_gated(layer, rows, ticket, threads, done, token, other, scratch, part, activated)
+    ticket = counters + 8 * DOWN_TICKET
+    rows = take(ticket, down, threads)
     wait_for(done, cell(gate, OUT))
-    ticket, done = counters + 8 * DOWN_TICKET, counters + 8 * DOWN_DONE
-    token = prepare(step, down, activated, record)
-    share_and_add(step, down, ticket, done, token, scratch, part, hidden)
-    wait_for(done, cell(down, OUT))
+    token, done = prepare_token(down, activated, record), counters + 8 * DOWN_DONE
+    share_and_add(down, rows, ticket, threads, done, token, scratch, part, hidden)
 
 
 def work_bytes(widest: int, record: int, head_size: int, max_length: int) -> int:
     """Bytes of memory that a thread needs for itself."""
-    part = max(MAX_CHUNK_ROWS, 2 * head_size + max_length)
+    part = max(MAX_SHARE_ROWS, 2 * head_size + max_length)
     return -(-(2 * record + 4 * (widest + ROWS * (widest + 4) + part)) // LINE) * LINE
 
 
@@ -420,13 +424,19 @@ def run_step(pointer: Any) -> None:
     if fetch_add(counters + 8 * EMBEDDING_TICKET, 1) == 0:
         read_embedding(step, scratch)
         fetch_add(counters + 8 * EMBEDDING_DONE, 1)
-    wait_for(counters + 8 * EMBEDDING_DONE, 1)
     work = (x, record, scratch, part)
+    before = (counters + 8 * EMBEDDING_DONE, int64(1))
     for i in range(cell(step, NUM_LAYERS)):
         layer = cell(step, LAYERS) + 8 * LAYER_CELLS * i
-        run_layer(step, layer, counters + 8 * (COUNTERS_A_STEP + COUNTERS_A_LAYER * i), work)
-    head = cell(step, HEAD)
+        own = counters + 8 * (COUNTERS_A_STEP + COUNTERS_A_LAYER * i)
+        attend_phases(step, layer, own, before, work)
+        gated_phases(step, layer, own, work)
+        before = (own + 8 * DOWN_DONE, cell(layer + 8 * DOWN, OUT))
+    head, threads = cell(step, HEAD), cell(step, THREADS)
+    ticket, done = counters + 8 * LOGITS_TICKET, counters + 8 * LOGITS_DONE
+    rows = take(ticket, head, threads)
+    wait_for(before[0], before[1])
     epsilon = load(step + 8 * EPSILON, float32)
     normalize(cell(step, HIDDEN), cell(step, FINAL_NORM), cell(head, IN), epsilon, x)
-    token, done = prepare(step, head, x, record), counters + 8 * LOGITS_DONE
-    share(step, head, counters + 8 * LOGITS_TICKET, done, token, scratch, cell(step, LOGITS))
+    token = prepare_token(head, x, record)
+    share(head, rows, ticket, threads, done, token, scratch, cell(step, LOGITS))

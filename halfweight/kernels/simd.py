@@ -118,6 +118,15 @@ def to_float16(builder: Any, value: Any) -> Any:
     return builder.bitcast(builder.fptrunc(value, ir.HalfType()), _I16)
 
 
+@_operation(types.void, types.int64)
+def prefetch(builder: Any, address: Any) -> None:
+    """Ask for the cache line at an address."""
+    byte, values = _pointer(builder, address, _I8), (_I32(0), _I32(3), _I32(1))
+    signature = ir.FunctionType(ir.VoidType(), [byte.type, _I32, _I32, _I32])
+    name = "llvm.prefetch.p0"
+    builder.call(cgutils.get_or_insert_function(builder.module, signature, name), (byte, *values))
+
+
 @_operation(types.int64, types.int64, types.int64)
 def fetch_add(builder: Any, address: Any, value: Any) -> Any:
     """Add to the int64 at `address`, at once for all threads; returns what it was."""
