@@ -350,6 +350,9 @@ def collect(arguments: argparse.Namespace) -> None:
             "kl_over": {
                 other: asdict(kl_difference(scores, found[other])) for other in (DEFAULT, Q8_0)
             },
+            "kl_share": {
+                text: asdict(kl_share(part, found[DEFAULT][text])) for text, part in scores.items()
+            },
         }
         for key, scores in found.items()
         if scores
@@ -365,6 +368,14 @@ def kl_difference(one: dict[str, Any], other: dict[str, Any]) -> Estimate:
         count = min(len(one[text]), len(other[text]))
         parts.append(one[text]["kl"][:count] - other[text]["kl"][:count])
     return Estimate.of(np.concatenate(parts))
+
+
+def kl_share(one: Any, default: Any) -> Estimate:
+    """The first's divergence over the default's, on the tokens that both scored."""
+    count = min(len(one), len(default))
+    kl, others = one["kl"][:count], default["kl"][:count]
+    share = kl.mean() / others.mean()
+    return Estimate(float(share), Estimate.of((kl - share * others) / others.mean()).error)
 
 
 def scores_of(path: Path) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""The two texts of the accuracy benchmark, from Debian packages: modern prose and a novel.
+"""Texts of the accuracy benchmark, from Debian packages: modern prose and novels.
 
     apt-get download debian-handbook r-cran-janeaustenr
     for deb in *.deb; do dpkg-deb -x $deb unpacked; done
-    python benchmarks/texts.py unpacked texts     # writes texts/handbook.txt, texts/austen.txt
+    python benchmarks/texts.py unpacked texts
 
-No text is part of this repository: the first is under its authors' licence, and both are a package
-away.
+writes handbook.txt and austen.txt to measure on, and two to calibrate on: emma.txt, another novel,
+and mixed.txt, pieces of it and of the handbook's last third in turns. No text is part of this
+repository: the handbook is under its authors' licence, and all are a package away.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 
 BLOCKS = {"p", "li", "h1", "h2", "h3", "h4", "pre", "dt", "dd", "td", "div"}
 SKIPPED = {"script", "style", "head"}
+NUM_PIECES, PIECE = 6, 9000
+"""Of the mixed text: from each source, and characters of one."""
 STRING_HEADER = b"\x00\x04\x00\x09"
 
 
@@ -66,24 +69,38 @@ def r_strings(record: bytes) -> list[str]:
     return strings
 
 
-def novel(unpacked: Path) -> str:
-    """Pride and Prejudice from an R data base: zlib streams, each after its length."""
+def novel(unpacked: Path, title: str) -> str:
+    """A novel from an R data base: zlib streams, each after its length."""
     (path,) = unpacked.glob("usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")
     raw, at = path.read_bytes(), 0
     while at < len(raw):
         stream = zlib.decompressobj()
         lines = r_strings(stream.decompress(raw[at + 4 :]))
-        if lines[0] == "PRIDE AND PREJUDICE":
+        if lines[0] == title:
             return "\n".join(lines)
         at = len(raw) - len(stream.unused_data)
-    raise SystemExit(f"{path}: holds no Pride and Prejudice")
+    raise SystemExit(f"{path}: holds no {title}")
+
+
+def mixed(*texts: str) -> str:
+    """Pieces from all over each text, in turns."""
+    starts = range(1, NUM_PIECES + 1)
+    pieces = [(text, len(text) // (NUM_PIECES + 2) * n) for n in starts for text in texts]
+    return "\n".join(text[start : start + PIECE] for text, start in pieces)
 
 
 def main() -> None:
-    """Write both texts to the folder named second."""
+    """Write the texts to the folder named second."""
     unpacked, out = map(Path, sys.argv[1:3])
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in (("handbook", handbook(unpacked)), ("austen", novel(unpacked))):
+    manual, emma = handbook(unpacked), novel(unpacked, "EMMA")
+    texts = {
+        "handbook": manual,
+        "austen": novel(unpacked, "PRIDE AND PREJUDICE"),
+        "emma": emma,
+        "mixed": mixed(emma, manual[len(manual) * 2 // 3 :]),
+    }
+    for name, text in texts.items():
         (out / f"{name}.txt").write_text(text)
         print(f"{name}: {len(text)} characters")
 
