@@ -100,9 +100,9 @@ over 64 passages.
 
 TOP_TEXT = """The default changes the most likely token in {flips:.1%} of places, and the perplexity
 by {change}: what changes are near ties. The same weights in bfloat16,
-16 bits each, change {sixteen:.1%}. Changes fall with the error of the weights, and divergence with its
-square, so {goal:.1%} would take {ratio:.1f} times less error than the default's, {bits:.1f} bits more
-a weight, on a model as small as this."""
+16 bits each, change {sixteen:.1%}. Changes fall with the error of the weights, and divergence
+with its square, so {goal:.1%} would take {ratio:.1f} times less error than the default's,
+{bits:.1f} bits more a weight, on a model as small as this."""
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
