@@ -178,17 +178,20 @@ def stream(
     stop_tokens: Sequence[int] | None = None,
     kv_cache: KvCache = "16bit",
     step: Step = "kernel",
+    decoder: Decoder | None = None,
 ) -> Iterator[list[int | FinishReason | None]]:
     """Generate for all prompts at once; yields after every step one entry a prompt.
 
     An entry is the new token, then once the reason why the sequence ends, then None. `stop_tokens`
-    default to the model's own; `step` is Decoder's. Raises UsageError before any work
-    for an empty or over-long prompt or an id outside the vocabulary.
+    default to the model's own; `step` and `kv_cache` are Decoder's; a `decoder` of as
+    many sequences, long enough, is used instead of a new one, with what it has recorded. Raises
+    UsageError before any work for an empty or over-long prompt or an id outside the vocabulary.
     """
     check_prompts(model, prompts, max_new_tokens)
     stops = set(model_stop_tokens(model) if stop_tokens is None else stop_tokens)
-    length = max(map(len, prompts)) + max_new_tokens
-    decoder = Decoder(model, len(prompts), length, kv_cache=kv_cache, step=step)
+    if decoder is None:
+        length = max(map(len, prompts)) + max_new_tokens
+        decoder = Decoder(model, len(prompts), length, kv_cache=kv_cache, step=step)
     sampler = _Sampler(sampling, prompts, model.device)
     alive = [True] * len(prompts)
     logits = decoder.prefill(prompts)

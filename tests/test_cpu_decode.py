@@ -14,7 +14,7 @@ from transformers import (
 
 import halfweight
 from halfweight.cpu_decode import CpuStep, step_for, unsupported
-from halfweight.generate import generate
+from halfweight.generate import Decoder, generate
 
 SIZES = {
     "hidden_size": 64,
@@ -155,3 +155,12 @@ def test_generate_without_a_kernel_takes_the_forward(tmp_path):
     together = generate(model, prompts, max_new_tokens=6)
     assert together == generate(model, prompts, max_new_tokens=6, step="eager")
     assert len(generate(model, prompts[:1], max_new_tokens=6, kv_cache="int8")[0].tokens) == 6
+
+
+def test_a_decoder_serves_one_prompt_after_the_other(tmp_path):
+    model = quantized(tmp_path, FAMILY["llama"])
+    decoder = Decoder(model, 1, 30, step="kernel")
+    for prompt in ([5, 3, 9, 11], [7, 7]):
+        (found,) = generate(model, [prompt], max_new_tokens=8, decoder=decoder)
+        assert found == generate(model, [prompt], max_new_tokens=8)[0]
+    assert decoder.step == "kernel"

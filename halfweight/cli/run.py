@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -213,16 +214,24 @@ def _print_batches(
     options: dict[str, Any],
     json_output: bool,
 ) -> None:
-    """Print every prompt's continuation in order, a batch of similar lengths at a time."""
+    """Print every prompt's continuation in order, a batch of similar lengths at a time.
+
+    Batches share their decoder, and so what a GPU has recorded for their size.
+    """
+    from halfweight.generate import Decoder
     from halfweight.generate import generate as generate_tokens
 
     ids = [tokenizer(text)["input_ids"] for text in texts]
     size = _batch_size(batch_size, loaded, ids, options)
+    length = max(map(len, ids)) + options["max_new_tokens"]
+    own = {name: options[name] for name in ("kv_cache", "step")}
+    decoder_of = cache(lambda sequences: Decoder(loaded, sequences, length, **own))
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     results: dict[int, Any] = {}
     for begin in range(0, len(order), size):
         batch = order[begin : begin + size]
-        found = generate_tokens(loaded, [ids[i] for i in batch], **options)
+        prompts = [ids[i] for i in batch]
+        found = generate_tokens(loaded, prompts, **options, decoder=decoder_of(len(batch)))
         results |= dict(zip(batch, found, strict=True))
     for i, text in enumerate(texts):
         answer = tokenizer.decode(results[i].tokens, skip_special_tokens=True)
