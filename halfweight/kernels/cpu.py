@@ -14,6 +14,7 @@ take one thread: waking another would cost more than it saves.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -104,13 +105,46 @@ def _whole_lines(num_bytes: int) -> int:
     return -(-num_bytes // LINE) * LINE
 
 
-def _run(
+@dataclass(frozen=True)
+class Launch:
+    """A kernel of cpu_loops with its arguments: runs as often as one likes, on the same tensors."""
+
+    kernel: Kernel
+    arguments: Arguments
+    threads: int
+    kept: tuple[Tensor, ...]
+
+    def run(self) -> None:
+        """Run it on all its threads."""
+        self.arguments.cells[cpu_loops.TICKET] = self.arguments.cells[cpu_loops.THREAD] = 0
+        self.kernel.run(self.arguments, self.threads)
+
+
+def _launch(
     kernel: Kernel, linear: tuple[int, ...], rest: tuple[int, ...], threads: int, work_bytes: int
-) -> None:
-    """Run a kernel of cpu_loops; `rest` are its cells from TOKENS to Y."""
+) -> Launch:
+    """A kernel with memory for its threads; `rest` are its cells from TOKENS to Y."""
     own = _whole_lines(work_bytes)
     work = torch.empty(threads * own, dtype=torch.uint8)
-    kernel.run(Arguments(*linear, 0, *rest, threads, 0, work.data_ptr(), own), threads)
+    arguments = Arguments(*linear, 0, *rest, threads, 0, work.data_ptr(), own)
+    return Launch(kernel, arguments, threads, (work,))
+
+
+def few_tokens(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, y: Tensor) -> Launch:
+    """y [M, N] = x [M, K] times a weight that outlives the launch; bias is float32."""
+    return _few_tokens(x, weight, bias, y, exact_parts(x.dtype))
+
+
+def _few_tokens(
+    x: Tensor, weight: QuantizedTensor, bias: Tensor | None, y: Tensor, parts: int
+) -> Launch:
+    (columns, groups), tokens = (weight.shape[1], weight.scales.shape[1]), x.numel() // x.shape[-1]
+    cells = linear_cells(weight.packed, weight.scales, weight.exponents, bias, parts)
+    rest = (tokens, x.data_ptr(), FORMATS[x.dtype], y.data_ptr())
+    token_bytes = 4 * columns + max_record_bytes(columns, parts)
+    scratch = 4 * ROWS * (max(groups, columns // 64) + 4)
+    threads = _threads_for(weight.packed)
+    return _launch(_linear_few, cells, rest, threads, tokens * token_bytes + scratch)
 
 
 def _linear_few_tokens(
@@ -122,15 +156,9 @@ def _linear_few_tokens(
     parts: int,
 ) -> Tensor:
     x, bias = x.contiguous(), None if bias is None else bias.float()
-    columns, groups = packed.shape[1], scales.shape[1]
     y = x.new_empty((*x.shape[:-1], packed.shape[0]))
-    tokens = x.numel() // columns
-    cells = linear_cells(packed, scales, exponents, bias, parts)
-    if tokens:
-        rest = (tokens, x.data_ptr(), FORMATS[x.dtype], y.data_ptr())
-        token_bytes = 4 * columns + max_record_bytes(columns, parts)
-        scratch = 4 * ROWS * (max(groups, columns // 64) + 4)
-        _run(_linear_few, cells, rest, _threads_for(packed), tokens * token_bytes + scratch)
+    if y.numel():
+        _few_tokens(x, QuantizedTensor(packed, scales, exponents), bias, y, parts).run()
     return y
 
 
@@ -183,9 +211,10 @@ def _linear_many_tokens(
     y = x.new_empty((*x.shape[:-1], packed.shape[0]))
     source, rounded = x.data_ptr(), records.data_ptr()
     rounding = (tokens, source, form, rounded)
-    _run(_round_tokens, cells, rounding, num_threads(), 4 * (columns + 3 * LANES))
+    _launch(_round_tokens, cells, rounding, num_threads(), 4 * (columns + 3 * LANES)).run()
     products = (tokens, rounded, form, y.data_ptr())
-    _run(_linear_many, cells, products, _threads_for(packed), cpu_loops.many_bytes(columns, block))
+    own = cpu_loops.many_bytes(columns, block)
+    _launch(_linear_many, cells, products, _threads_for(packed), own).run()
     return y
 
 
