@@ -1,16 +1,23 @@
-"""Speed on a CPU: products against read bandwidth; SmolLM2-135M against its rivals, in turn.
+"""Speed on a CPU: products against read bandwidth; SmolLM2-135M against its rivals; an 8B model.
 
-    python benchmarks/cpu.py [--llama-python /path/to/python/with/llama_cpp]
+    python benchmarks/cpu.py [--only PART] [--work FOLDER] [--llama-python /path/with/llama_cpp]
 
-Every rival is loaded once in a process of its own and asked for a sample in turn, round by round,
-so that a busy moment of the machine meets all of them. Medians and best samples are both kept. The
-products are also timed by one thread's own clock, which stands still while others use the core.
+    kernels   products of one token over copies of a weight that no cache holds
+    compile   what a first decode compiles, in an empty cache, and what it takes from a full one
+    models    every rival in a process of its own, asked for a sample in turn, round by round, so
+              that a busy moment of the machine meets all of them; kernels are in the cache by then
+    large     random weights in Llama-3-8B's shapes: load, decode, memory (8.1 GB on disk)
+
+Parts are merged into results/cpu.json, each with its command and commit. Medians and best samples
+are both kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,15 +30,20 @@ from statistics import median
 from typing import Any
 
 PROMPT_TOKENS, NEW_TOKENS, LONG_PROMPT_TOKENS = 128, 64, 512
+READ_BYTES = 1 << 29
 SHAPES = ((1536, 576, 64), (576, 1536, 64), (4096, 4096, 128), (14336, 4096, 128))
 SHAPES += ((4096, 14336, 128),)
 RIVALS = ("halfweight", "halfweight int8", "transformers bfloat16", "llama.cpp Q8_0")
 BASELINES = RIVALS[2:]
 
 
+PARTS = ("kernels", "compile", "models", "large")
+
+
 def main() -> None:
     """Measure and write results/cpu.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=PARTS, help="one part; the others stay as they are")
     parser.add_argument("--llama-python", default=sys.executable, help="has llama_cpp installed")
     parser.add_argument("--work", type=Path, help="folder that keeps the converted models")
     parser.add_argument("--rounds", type=int, default=7)
@@ -41,86 +53,108 @@ def main() -> None:
         serve(options.serve, options.work)
         return
     with tempfile.TemporaryDirectory() as folder:
-        run(options.work or Path(folder), options.llama_python, options.rounds)
+        options.work = options.work or Path(folder)
+        for part in (options.only,) if options.only else PARTS:
+            measure(part, options)
 
 
-def run(work: Path, llama_python: str, rounds: int) -> None:
-    """All parts, written as they arrive."""
+def measure(part: str, options: argparse.Namespace) -> None:
+    """One part, merged into the results."""
     import torch
-    from envelope import envelope, write_result
+    from envelope import RESULTS, envelope, write_result
 
     from halfweight.kernels.timing import read_bandwidth
 
     cpu = torch.device("cpu")
-    ceiling = {"read_gb_per_second": read_bandwidth(cpu) / 1e9}
-    results: dict[str, Any] = {"kernels": list(kernels(rounds))}
-    about = envelope(cpu, ceiling)
-    write_result("cpu", about, results)
-    prepare(work, llama_python)
-    results["models"] = models(work, llama_python, rounds)
-    print(f"wrote {write_result('cpu', about, results)}")
+    about = envelope(cpu, {"read_gb_per_second": read_bandwidth(cpu) / 1e9})
+    functions = {"kernels": kernels, "compile": compilation, "models": models, "large": large}
+    found = functions[part](options)
+    path = RESULTS / "cpu.json"
+    parts = json.loads(path.read_text())["results"] if path.exists() else {}
+    run = {key: about[key] for key in ("command", "commit", "ceiling")}
+    parts[part] = {**run, "found": found}
+    print(f"wrote {write_result('cpu', about, parts)}")
 
 
-def kernels(rounds: int) -> Iterator[dict[str, Any]]:
-    """The GEMV over copies of a weight that no cache holds, in turn with a plain read."""
+def kernels(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The GEMV, ready to run as in a decode step, and as a call from Python, in turn with reads.
+
+    One read is of a long buffer, the other of as many bytes as the weight has, call by call.
+    """
     import torch
 
     from halfweight.kernels import cpu
     from halfweight.kernels.timing import Round, interleaved, random_weight
+    from halfweight.numerics import QuantizedTensor
 
-    device = torch.device("cpu")
-    memory = torch.ones(1 << 26, dtype=torch.int64)
+    device, rows = torch.device("cpu"), []
+    memory = torch.ones(READ_BYTES // 8, dtype=torch.int64)
     for out_features, in_features, group_size in SHAPES:
-        copies = -(-(1 << 29) // (out_features * in_features))
-        weight = random_weight((out_features, in_features), device, group_size)
-        weights = [weight.packed.clone() for _ in range(copies)]
-        x = torch.randn(1, in_features)
-        calls = [
-            lambda packed=packed, x=x, weight=weight: cpu.linear(
-                x, packed, weight.scales, weight.exponents, None
-            )
-            for packed in weights
+        shape = (out_features, in_features)
+        weight = random_weight(shape, device, group_size)
+        copies = -(-READ_BYTES // (out_features * in_features))
+        weights = [
+            QuantizedTensor(weight.packed.clone(), weight.scales, weight.exponents)
+            for _ in range(copies)
         ]
-        rivals = {"gemv": Round(calls, device), "read": Round([memory.sum], device)}
-        times = interleaved(rivals, rounds)
-        alone = one_thread(calls, memory, weight.num_bytes * copies, rounds)
-        num_bytes = weight.num_bytes
-        read = memory.nbytes / times["read"] / 1e3
-        row = {
-            "shape": [out_features, in_features],
-            "group_size": group_size,
-            "microseconds": times["gemv"],
-            "gb_per_second": num_bytes / times["gemv"] / 1e3,
-            "read_gb_per_second": read,
-            "fraction_of_read_bandwidth": num_bytes / times["gemv"] / 1e3 / read,
-            **alone,
+        x, y = torch.randn(1, in_features, dtype=torch.bfloat16), torch.empty(1, out_features)
+        y = y.bfloat16()
+        launches = [cpu.few_tokens(x, each, None, y).run for each in weights]
+        calls = [linear_call(x, each) for each in weights]
+        pieces = [piece.sum for piece in memory.split(out_features * in_features // 8)]
+        rivals = {
+            "kernel": Round(launches, device),
+            "call": Round(calls, device),
+            "read": Round([memory.sum], device),
+            "read of its size": Round(pieces, device),
         }
-        print(json.dumps(row))
-        yield row
+        times = interleaved(rivals, options.rounds)
+        num_bytes = dict.fromkeys(rivals, weight.num_bytes) | {"read": READ_BYTES}
+        speed = {name: num_bytes[name] / times[name] / 1e3 for name in rivals}
+        row = {
+            "shape": list(shape),
+            "group_size": group_size,
+            "gb_per_second": speed,
+            "fraction_of_read": speed["kernel"] / speed["read"],
+            "fraction_of_read_of_its_size": speed["kernel"] / speed["read of its size"],
+        }
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
 
 
-def one_thread(
-    calls: list[Callable[[], object]], memory: Any, num_bytes: int, rounds: int
-) -> dict[str, float]:
-    """GB/s of processor time on one thread: the best of some rounds, and of a plain read."""
-    import torch
+def linear_call(x: Any, weight: Any) -> Callable[[], object]:
+    """The product as a call from Python."""
+    from halfweight.kernels import cpu
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    best, best_read = float("inf"), float("inf")
-    for _ in range(rounds):
-        begin = time.thread_time()
-        for call in calls:
-            call()
-        middle = time.thread_time()
-        memory.sum()
-        best = min(best, middle - begin)
-        best_read = min(best_read, time.thread_time() - middle)
-    torch.set_num_threads(threads)
-    return {
-        "one_thread_gb_per_second": num_bytes / best / 1e9,
-        "one_thread_read_gb_per_second": memory.nbytes / best_read / 1e9,
-    }
+    return lambda: cpu.linear(x, weight.packed, weight.scales, weight.exponents, None)
+
+
+COMPILE = """
+import time
+from halfweight.kernels import cpu
+from halfweight import cpu_decode
+import halfweight.generate
+begin = time.perf_counter()
+kernels = (cpu._digit_product if cpu.has_int8_products() else cpu._float_product,
+           cpu._linear_few, cpu._round_tokens, cpu._linear_many, cpu_decode._kernel())
+for kernel in kernels:
+    kernel.compiled
+print(time.perf_counter() - begin)
+"""
+
+
+def compilation(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds until all kernels of prefill and decode are there: compiled, then from the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"NUMBA_CACHE_DIR": folder}
+        first, cached = (
+            float(subprocess.check_output([sys.executable, "-c", COMPILE], env=environment))
+            for _ in range(2)
+        )
+    found = {"first_seconds": first, "cached_seconds": cached}
+    print(json.dumps(found))
+    return found
 
 
 def prepare(work: Path, llama_python: str) -> None:
@@ -141,7 +175,10 @@ def prepare(work: Path, llama_python: str) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.bfloat16
         )
-        model.save_pretrained(work / "bfloat16")
+        del model.config.quantization_config
+        plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
+        plain.load_state_dict(model.state_dict())
+        plain.save_pretrained(work / "bfloat16")
     if not (work / "q8_0.gguf").exists():
         code = (
             "import llama_cpp, sys; p = llama_cpp.llama_model_quantize_default_params();"
@@ -152,11 +189,13 @@ def prepare(work: Path, llama_python: str) -> None:
         subprocess.run(command, capture_output=True, check=False)
 
 
-def models(work: Path, llama_python: str, rounds: int) -> dict[str, Any]:
+def models(options: argparse.Namespace) -> dict[str, Any]:
     """Samples of each rival, in turn; ratios of the medians to the baselines."""
+    prepare(options.work, options.llama_python)
+    warm_up(options.work)
     found: dict[str, Any] = {}
-    with rivals(work, llama_python) as workers:
-        for _ in range(rounds):
+    with rivals(options.work, options.llama_python) as workers:
+        for _ in range(options.rounds):
             for rival, worker in workers.items():
                 row = found.setdefault(rival, {"decode": [], "prefill": []})
                 for what in ("decode", "prefill"):
@@ -169,15 +208,25 @@ def models(work: Path, llama_python: str, rounds: int) -> dict[str, Any]:
             row[f"{what}_tokens_per_second"] = median(samples)
             row[f"{what}_best"] = max(samples)
     for rival, row in found.items():
-        for base in BASELINES:
-            if base in found and rival != base:
-                row[f"over {base}"] = {
-                    key: row[key] / found[base][key]
-                    for key in row
-                    if key.startswith(("decode", "prefill"))
-                }
+        row["over"] = {
+            base: {
+                key: row[key] / found[base][key]
+                for key in row
+                if key.startswith(("decode", "prefill"))
+            }
+            for base in BASELINES
+            if base in found and rival != base
+        }
         print(rival, json.dumps(row))
-    return found
+    weights = sum(file.stat().st_size for file in (options.work / "int8").glob("*.safetensors"))
+    return {"int8_bytes": weights, "rivals": found}
+
+
+def warm_up(work: Path) -> None:
+    """Fill the kernels' cache in another process: compilers would count as resident memory."""
+    worker = start("halfweight", work, sys.executable)
+    worker.stdin.close()
+    worker.wait()
 
 
 @contextmanager
@@ -186,9 +235,7 @@ def rivals(work: Path, llama_python: str) -> Iterator[dict[str, Any]]:
     workers = {}
     for rival in RIVALS:
         python = llama_python if rival.startswith("llama.cpp") else sys.executable
-        command = [python, __file__, "--serve", rival, "--work", str(work)]
-        pipe = subprocess.PIPE
-        worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        worker = start(rival, work, python)
         if worker.stdout and worker.stdout.readline() == "ready\n":
             workers[rival] = worker
         else:
@@ -197,6 +244,13 @@ def rivals(work: Path, llama_python: str) -> Iterator[dict[str, Any]]:
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
+
+
+def start(rival: str, work: Path, python: str) -> Any:
+    """A rival's process."""
+    command = [python, __file__, "--serve", rival, "--work", str(work)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
 
 def ask(worker: Any, what: str) -> Any:
@@ -218,7 +272,7 @@ def serve(rival: str, work: Path) -> None:
         elif what == "prefill":
             answer = LONG_PROMPT_TOKENS / subject.prefill(LONG_PROMPT_TOKENS)
         else:
-            answer = {"resident_bytes": resident_bytes(), "load_seconds": subject.load_seconds}
+            answer = {"resident_bytes": resident_bytes(), **subject.facts}
         print(json.dumps(answer), flush=True)
 
 
@@ -240,6 +294,7 @@ class Transformers:
 
         ours = rival.startswith("halfweight")
         activations = "int8" if rival.endswith("int8") else "exact"
+        seconds = []
         for _ in range(2):
             begin = time.perf_counter()
             if ours:
@@ -247,7 +302,8 @@ class Transformers:
                 model = halfweight.load(folder, dtype=dtype, activations=activations)
             else:
                 model = AutoModelForCausalLM.from_pretrained(work / "bfloat16")
-            self.load_seconds = time.perf_counter() - begin
+            seconds.append(time.perf_counter() - begin)
+        self.facts = dict(zip(("first_load_seconds", "load_seconds"), seconds, strict=True))
         step = "kernel" if ours else "eager"
         self._decoder = Decoder(model, 1, LONG_PROMPT_TOKENS + 1, step=step)
 
@@ -285,7 +341,7 @@ class LlamaCpp:
             n_threads_batch=threads,
             verbose=False,
         )
-        self.load_seconds = time.perf_counter() - begin
+        self.facts = {"load_seconds": time.perf_counter() - begin}
 
     def prefill(self, num_tokens: int) -> float:
         """Seconds to read a prompt."""
@@ -301,6 +357,95 @@ class LlamaCpp:
         for token in range(num_tokens):
             self._llama.eval([2000 + token])
         return time.perf_counter() - begin
+
+
+def large(options: argparse.Namespace) -> dict[str, Any]:
+    """Llama-3-8B's shapes: load from a warm page cache, decode in turn with reads, memory."""
+    import torch
+
+    import halfweight
+    from halfweight.generate import Decoder
+
+    folder = options.work / "llama-3-8b-int8"
+    make_large(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
+    seconds = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        model = halfweight.load(folder, dtype=torch.bfloat16)
+        seconds.append(time.perf_counter() - begin)
+    decoder = Decoder(model, 1, 64, step="kernel")
+    logits = decoder.prefill([list(range(1000, 1008))])
+    logits = decoder.advance(logits.argmax(dim=-1))
+    resident = resident_bytes()
+    memory = torch.ones(READ_BYTES // 8, dtype=torch.int64)
+    decode, read = [], []
+    for _ in range(3 * options.rounds):
+        begin = time.perf_counter()
+        logits = decoder.advance(logits.argmax(dim=-1))
+        middle = time.perf_counter()
+        memory.sum()
+        decode.append(middle - begin)
+        read.append(time.perf_counter() - middle)
+    file_bytes = sum(file.stat().st_size for file in files)
+    embedding = model.get_input_embeddings()
+    num_bytes = file_bytes - embedding.weight_packed.numel()
+    speed = num_bytes / median(decode) / 1e9
+    read_speed = READ_BYTES / median(read) / 1e9
+    found = {
+        "int8_bytes": file_bytes,
+        "first_load_seconds": seconds[0],
+        "load_seconds": seconds[1],
+        "resident_bytes": resident,
+        "decode_tokens_per_second": 1 / median(decode),
+        "bytes_a_token": num_bytes,
+        "gb_per_second": speed,
+        "read_gb_per_second": read_speed,
+        "fraction_of_read": speed / read_speed,
+    }
+    print(json.dumps(found))
+    return found
+
+
+def make_large(folder: Path) -> None:
+    """An INT8 checkpoint of Llama-3-8B's shape: one random layer, quantized, in every place."""
+    from models import SHAPES as MODELS
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    import halfweight
+
+    if folder.exists():
+        return
+    config = MODELS["llama-3-8b"].config
+    num_layers, config.num_hidden_layers = config.num_hidden_layers, 1
+    one = folder.with_name("one-layer")
+    AutoModelForCausalLM.from_config(config, dtype="bfloat16").save_pretrained(one / "source")
+    halfweight.quantize(one / "source", one / "int8")
+    folder.mkdir(parents=True)
+    where: dict[str, str] = {}
+    for source in (one / "int8").glob("*.safetensors"):
+        with safe_open(source, "pt") as tensors:
+            stored = {name: tensors.get_tensor(name) for name in list(tensors.keys())}
+        layer = {name: tensor for name, tensor in stored.items() if ".layers.0." in name}
+        rest = {name: tensor for name, tensor in stored.items() if name not in layer}
+        shards = [
+            {n.replace(".layers.0.", f".layers.{i}."): tensor for n, tensor in layer.items()}
+            for i in range(num_layers)
+        ]
+        for tensors in filter(None, (rest, *shards)):
+            name = f"model-{len(set(where.values())):05d}.safetensors"
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+            where |= dict.fromkeys(tensors, name)
+    config = json.loads((one / "int8/config.json").read_text())
+    config["num_hidden_layers"] = num_layers
+    (folder / "config.json").write_text(json.dumps(config))
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.rmtree(one)
 
 
 if __name__ == "__main__":
