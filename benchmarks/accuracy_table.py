@@ -88,7 +88,7 @@ are what keeps it usable, and the smaller the better.
 ## A float32 encoder
 
 all-MiniLM-L6-v2, whose weights have all their bits: 1 - cosine between embeddings before and after,
-over 64 passages.
+over 64 passages, on {encoder_device}.
 
 {encoder}
 
@@ -324,7 +324,7 @@ def main() -> None:
 def page() -> str:
     """The page that the results come to."""
     result = json.loads((RESULTS / "accuracy.json").read_text())
-    encoded = json.loads((RESULTS / "accuracy_encoder.json").read_text())["results"]
+    encoded = json.loads((RESULTS / "accuracy_encoder.json").read_text())
     spread = Spread(json.loads((RESULTS / "accuracy_spread.json").read_text())["results"])
     by_name = {entry["variant"]: entry for entry in result["results"]}
     default = by_name[DEFAULT]
@@ -345,7 +345,8 @@ def page() -> str:
         calibrated=calibrated(by_name),
         top=top(by_name),
         planted=planted([by_name[n] for n in by_name if n.startswith(PLANTED)]),
-        encoder=encoder(encoded),
+        encoder_device=encoded["device"],
+        encoder=encoder(encoded["results"]),
         claims=claims(by_name, spread),
     )
 
