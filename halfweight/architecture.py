@@ -16,6 +16,8 @@ from halfweight.errors import CheckpointError
 from halfweight.scheme import TensorInfo
 
 SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+DEFAULT_EXPERTS_PER_TOKEN = 2
+"""Mixtral's, whose config may leave it out."""
 HINT = "give the model's folder: its headers say all that a config of an unknown family does not"
 
 
@@ -63,7 +65,11 @@ class CacheLayer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model: sizes, tensors as stored in 16 bits, cache layers."""
+    """One model: sizes, tensors as stored in 16 bits, cache layers.
+
+    `fused_mlp` and `fused_attention`: one product makes gate and up, or queries, keys and values.
+    `experts_per_token` is 0 for a dense model.
+    """
 
     name: str
     hidden: int
@@ -76,6 +82,9 @@ class Architecture:
     dtype: str
     tensors: tuple[TensorInfo, ...]
     cache_layers: tuple[CacheLayer, ...]
+    fused_mlp: bool = False
+    fused_attention: bool = False
+    experts_per_token: int = 0
 
     @property
     def num_parameters(self) -> int:
@@ -113,7 +122,14 @@ def architecture(
     )
     layers = tuple(_cache_layers(text, found))
     listed = tuple(tensors) if tensors is not None else tuple(_tensors(text, found))
-    return replace(found, tensors=listed, cache_layers=layers)
+    return replace(
+        found,
+        tensors=listed,
+        cache_layers=layers,
+        fused_mlp=any("gate_up_proj" in tensor.name for tensor in listed),
+        fused_attention=any("qkv_proj" in tensor.name for tensor in listed),
+        experts_per_token=_experts_per_token(text),
+    )
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -130,6 +146,12 @@ def _size(config: dict[str, Any], key: str) -> int:
             hint="give the config.json of a language model",
         )
     return value
+
+
+def _experts_per_token(config: dict[str, Any]) -> int:
+    if not any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
+        return 0
+    return config.get("num_experts_per_tok") or DEFAULT_EXPERTS_PER_TOKEN
 
 
 def _dtype(config: dict[str, Any], text: dict[str, Any]) -> str:

@@ -325,28 +325,45 @@ def prefill_moments(a: Architecture, workload: Workload) -> Moments:
 def forward_moments(a: Architecture, length: int, workload: Workload) -> Moments:
     """Of a forward pass over `length` new tokens of each sequence.
 
-    Counted in transformers' forward pass: four hidden states and three MLP widths inside the MLP;
-    three hidden states, and as many in 32 bits, in a norm; three hidden states, queries, output,
-    new keys and values, and for more than one token a sequence keys and values repeated to all
-    heads inside attention. vLLM's attention reads its cache as it lies and has no mask.
+    Counted in transformers' forward pass. In the MLP: four hidden states and three widths (four
+    where one product makes gate and up, and those and a hidden state for each expert of a token).
+    In a norm: three hidden states, and as many in 32 bits. In attention: three hidden states,
+    queries, output, new keys and values (twice where one product makes them), and for more than
+    one token a sequence keys and values repeated to all heads. One mask for each kind of layer;
+    vLLM's attention reads its cache as it lies and has none.
     """
-    ranks, batch, context = workload.ranks, workload.batch, workload.context
+    ranks, batch = workload.ranks, workload.batch
     heads, kv_heads = -(-a.heads // ranks), -(-a.kv_heads // ranks)
     tokens, width = batch * length, -(-a.intermediate // ranks)
-    attention = 2 * tokens * (3 * a.hidden + 2 * (heads + kv_heads) * a.head_dim)
-    mask = 0
+    numbers = 3 * a.hidden + 2 * (heads + kv_heads) * a.head_dim
+    numbers += (heads + 2 * kv_heads) * a.head_dim if a.fused_attention else 0
+    attention, masks = 2 * tokens * numbers, [0]
     if workload.runtime != "vllm":
-        mask = tokens * context
-        layer = 4 * batch * context * a.head_dim
+        reaches = _reaches(a, length, workload.context)
+        masks = [tokens * reach for reach in reaches]
+        layer = 4 * batch * max(reaches) * a.head_dim
         attention += layer * heads if heads > kv_heads and length > 1 else 0
         attention += layer * kv_heads if workload.kv_dtype == "int8" else 0
+    mask = sum(masks)
     return Moments(
         mask=mask,
-        mlp=mask + 2 * tokens * (4 * a.hidden + 3 * width),
+        mlp=mask + 2 * tokens * _mlp_numbers(a, width),
         norm=mask + tokens * (3 * 2 + 3 * 4) * a.hidden,
-        attention=mask + attention + 2 * mask,
-        inside_attention=2 * mask,
+        attention=mask + attention + 2 * max(masks),
+        inside_attention=2 * max(masks),
     )
+
+
+def _reaches(a: Architecture, length: int, context: int) -> list[int]:
+    """Tokens that attention sees, for each kind of layer: a window and the new tokens, or all."""
+    windows = {layer.window for layer in a.cache_layers if layer.numbers}
+    return [context if w is None else min(context, w + length) for w in windows]
+
+
+def _mlp_numbers(a: Architecture, width: int) -> int:
+    if a.experts_per_token:
+        return 4 * a.hidden + a.experts_per_token * (4 * width + a.hidden)
+    return 4 * a.hidden + (4 if a.fused_mlp else 3) * width
 
 
 def _weight_parts(decision: Decision, weights: Weights, runtime: Runtime) -> tuple[int, int, int]:

@@ -25,6 +25,17 @@ from halfweight.plan import (
 )
 from halfweight.scheme import GROUP_SIZES
 
+SIZES = (
+    "hidden",
+    "intermediate",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "vocabulary",
+    "fused_mlp",
+    "fused_attention",
+    "experts_per_token",
+)
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -51,10 +62,7 @@ def page_data(found: Plan, gpus: Gpus) -> dict[str, Any]:
     return {
         "name": a.name,
         "parameters": a.num_parameters,
-        "architecture": {
-            name: getattr(a, name)
-            for name in ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary")
-        },
+        "architecture": {name: getattr(a, name) for name in SIZES},
         "layers": [
             {**asdict(layer), "count": count, "kind": kind_of_layer(a, layer)}
             for layer, count in Counter(a.cache_layers).items()

@@ -15,7 +15,7 @@ from halfweight.fit import advice, require_fit, solve
 from halfweight.plan import Model, Range, Workload, footprint, kv_parts, legal_ranks
 from halfweight.planned import planned_model
 from halfweight.presets import preset
-from halfweight.scheme import Recipe, Scheme
+from halfweight.scheme import Recipe, Scheme, TensorInfo
 
 LLAMA_70B = Model.from_recipe(architecture(preset("llama-3-70b")))
 LLAMA_8B = Model.from_recipe(architecture(preset("llama-3-8b")))
@@ -38,8 +38,6 @@ def test_planned_weights_are_bytes_on_disk_and_in_memory(family, tmp_path):
         by_formula = planned_model(str(source / "config.json"))
         assert by_formula.disk_bytes == before.disk_bytes
         assert by_formula.resident_bytes == before.resident_bytes
-    if family == "mixtral":
-        return  # its experts are separate matrices on disk only
     loaded = halfweight.load(out)
     distinct = {p.data_ptr(): p.nbytes for p in loaded.parameters()}
     assert before.resident_bytes == sum(distinct.values())
@@ -61,21 +59,48 @@ def kv_bytes(found, work):
     return sum(part.num_bytes for part in kv_parts(found, work))
 
 
-def small_model(**changes):
+def small_model(kind="llama", **changes):
+    """A random model of two layers, and its architecture from the checkpoint's own tensors."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = {
-        **preset("llama-3-8b"),
-        "num_hidden_layers": 2,
-        "hidden_size": 256,
-        "intermediate_size": 896,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "vocab_size": 4096,
-        **changes,
+    parsed = AutoConfig.for_model(
+        kind,
+        num_hidden_layers=2,
+        hidden_size=256,
+        intermediate_size=896,
+        head_dim=32,
+        vocab_size=4096,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        eos_token_id=1,
+        **({"num_local_experts": 4} if kind == "mixtral" else {}),
+        **{"num_attention_heads": 8, "num_key_value_heads": 2, **changes},
+    )
+    model = AutoModelForCausalLM.from_config(parsed, dtype=torch.bfloat16).eval()
+    tensors = [TensorInfo(n, "BF16", tuple(p.shape)) for n, p in model.named_parameters()]
+    return model, architecture(parsed.to_dict(), kind, tensors)
+
+
+def prefill_peak(model, batch, context, kv_cache="16bit", chunks=1):
+    """Most bytes of tensors alive in a real prefill of some chunks, cache included."""
+    decoder = generate.Decoder(model, batch, context, kv_cache=kv_cache)
+    with LiveMemory() as memory:
+        length = min(context - 8, chunks * (plan.CHUNK_TOKENS // batch))
+        decoder.prefill([[1] * length] * batch)
+    return memory.peak_bytes
+
+
+def visible(found, work):
+    """The plan for the same: all but what the attention kernel makes inside itself."""
+    moments = plan.prefill_moments(found, work)
+    seen = {
+        "mlp": moments.mlp,
+        "norm": moments.norm,
+        "attention": moments.attention - moments.inside_attention,
     }
-    parsed = AutoConfig.for_model(**config)
-    return AutoModelForCausalLM.from_config(parsed, dtype=torch.bfloat16).eval(), config
+    worst = max(seen, key=seen.get)
+    return worst, seen[worst] + kv_bytes(found, work)
 
 
 @pytest.mark.parametrize(
@@ -83,35 +108,48 @@ def small_model(**changes):
     [(1, 1024, "mlp"), (1, 3000, "mlp"), (4, 3000, "attention"), (16, 1024, "attention")],
 )
 def test_prefill_is_predicted_from_the_ops_that_run(batch, context, worst):
-    """Live tensors of a real forward pass of the first chunk, cache included. What the attention
-    kernel makes inside is not seen from here.
+    model, found = small_model()
+    moment, predicted = visible(found, Workload(context, batch))
+    assert moment == worst
+    assert prefill_peak(model, batch, context) == pytest.approx(predicted, rel=0.02)
+
+
+SLIDING = {"sliding_window": 512}
+MIXED = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "changes"),
+    [
+        ("qwen3", 8, {}),
+        ("gemma3_text", 1, MIXED),
+        ("mistral", 1, SLIDING),
+        ("mixtral", 1, {}),
+        ("phi3", 8, {}),
+    ],
+    ids=["qwen3", "gemma3", "mistral", "mixtral", "phi3"],
+)
+def test_prefill_of_other_architectures(kind, batch, changes):
+    """Head norms, two masks, a window in all layers, experts, fused projections. The second
+    chunk, which sees the window of the first, is the worst.
     """
-    model, config = small_model()
-    decoder = generate.Decoder(model, batch, context)
-    with LiveMemory() as memory:
-        decoder.prefill([[1] * min(context - 8, plan.CHUNK_TOKENS // batch)] * batch)
-    planned, work = architecture(config), Workload(context, batch)
-    found = plan.prefill_moments(planned, work)
-    seen = {
-        "mlp": found.mlp,
-        "norm": found.norm,
-        "attention": found.attention - found.inside_attention,
-    }
-    assert max(seen, key=seen.get) == worst
-    predicted = seen[worst] + kv_bytes(planned, work)
-    assert memory.peak_bytes == pytest.approx(predicted, rel=0.02)
+    model, found = small_model(kind, num_attention_heads=4, num_key_value_heads=1, **changes)
+    context = 2 * plan.CHUNK_TOKENS // batch + 40
+    _, predicted = visible(found, Workload(context, batch, "int8"))
+    peak = prefill_peak(model, batch, context, "int8", chunks=2)
+    assert peak == pytest.approx(predicted, rel=0.03)
 
 
 def test_decode_is_predicted_from_the_ops_that_run():
     """With an int8 cache, one layer's keys and values are dequantized at a time."""
-    model, config = small_model()
+    model, found = small_model()
     decoder = generate.Decoder(model, 8, 2048, kv_cache="int8")
     logits = decoder.prefill([[1] * 64] * 8)
     with LiveMemory() as memory:
         decoder.advance(logits.argmax(-1))
     work = Workload(2048, 8, kv_dtype="int8")
-    found = plan.forward_moments(architecture(config), 1, work)
-    assert memory.peak_bytes == pytest.approx(found.attention - found.inside_attention, rel=0.02)
+    step = plan.forward_moments(found, 1, work)
+    assert memory.peak_bytes == pytest.approx(step.attention - step.inside_attention, rel=0.02)
 
 
 def test_the_published_example_of_70b_on_four_cards():

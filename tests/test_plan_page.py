@@ -54,7 +54,10 @@ for (const [name, model] of Object.entries(MODELS))
 
 def planned(name):
     config, recipe, work = MODELS[name]
-    model = Model.from_recipe(architecture(config, name), recipe)
+    found = architecture(config, name)
+    if name == "compressed cache":
+        found = replace(found, fused_mlp=True, fused_attention=True)
+    model = Model.from_recipe(found, recipe)
     return plan(model, work, CARD.num_bytes)
 
 

@@ -33,23 +33,34 @@ function kvParts(model, work) {
   return [...parts.values()];
 }
 
+function mlpNumbers(a, width) {
+  if (a.experts_per_token) return 4 * a.hidden + a.experts_per_token * (4 * width + a.hidden);
+  return 4 * a.hidden + (a.fused_mlp ? 4 : 3) * width;
+}
+
 function forwardPeak(model, length, work) {
   const a = model.architecture;
   const heads = ceilDiv(a.heads, work.ranks);
   const kvHeads = ceilDiv(a.kv_heads, work.ranks);
   const tokens = work.batch * length;
   const width = ceilDiv(a.intermediate, work.ranks);
-  let attention = 2 * tokens * (3 * a.hidden + 2 * (heads + kvHeads) * a.head_dim);
-  let mask = 0;
+  let numbers = 3 * a.hidden + 2 * (heads + kvHeads) * a.head_dim;
+  if (a.fused_attention) numbers += (heads + 2 * kvHeads) * a.head_dim;
+  let attention = 2 * tokens * numbers;
+  let masks = [0];
   if (runtimeOn(model, work.ranks) !== "vllm") {
-    mask = tokens * work.context;
-    const layer = 4 * work.batch * work.context * a.head_dim;
+    const windows = new Set(model.layers.filter((l) => l.numbers > 0).map((l) => l.window));
+    const reaches = [...windows].map((window) =>
+      window === null ? work.context : Math.min(work.context, window + length));
+    masks = reaches.map((reach) => tokens * reach);
+    const layer = 4 * work.batch * Math.max(...reaches) * a.head_dim;
     if (heads > kvHeads && length > 1) attention += layer * heads;
     if (work.kvDtype === "int8") attention += layer * kvHeads;
   }
-  const mlp = mask + 2 * tokens * (4 * a.hidden + 3 * width);
+  const mask = masks.reduce((sum, one) => sum + one, 0);
+  const mlp = mask + 2 * tokens * mlpNumbers(a, width);
   const norm = mask + tokens * 18 * a.hidden;
-  return Math.max(mlp, norm, mask + attention + 2 * mask);
+  return Math.max(mlp, norm, mask + attention + 2 * Math.max(...masks));
 }
 
 function footprint(model, work, weights) {
