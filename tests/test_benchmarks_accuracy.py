@@ -1,4 +1,4 @@
-"""The accuracy benchmark on a tiny model: its rows agree with `evaluate`."""
+"""The accuracy benchmark on a tiny model: its rows agree with `evaluate`; its page is current."""
 
 import argparse
 import sys
@@ -15,6 +15,7 @@ from halfweight.scoring import TokenScores, summarize
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import accuracy
+import accuracy_table
 import variants
 
 PLAIN = "64-grid8-least_squares"
@@ -89,3 +90,7 @@ def test_filled_low_bits_are_within_half_a_step_and_on_no_grid_of_q8_0():
         return float((variants.VARIANTS[variants.Q8_0].store(source).weight - source).norm())
 
     assert noise(filled) > 100 * noise(on_grid)
+
+
+def test_the_page_is_what_its_results_come_to():
+    assert accuracy_table.PAGE.read_text() == accuracy_table.page()
