@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from numba.core.codegen import get_host_cpu_features
+from numba.core.registry import cpu_target
 from torch import Tensor
 
 from halfweight.errors import UsageError
@@ -220,8 +220,8 @@ def _linear_many_tokens(
 
 @cache
 def has_int8_products() -> bool:
-    """Whether the CPU multiplies bytes four at a time (VNNI)."""
-    features: str = get_host_cpu_features()
+    """Whether kernels are compiled for a CPU that multiplies bytes four at a time (VNNI)."""
+    features: str = cpu_target.target_context.codegen().magic_tuple()[2]
     return "+avx512vnni" in features.split(",")
 
 

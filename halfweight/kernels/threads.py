@@ -13,14 +13,19 @@ Threads share work by tickets (`fetch_add`).
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import numba
 import torch
 from numba import types
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
+
+SOURCES = ("cpu_loops", "cpu_step", "simd", "tiles")
+"""Modules that kernels are made of."""
 
 
 class Arguments:
@@ -28,6 +33,20 @@ class Arguments:
 
     def __init__(self, *cells: int) -> None:
         self.cells = (ctypes.c_int64 * len(cells))(*cells)
+
+
+class _SourceCache(FunctionCache):  # type: ignore[misc]
+    """Numba's cache on disk, which looks at a function's own file, for kernels made of several."""
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return (*super()._index_key(sig, codegen), sources_digest())
+
+
+@cache
+def sources_digest() -> str:
+    """A digest of the files that kernels are made of."""
+    files = (Path(__file__).with_name(f"{name}.py") for name in SOURCES)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 class CFunction:
@@ -41,7 +60,12 @@ class CFunction:
     @cached_property
     def compiled(self) -> Any:
         """The compiled callback."""
-        return numba.cfunc(self.signature, cache=True, error_model="numpy")(self._function)
+        result, arguments = self.signature.return_type, self.signature.args
+        options = {"error_model": "numpy"}
+        function: Any = CFunc(self._function, (arguments, result), locals={}, options=options)
+        function._cache = _SourceCache(self._function)
+        function.compile()
+        return function
 
     @cached_property
     def address(self) -> int:

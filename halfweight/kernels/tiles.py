@@ -33,8 +33,6 @@ BLOCK_ROWS = 32
 """Rows of weights that meet many tokens at once."""
 LINE = 64
 """Bytes of a cache line, and bytes that one integer product takes of a row."""
-PREFETCH_BYTES = 8192
-"""How far ahead of a product its weights are asked for, at least."""
 SMALLEST = 2.0**-100
 """A block of x with nothing larger counts as zeros: its inverse would overflow."""
 
@@ -97,7 +95,6 @@ def float_tile(num_tokens: int) -> Any:
         scale_stride = _stride_of_scales(b, row_stride, num_groups)
         sums = _accumulators(b, ROWS * num_tokens, _FLOATS)
         parts = _accumulators(b, ROWS, _FLOATS) if num_tokens == 1 else sums
-        ahead = _ahead(b, row_stride)
         with cgutils.for_range(b, num_groups) as groups:
             scale_at = b.add(scales, b.mul(groups.index, _I64(4)))
             steps = [
@@ -106,7 +103,7 @@ def float_tile(num_tokens: int) -> Any:
             ]
             begin = b.mul(groups.index, group_size)
             lines = b.udiv(group_size, _I64(LINE))
-            _prefetch(b, b.add(weights, begin), ahead, lines, row_stride, limit)
+            _prefetch(b, b.add(weights, begin), lines, row_stride, limit)
             if num_tokens == 1:
                 for part in parts:
                     b.store(ir.Constant(_FLOATS, [0.0] * LANES), part)
@@ -157,7 +154,6 @@ def digit_tile(num_parts: int) -> Any:
         steps = _offset(b, digits, num_parts, columns)
         sums = _accumulators(b, ROWS, _FLOATS)
         cells = [_accumulators(b, num_parts, _INTS) for _ in range(ROWS)]
-        ahead = _ahead(b, row_stride)
         with cgutils.for_range(b, num_blocks) as blocks:
             starts_at = b.add(record, b.mul(blocks.index, _I64(4 * LANES * num_parts)))
             for part in range(num_parts):
@@ -172,7 +168,7 @@ def digit_tile(num_parts: int) -> Any:
                     for part in range(num_parts)
                 ]
                 at = b.add(weights, k)
-                _prefetch(b, at, ahead, _I64(1), row_stride, limit)
+                _prefetch(b, at, _I64(1), row_stride, limit)
                 for r, row in enumerate(cells):
                     packed = _load(b, _offset(b, at, r, row_stride), _BYTES64)
                     for part, cell in zip(x, row, strict=True):
@@ -372,17 +368,11 @@ def _stride_of_scales(builder: Any, row_stride: Any, num_groups: Any) -> Any:
     return builder.select(same, _I64(0), builder.mul(num_groups, _I64(4)))
 
 
-def _ahead(builder: Any, row_stride: Any) -> Any:
-    """Bytes from a product's weights to those that are asked for meanwhile."""
-    tile = builder.mul(row_stride, _I64(ROWS))
-    near = builder.icmp_signed("<", tile, _I64(PREFETCH_BYTES))
-    return builder.select(near, builder.mul(tile, _I64(4)), tile)
-
-
-def _prefetch(builder: Any, at: Any, ahead: Any, lines: Any, row_stride: Any, limit: Any) -> None:
-    """Ask for lines of rows to come: four streams at once are too many for a CPU to guess."""
+def _prefetch(builder: Any, at: Any, lines: Any, row_stride: Any, limit: Any) -> None:
+    """Ask for lines of the next four rows: four streams are too many for a CPU to guess."""
     with cgutils.for_range(builder, lines) as loop:
-        first = builder.add(builder.add(at, ahead), builder.mul(loop.index, _I64(LINE)))
+        ahead = builder.add(builder.mul(row_stride, _I64(ROWS)), at)
+        first = builder.add(ahead, builder.mul(loop.index, _I64(LINE)))
         for r in range(ROWS):
             wanted = _offset(builder, first, r, row_stride)
             near = builder.icmp_unsigned("<", wanted, limit)
