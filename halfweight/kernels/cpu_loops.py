@@ -379,9 +379,9 @@ def take(counter: Any, linear: Any, threads: Any) -> Any:
     The first lines of them are asked for.
     """
     rows, columns = cell(linear, OUT), cell(linear, IN)
-    large = min(rows // (2 * threads), int64(MAX_SHARE_ROWS)) // ROWS * ROWS
+    large = min(3 * rows // (4 * threads), int64(MAX_SHARE_ROWS)) // ROWS * ROWS
     rest = rows - large * threads
-    small = min(max(rest // (4 * threads), MIN_SHARE_BYTES // columns), int64(MAX_SHARE_ROWS))
+    small = min(max(rest // (2 * threads), MIN_SHARE_BYTES // columns), int64(MAX_SHARE_ROWS))
     small = max(int64(ROWS), small // ROWS * ROWS)
     i = fetch_add(counter, 1)
     if large > 0 and i < threads:
