@@ -92,6 +92,13 @@ def test_a_context_beyond_the_models_is_refused(folder, capsys):
     assert "context 9999 is more than the model's" in err
 
 
+def test_a_gpu_that_is_not_there(folder, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "local_device", machine.processor_device)
+    code, _, err = run(capsys, "measure", str(folder), "--device", "cuda")
+    assert code == 2
+    assert "no NVIDIA GPU here" in err
+
+
 def test_a_failed_process_is_one_error(monkeypatch):
     from halfweight import measure
     from halfweight.errors import HalfweightError

@@ -202,6 +202,13 @@ def test_legal_sizes_are_whole_groups():
         for g in (64, 128)
     }
     assert by_group == {64: [1, 2], 128: [1]}, "half of 896 columns is 7 groups of 64, 3.5 of 128"
+    cut = Model.from_recipe(narrow, Recipe(Scheme(group_size=128)))
+    with pytest.raises(UsageError, match=r"2 GPUs cut .*o_proj\.weight inside a group of 128") as e:
+        plan.check_ranks(cut, 2)
+    assert e.value.hint == "legal tensor-parallel sizes: 1"
+    for ranks, what in ((32, "32 GPUs do not divide 14 heads"), (7, "7 GPUs do not divide 4864")):
+        with pytest.raises(UsageError, match=what):
+            plan.check_ranks(cut, ranks)
 
 
 @pytest.mark.parametrize("quantity", ["batch", "context"])
