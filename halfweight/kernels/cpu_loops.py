@@ -65,9 +65,9 @@ MAX_PARTS = 3
 float_1, float_4 = float_tile(1), float_tile(4)
 digits_1, digits_2, digits_3 = (digit_tile(parts) for parts in range(1, MAX_PARTS + 1))
 round_1, round_2, round_3 = (round_block(parts) for parts in range(1, MAX_PARTS + 1))
-block_6, block_1 = int8_block(6), int8_block(1)
 BLOCK_TOKENS = 6
 """Records that meet 32 rows at once: a multiple of 1, 2 and 3 parts."""
+block_6 = int8_block(BLOCK_TOKENS)
 
 
 @inline
@@ -507,7 +507,10 @@ def many_bytes(columns: int, block: int) -> int:
 
 
 def linear_many(pointer: Any) -> None:
-    """Kernel: y [M, N] = tokens in parts at X times a linear; threads take 32 rows by ticket."""
+    """Kernel: y [M, N] = tokens in parts at X times a linear; threads take 32 rows by ticket.
+
+    At least BLOCK_TOKENS records: the last ones are computed again where they do not come out even.
+    """
     arguments = address_of(pointer)
     out_features, columns = cell(arguments, OUT), cell(arguments, IN)
     block, parts = step_block(cell(arguments, GROUP)), cell(arguments, PARTS)
@@ -525,15 +528,10 @@ def linear_many(pointer: Any) -> None:
             break
         rows = min(int64(BLOCK_ROWS), out_features - row)
         interleave_rows(arguments, row, rows, block, weights, scales)
-        for first in range(0, records, BLOCK_TOKENS):
-            count = min(int64(BLOCK_TOKENS), records - first)
+        for wanted in range(0, records, BLOCK_TOKENS):
+            first = min(wanted, records - BLOCK_TOKENS)
             x = cell(arguments, X) + first * record
-            if count == BLOCK_TOKENS:
-                block_6(x, weights, scales, blocks, block, sums, stride)
-            else:
-                for m in range(count):
-                    to = sums + m * stride
-                    block_1(x + m * record, weights, scales, blocks, block, to, stride)
-            for m in range(0, count, parts):
+            block_6(x, weights, scales, blocks, block, sums, stride)
+            for m in range(0, BLOCK_TOKENS, parts):
                 at = y + item * ((first + m) // parts) * out_features
                 write_token(arguments, row, rows, sums + m * stride, parts, at, y_format)
