@@ -329,7 +329,7 @@ class LlamaCpp:
     """The Q8_0 file in llama.cpp, as many threads as there are cores."""
 
     def __init__(self, work: Path) -> None:
-        import os
+        from importlib.metadata import version
 
         from llama_cpp import Llama
 
@@ -344,7 +344,8 @@ class LlamaCpp:
             n_threads_batch=threads,
             verbose=False,
         )
-        self.facts = {"load_seconds": time.perf_counter() - begin}
+        seconds = time.perf_counter() - begin
+        self.facts = {"load_seconds": seconds, "version": version("llama_cpp_python")}
 
     def prefill(self, num_tokens: int) -> float:
         """Seconds to read a prompt."""
