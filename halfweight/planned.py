@@ -13,6 +13,7 @@ from typing import Any
 from halfweight.architecture import architecture
 from halfweight.checkpoint import HUB_ID, Checkpoint, quantized_modules, read_headers
 from halfweight.errors import CheckpointError
+from halfweight.gguf_header import read_gguf_header
 from halfweight.plan import Model
 from halfweight.presets import PRESETS, preset
 from halfweight.scheme import GROUP_SIZES, Decision, GroupSize, Recipe, Scheme, TensorInfo
@@ -29,10 +30,7 @@ def planned_model(name: str, recipe: Recipe | None = None) -> Model:
         return Model.from_recipe(architecture(preset(name), name), recipe)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
-        from halfweight.source import open_source
-
-        source = open_source(path, name)
-        return Model.from_recipe(architecture(source.config, path.stem, source.tensors), recipe)
+        return _from_gguf(path, name, recipe)
     if path.suffix == ".json":
         return Model.from_recipe(architecture(read_json(path), path.parent.name or name), recipe)
     if not path.exists() and HUB_ID.fullmatch(name):
@@ -43,6 +41,18 @@ def planned_model(name: str, recipe: Recipe | None = None) -> Model:
             hint=f"give a path, a Hub id such as org/name, or one of {', '.join(PRESETS)}",
         )
     return _from_folder(read_headers(path), path.name, recipe)
+
+
+def _from_gguf(path: Path, name: str, recipe: Recipe) -> Model:
+    """By its header alone if that accounts for every number in the file, else as the converter."""
+    if (header := read_gguf_header(path)) is not None:
+        found = architecture(header.config, path.stem)
+        if found.num_parameters == header.num_parameters:
+            return Model.from_recipe(found, recipe)
+    from halfweight.source import open_source
+
+    source = open_source(path, name)
+    return Model.from_recipe(architecture(source.config, path.stem, source.tensors), recipe)
 
 
 def _from_folder(checkpoint: Checkpoint, name: str, recipe: Recipe) -> Model:

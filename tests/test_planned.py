@@ -10,13 +10,15 @@ import torch
 from families import save_family
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from test_source_gguf import make_gguf
+from test_source_gguf import TYPES, make_gguf
 from tiny import edit_json
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import halfweight
+from halfweight import planned
 from halfweight.checkpoint import read_headers
 from halfweight.errors import CheckpointError
+from halfweight.gguf_header import read_gguf_header
 from halfweight.layout import lay_out
 from halfweight.planned import planned_model
 from halfweight.presets import preset
@@ -88,12 +90,38 @@ def test_a_hub_id_that_is_nowhere(hub, monkeypatch):
         planned_model("org/name")
 
 
-def test_a_gguf_file(tmp_path):
-    path = make_gguf(tmp_path / "tiny.gguf")
-    found = planned_model(str(path), Recipe(Scheme(32)))
-    layout = lay_out(open_source(path, str(path)).tensors, Recipe(Scheme(32)))
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["Q8_0", "BF16", "F32"])
+def test_a_gguf_file_by_its_header_is_what_the_converter_reads(tmp_path, monkeypatch, kind, tied):
+    path = make_gguf(tmp_path / "tiny.gguf", getattr(TYPES, kind), tied=tied)
+    recipe = Recipe(Scheme(32))
+    layout = lay_out(open_source(path, str(path)).tensors, recipe)
+    monkeypatch.setitem(sys.modules, "gguf", None)  # the header needs no package
+    found = planned_model(str(path), recipe)
     assert found.disk_bytes == sum(decision.disk_bytes for decision in layout.decisions)
-    assert found.architecture.kv_bytes(1) > 0
+    assert {(d.tensor.name, d.scheme) for d in found.decisions} == {
+        (d.tensor.name, d.scheme) for d in layout.decisions
+    }
+
+
+def test_a_gguf_file_that_its_header_does_not_explain_is_opened_in_full(tmp_path, monkeypatch):
+    path = make_gguf(tmp_path / "tiny.gguf")
+    quick = planned_model(str(path), Recipe(Scheme(32)))
+    monkeypatch.setattr(planned, "read_gguf_header", lambda path: None)
+    full = planned_model(str(path), Recipe(Scheme(32)))
+    assert full.disk_bytes == quick.disk_bytes
+    assert full.architecture.cache_layers == quick.architecture.cache_layers
+
+
+def test_no_gguf_header(tmp_path):
+    path = make_gguf(tmp_path / "tiny.gguf")
+    whole = path.read_bytes()
+    assert read_gguf_header(path).config["num_hidden_layers"] == 1
+    for broken in (b"", b"NOPE" + whole[4:], whole[:4] + b"\x09" + whole[5:], whole[:200]):
+        path.write_bytes(broken)
+        assert read_gguf_header(path) is None
+    other = make_gguf(tmp_path / "other.gguf", architecture="falcon")
+    assert read_gguf_header(other) is None
 
 
 def test_a_tied_head_stored_twice_counts_once(folders, tmp_path):
@@ -113,11 +141,11 @@ def test_smollm2_to_the_byte(tmp_path):
     config = AutoConfig.for_model(**preset("smollm2-135m"))
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "s")
     halfweight.quantize(tmp_path / "s", tmp_path / "out")
-    planned = planned_model("smollm2-135m")
-    assert planned.disk_bytes == read_headers(tmp_path / "out").num_bytes
+    found = planned_model("smollm2-135m")
+    assert found.disk_bytes == read_headers(tmp_path / "out").num_bytes
     loaded = {p.data_ptr(): p.nbytes for p in halfweight.load(tmp_path / "out").parameters()}
     real = 136_648_704  # of the published weights: test_source_gguf.py
-    assert planned.resident_bytes == sum(loaded.values()) == real
+    assert found.resident_bytes == sum(loaded.values()) == real
 
 
 def test_no_torch_for_a_folder(folders):
