@@ -1,7 +1,8 @@
 """A plan measured: the same workload run in a process of its own, its memory by component.
 
-On a GPU, torch's allocator says what each stage added and nvidia-smi what the process takes of the
-device in all; other processes should leave the device alone meanwhile. On a CPU the total is the
+On a GPU, torch's allocator says what each stage added (of a decode step what it reserved, for a
+graph has a pool of its own) and nvidia-smi what the process takes of the device in all; other
+processes should leave the device alone meanwhile. On a CPU the total is the
 process's largest resident set: mapped weights count, as every page of them is touched.
 """
 
@@ -86,14 +87,14 @@ def _on_gpu(folder: str, workload: Workload) -> Seen:
     torch.cuda.reset_peak_memory_stats()
     decoder, logits = _prefill(model, workload)
     cache = _cache_bytes(decoder)
-    prefilled = torch.cuda.max_memory_allocated()
+    prefilled, reserved = torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved()
     _decode(decoder, logits)
     torch.cuda.synchronize()
     components = {
         "weights": weights,
         "KV cache": cache,
         "activations": prefilled - weights - cache,
-        "decode step": max(0, torch.cuda.max_memory_allocated() - prefilled),
+        "decode step": torch.cuda.memory_reserved() - reserved,
     }
     return Seen(components, before - _free_bytes())
 
