@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from test_cli_run import folder as int8_folder  # noqa: F401  a fixture
 from halfweight.cli import main
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import readme_tables  # noqa: E402
+
 DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SKIPPED = ("halfweight serve", "halfweight chat", "halfweight demo", "halfweight bench")
 BLOCK = re.compile(r"```(console|python)\n(.*?)```", re.DOTALL)
@@ -77,3 +81,7 @@ def test_every_command_named_in_the_docs_exists():
         )
         for command in {a or b for a, b in named}:
             assert command in known, f"{page.name} names `halfweight {command}`"
+
+
+def test_the_readmes_figures_are_those_of_the_results():
+    assert readme_tables.PAGE.read_text() == readme_tables.page()

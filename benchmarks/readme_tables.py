@@ -1,0 +1,103 @@
+"""Write the measured figures of README.md from benchmarks/results/: all between its two markers.
+
+python benchmarks/readme_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from envelope import RESULTS
+
+PAGE = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+SIXTEEN_BIT, INT8, LLAMA_CPP = "transformers 16-bit", "halfweight", "llama.cpp Q8_0"
+DEFAULT = "128-grid8-least_squares"
+ONE_SCALE = "tensor-float32-absmax"
+
+TEXT = """
+Llama-3-8B's shapes on one {gpu}:
+
+| | 16 bit | INT8 | |
+|---|---|---|---|
+| weights resident on the GPU | {before_gb:.2f} GB | {after_gb:.2f} GB | {saved:.2%} |
+| load, warm page cache | {before_load:.2f} s | {after_load:.2f} s | {load:.2f}x |
+| first token after 2,048 | {before_first:.1f} ms | {after_first:.1f} ms | {first:.2f}x the time |
+| decode, batch 1, one CUDA graph a step | {before_rate:.1f} tokens/s | {after_rate:.1f} tokens/s \
+| {decode:.2f}x |
+
+Decode on a CPU ({cpu}; [more](docs/cpu.md)), tokens a second:
+
+| | 16 bit, transformers | llama.cpp Q8_0 | INT8 |
+|---|---|---|---|
+| SmolLM2-135M | {bf16:.0f} | {llama_cpp:.0f} | {cpu_rate:.0f} |
+| Llama-3-8B's shapes | | | {large:.2f}, at {large_share:.2f} of a plain read's speed |
+
+Accuracy on SmolLM2-135M: perplexity {change:+.2%} ± {error:.2%} over {tokens:,} tokens; with one
+scale a tensor {one_scale:+.1%}. All formats and peers: [accuracy](docs/accuracy.md).
+"""
+
+
+def results(name: str) -> dict[str, Any]:
+    """A result file's content."""
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return content
+
+
+def figures() -> str:
+    """The part of README.md that is measured."""
+    load = results("load")
+    runs = load["results"]["runs"]
+    before, after = ([r for r in runs if r["rival"] == rival] for rival in (SIXTEEN_BIT, INT8))
+    first = {
+        row["rival"]: row for row in results("generate")["results"]["rows"] if "step" not in row
+    }
+    graph = {
+        row["rival"]: row["tokens_per_second"]
+        for row in results("generate-graph")["results"]["rows"]
+        if row.get("batch_size") == 1
+    }
+    cpu = results("cpu")
+    models = cpu["results"]["models"]["found"]["rivals"]
+    large = cpu["results"]["large"]["found"]
+    rows = {row["variant"]: row["comparison"] for row in results("accuracy")["results"]}
+    change = rows[DEFAULT]["comparison"]["perplexity_change"]
+    return TEXT.format(
+        gpu=load["device"],
+        before_gb=before[0]["resident_bytes"] / 1e9,
+        after_gb=after[0]["resident_bytes"] / 1e9,
+        saved=load["results"]["comparison"]["bytes_change"],
+        before_load=median(run["seconds"] for run in before),
+        after_load=median(run["seconds"] for run in after),
+        load=load["results"]["comparison"]["speedup"],
+        before_first=first[SIXTEEN_BIT],
+        after_first=first[INT8],
+        first=first[INT8] / first[SIXTEEN_BIT],
+        before_rate=graph[SIXTEEN_BIT],
+        after_rate=graph[INT8],
+        decode=graph[INT8] / graph[SIXTEEN_BIT],
+        cpu=cpu["device"],
+        bf16=models["transformers bfloat16"]["decode_tokens_per_second"],
+        llama_cpp=models[LLAMA_CPP]["decode_tokens_per_second"],
+        cpu_rate=models[INT8]["decode_tokens_per_second"],
+        large=large["decode_tokens_per_second"],
+        large_share=large["fraction_of_read"],
+        change=change["value"],
+        error=change["error"],
+        tokens=rows[DEFAULT]["num_tokens"],
+        one_scale=rows[ONE_SCALE]["comparison"]["perplexity_change"]["value"],
+    )
+
+
+def page() -> str:
+    """README.md with the figures of the results."""
+    head, _, rest = PAGE.read_text().partition(BEGIN)
+    tail = rest.partition(END)[2]
+    return f"{head}{BEGIN}\n{figures()}\n{END}{tail}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
