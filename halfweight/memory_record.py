@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from halfweight.architecture import Architecture
+from halfweight.errors import CheckpointError
 from halfweight.machine import Device
 from halfweight.plan import ASSUMED_OVERHEAD, DeviceKind, Range
 from halfweight.shard import read_json
@@ -81,10 +82,10 @@ def read_records() -> list[Record]:
     path = records_path()
     if not path.is_file():
         return []
-    found = read_json(path).get("records", [])
     try:
+        found = read_json(path).get("records", [])
         return [Record(**{**row, "key": Key(**row["key"])}) for row in found]
-    except (TypeError, KeyError):
+    except (CheckpointError, TypeError, KeyError):
         return []
 
 

@@ -139,8 +139,11 @@ def test_records_are_of_one_key_and_the_newest_of_a_workload_counts():
 
 def test_a_record_of_another_form_is_no_record():
     add_record(record(1500 * MIB))
-    memory_record.records_path().write_text('{"records": [{"key": {}}]}')
-    assert memory_record.read_records() == []
+    for text in ('{"records": [{"key": {}}]}', '{"records": [1]}', '{"rec', ""):
+        memory_record.records_path().write_text(text)
+        assert memory_record.read_records() == []
+    add_record(record(1500 * MIB))
+    assert len(memory_record.read_records()) == 1
 
 
 def test_the_key_tells_devices_drivers_and_architectures_apart():
