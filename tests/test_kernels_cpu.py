@@ -144,3 +144,40 @@ def test_one_thread_and_many_give_the_same_bits():
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("tokens", [2, 20])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(tokens, bad):
+    tensor = weight()
+    x = torch.randn(tokens, 576)
+    x[1, 70] = bad
+    y = kernels.linear(x, tensor.packed, tensor.scales, tensor.exponents, None, "cpu")
+    assert not torch.isfinite(y[1]).any()
+    assert torch.isfinite(y[[i for i in range(tokens) if i != 1]]).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("size", [1e-42, 1e-35, 1e-20, 1e20])
+def test_small_and_large_activations(tokens, size):
+    """Below 2^-100 a block may count as zeros; never as anything else."""
+    tensor = weight()
+    x = torch.randn(tokens, 576) * size
+    y = kernels.linear(x, tensor.packed, tensor.scales, tensor.exponents, None, "cpu")
+    parts = (tensor.packed, tensor.scales, tensor.exponents)
+    expected = reference.linear(x.double(), *parts, None)
+    error = (y.double() - expected).norm()
+    assert error <= max(2e-6 * expected.norm(), 1e-25)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_activations_of_one_sign_cancel_exactly(tokens):
+    """The 128 that every stored byte has too much meets sum(x), which is large here."""
+    assert_equal_products(1 + 0.01 * torch.randn(tokens, 576), weight())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_outlier_hides_no_more_than_its_own_rounding(dtype):
+    x = torch.randn(1, 576)
+    x[0, 3] = 1000
+    assert_equal_products(x.to(dtype), weight())

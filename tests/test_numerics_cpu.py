@@ -52,7 +52,7 @@ def test_bits_are_those_of_the_definition(scheme, dtype):
 
 
 @pytest.mark.parametrize("scale_format", ["grid8", "float16"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_many_random_groups(seed, scale_format):
     """A hundred thousand least-squares choices a case: near-ties fall the same way."""
     generator = torch.Generator().manual_seed(seed)
