@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import pytest
 
-from halfweight.kernels.hopper import LARGE, SMALL, Large, Small, candidates, choose, plan
+from halfweight.kernels.hopper import (
+    INT8,
+    LARGE,
+    SMALL,
+    Config,
+    Large,
+    Small,
+    candidates,
+    choose,
+    choose_int8,
+    plans,
+)
 
 SHARED_BYTES = 227 * 1024
 MULTIPROCESSORS = 132
 SHAPES = [(6144, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (576, 576), (48, 1536)]
 
 
-@pytest.mark.parametrize("config", [*SMALL, *LARGE], ids=str)
-def test_a_block_fits_a_multiprocessor(config: Small | Large) -> None:
+@pytest.mark.parametrize("config", [*SMALL, *LARGE, *INT8], ids=str)
+def test_a_block_fits_a_multiprocessor(config: Config) -> None:
     assert config.shared_bytes <= SHARED_BYTES
     assert max(config.rows, config.tokens) <= 256  # a box of a bulk copy
 
@@ -20,15 +31,28 @@ def test_a_block_fits_a_multiprocessor(config: Small | Large) -> None:
 @pytest.mark.parametrize("tokens", [1, 8, 9, 32, 33, 64, 65, 128, 129, 1000, 4096])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_a_plan_covers_every_tile_once(tokens: int, rows: int, columns: int) -> None:
-    for config in candidates(tokens, columns, 64):
-        p = plan(config, tokens, rows, columns, MULTIPROCESSORS)
+    for config in (*candidates(tokens, columns, 64), *INT8):
+        for p in plans(config, tokens, rows, columns, MULTIPROCESSORS):
+            tiles = p.tiles_m * p.tiles_n
+            assert p.tiles_m * config.tokens >= tokens
+            assert p.tiles_n * config.rows * config.cluster >= rows
+            assert p.k_blocks * config.k_bytes >= columns
+            assert 1 <= p.num_workers * config.cluster <= MULTIPROCESSORS
+            shared = tiles - p.whole_waves * p.num_workers
+            assert shared < p.num_workers  # the rest is less than a wave, or nothing
+
+
+def test_tiles_cut_evenly_end_at_the_borders_of_workers() -> None:
+    chosen = [p for c in LARGE for p in plans(c, 64, 6144, 4096, MULTIPROCESSORS)[2:]]
+    assert chosen
+    for p in chosen:
         tiles = p.tiles_m * p.tiles_n
-        assert p.tiles_m * config.tokens >= tokens
-        assert p.tiles_n * config.rows * config.cluster >= rows
-        assert p.k_blocks * config.k_bytes >= columns
-        assert 1 <= p.num_workers * config.cluster <= MULTIPROCESSORS
-        shared = tiles - p.whole_waves * p.num_workers
-        assert shared < p.num_workers  # the rest is less than a wave, or nothing
+        assert p.whole_waves == 0
+        assert p.num_workers % tiles == 0
+
+
+def test_int8_activations_choose_among_their_own() -> None:
+    assert choose_int8(2048, 28672, 4096, MULTIPROCESSORS).config in INT8
 
 
 def test_small_batches_use_the_small_kernel_where_its_boxes_fit() -> None:

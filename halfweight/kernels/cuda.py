@@ -1,8 +1,9 @@
 """CUDA C++ backend for Hopper (compute capability 9.0).
 
-Two kernels share hopper.cuh: hopper_small.cu for up to 32 tokens, where reading the weights is the
-whole cost, and hopper_large.cu for more, where L2 and the tensor cores are. Both are persistent,
-fed by bulk copies, and read the weights as the file has them. hopper.py chooses between them.
+Three kernels share hopper.cuh: hopper_small.cu for few tokens, where reading the weights is the
+whole cost, hopper_large.cu for more, where L2 and the tensor cores are, and hopper_int8.cu for many
+tokens rounded to int8. All are persistent, fed by bulk copies, and read the weights as the file has
+them. hopper.py chooses between them.
 
 The source is compiled by NVRTC when a shape first needs it (about a second, then kept for the
 process); tensor maps are encoded once for each weight and each activation buffer. One token is the
@@ -24,12 +25,24 @@ from torch import Tensor
 from halfweight.errors import HalfweightError
 from halfweight.kernels import Backend
 from halfweight.kernels import triton as portable
-from halfweight.kernels.hopper import LARGE, SMALL, Config, Large, Plan, choose
+from halfweight.kernels.hopper import (
+    INT8,
+    LARGE,
+    SMALL,
+    Config,
+    Int8,
+    Large,
+    Plan,
+    choose,
+    choose_int8,
+)
 
 COMPUTE_CAPABILITY = (9, 0)
 GEMV_COLUMNS = 8192
 """One token with at most so many columns is the Triton backend's GEMV, which starts sooner."""
-
+INT8_BLOCK = 128
+INT8_TOKENS = 128
+"""Fewer tokens with int8 activations are the Triton backend's."""
 
 Shape = tuple[int, ...]
 
@@ -37,10 +50,11 @@ Shape = tuple[int, ...]
 class _Problem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "exponents", "bias", "y")),
-        *((name, ctypes.c_void_p) for name in ("partials", "flags")),
+        *((name, ctypes.c_void_p) for name in ("partials", "flags", "steps")),
         *((name, ctypes.c_int) for name in ("num_tokens", "out_features", "in_features")),
         *((name, ctypes.c_int) for name in ("group_size", "num_groups", "tiles_m", "tiles_n")),
         *((name, ctypes.c_int) for name in ("k_blocks", "whole_waves", "num_workers")),
+        ("steps_stride", ctypes.c_int),
     ]
 
 
@@ -61,7 +75,10 @@ def source(config: Config, groups: int, dtype: torch.dtype) -> str:
     parts = [f"#define {name} {value}" for name, value in defines.items()]
     parts.append((folder / "hopper.cuh").read_text())
     if isinstance(config, Large):
-        parts.append(_wgmma(config.tokens, "bf16" if dtype == torch.bfloat16 else "f16"))
+        parts.append((folder / "hopper_wgmma.cuh").read_text())
+        kind = "bf16" if dtype == torch.bfloat16 else "f16"
+        is_int8 = isinstance(config, Int8)
+        parts.append(_wgmma_int8(config.tokens) if is_int8 else _wgmma(config.tokens, kind))
     parts.append((folder / config.file).read_text())
     return "\n".join(parts)
 
@@ -79,6 +96,21 @@ def _wgmma(tokens: int, kind: str) -> str:
         f'"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind} "\n'
         f'"{{{outputs}}}, {{{a}}}, %{rest}, p, 1, 1, 0;}}"\n'
         f': {constraints} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"((int)accumulate));\n}}'
+    )
+
+
+def _wgmma_int8(tokens: int) -> str:
+    """wgmma of unsigned and signed bytes, both in shared memory, for a tile of `tokens`."""
+    count = tokens // 2
+    outputs = ", ".join(f"%{i}" for i in range(count))
+    constraints = ", ".join(f'"+r"(sums[{i}])' for i in range(count))
+    return (
+        f"__device__ __forceinline__ void wgmma_int8(int (&sums)[{count}], unsigned long long w,"
+        " unsigned long long x, bool accumulate) {\n"
+        f'asm volatile("{{.reg .pred p; setp.ne.b32 p, %{count + 2}, 0;"\n'
+        f'"wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.u8.s8 "\n'
+        f'"{{{outputs}}}, %{count}, %{count + 1}, p;}}"\n'
+        f': {constraints} : "l"(w), "l"(x), "r"((int)accumulate));\n}}'
     )
 
 
@@ -157,6 +189,12 @@ def _maps(config: Config, packed: Tensor, x: Tensor) -> tuple[Any, Any]:
     """Tensor maps of the weights and the activations as `config` reads them."""
     kind = str(x.dtype).removeprefix("torch.")
     w_at, x_at, columns = packed.data_ptr(), x.data_ptr(), x.shape[1]
+    if isinstance(config, Int8):
+        w_sizes, x_sizes = (packed.shape[1], packed.shape[0]), (columns, x.shape[0])
+        return (
+            _tensor_map(w_at, "uint8", w_sizes, (columns,), (128, config.rows)),
+            _tensor_map(x_at, "uint8", x_sizes, (columns,), (128, config.tokens // config.cluster)),
+        )
     if isinstance(config, Large):
         w_sizes, x_sizes = (packed.shape[1], packed.shape[0]), (columns, x.shape[0])
         return (
@@ -175,7 +213,7 @@ def _maps(config: Config, packed: Tensor, x: Tensor) -> tuple[Any, Any]:
 def _workspace(device: int, stream: int) -> tuple[Tensor, Tensor]:
     """Partial sums and flags for one stream: launches on one stream never overlap."""
     blocks = _num_multiprocessors(device)
-    sums = blocks * max(config.partial_floats for config in (*SMALL, *LARGE))
+    sums = blocks * max(config.partial_floats for config in (*SMALL, *LARGE, *INT8))
     where = torch.device("cuda", device)
     return (
         torch.empty(sums, dtype=torch.float32, device=where),
@@ -218,6 +256,7 @@ def _launch(
     bias: Tensor | None,
     y: Tensor,
     plan: Plan,
+    steps: Tensor | None = None,
 ) -> None:
     (num_tokens, in_features), out_features = x.shape, packed.shape[0]
     device, num_groups = x.device.index, scales.shape[1]
@@ -229,10 +268,12 @@ def _launch(
     problem = _Problem(
         *(scales.data_ptr(), exponents.data_ptr(), 0 if bias is None else bias.data_ptr()),
         *(y.data_ptr(), partials.data_ptr(), flags.data_ptr()),
+        0 if steps is None else steps.data_ptr(),
         *(num_tokens, out_features, in_features, group_size, num_groups),
         *(plan.tiles_m, plan.tiles_n, plan.k_blocks, plan.whole_waves, plan.num_workers),
+        0 if steps is None else steps.shape[1],
     )
-    kernel = _kernel(config, config.groups(group_size), x.dtype, device)
+    kernel = _kernel(config, config.groups(group_size), y.dtype, device)
     arguments = (w_map.getPtr(), x_map.getPtr(), ctypes.addressof(problem))
     _start(kernel, plan.num_workers * config.cluster, config, stream, *arguments)
 
@@ -274,6 +315,33 @@ def linear(
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
 
+def takes_int8(x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None) -> bool:
+    """Whether hopper_int8.cu computes this product; the Triton backend does the others."""
+    group_size = packed.shape[1] // scales.shape[1]
+    return (
+        takes(x, packed, scales, exponents)
+        and x.numel() >= INT8_TOKENS * packed.shape[1]
+        and (group_size % INT8_BLOCK == 0 or scales.shape[1] == 1)
+    )
+
+
+def linear_int8(
+    x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Like `linear`, with x rounded to int8 per token and 128 columns: opt-in, not exact."""
+    if exponents is None or not takes_int8(x, packed, scales, exponents):
+        return portable.linear_int8(x, packed, scales, exponents, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    rounded, steps = portable.round_activations(rows, 1, INT8_BLOCK, with_sums=True)
+    y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    chosen = choose_int8(rows.shape[0], *packed.shape, _num_multiprocessors(x.device.index))
+    _launch(rounded[0], packed, scales.contiguous(), exponents, bias, y, chosen, steps)
+    return y.reshape(*x.shape[:-1], packed.shape[0])
+
+
 def unavailable(device: torch.device) -> str | None:
     """Why this backend cannot run on `device`, or None."""
     if device.type != "cuda":
@@ -288,6 +356,4 @@ def unavailable(device: torch.device) -> str | None:
     return portable.BACKEND.unavailable(device)
 
 
-BACKEND = Backend(
-    "cuda", unavailable, linear, portable.BACKEND.embedding, portable.BACKEND.linear_int8
-)
+BACKEND = Backend("cuda", unavailable, linear, portable.BACKEND.embedding, linear_int8)

@@ -21,8 +21,9 @@ struct Problem {
     u16* y;
     float* partials;
     int* flags;
+    const float* steps;
     int num_tokens, out_features, in_features, group_size, num_groups;
-    int tiles_m, tiles_n, k_blocks, whole_waves, num_workers;
+    int tiles_m, tiles_n, k_blocks, whole_waves, num_workers, steps_stride;
 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
@@ -60,6 +61,10 @@ __device__ __forceinline__ void copy_box(u32 dst, const TensorMap* map, int c1, 
 }
 __device__ __forceinline__ void wait_for_previous_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+// The next kernel's blocks may start wherever this one's leave room.
+__device__ __forceinline__ void let_next_kernel_start() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

@@ -9,6 +9,7 @@ and `choose` which configuration is the fastest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -73,7 +74,7 @@ class Small:
 class Large:
     """A compiled form of hopper_large.cu: tokens a tile, consumer warpgroups, stages, cluster.
 
-    `block_us` is how long 64 columns of a tile take on an H100, measured.
+    `block_us` is how long a stage takes on an H100, measured.
     """
 
     tokens: int
@@ -107,10 +108,15 @@ class Large:
         return self.rows * self.tokens
 
     @property
+    def stage_bytes(self) -> int:
+        """W and x of a stage."""
+        return self.k_bytes * (self.rows + 2 * self.tokens)
+
+    @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: alignment, ring, store buffers, barriers."""
-        stage = self.k_bytes * (self.rows + 2 * self.tokens)
-        return 1024 + self.stages * (stage + 16) + 4 * self.warpgroups * min(self.tokens, 32) * 64
+        store = 4 * self.warpgroups * min(self.tokens, 32) * 64
+        return 1024 + self.stages * (self.stage_bytes + 16) + store
 
     def groups(self, group_size: int) -> int:
         """Groups in 64 columns, where that makes another program."""
@@ -124,9 +130,29 @@ class Large:
         }
 
 
+@dataclass(frozen=True)
+class Int8(Large):
+    """A compiled form of hopper_int8.cu, for activations rounded in blocks of 128 columns."""
+
+    file = "hopper_int8.cu"
+    entry = b"w8a8_large"
+    k_bytes = 128
+
+    @property
+    def stage_bytes(self) -> int:
+        """W, x and the pairs of floats of a stage."""
+        return self.k_bytes * (self.rows + self.tokens) + 8 * self.tokens
+
+    def groups(self, group_size: int) -> int:
+        """Groups are no smaller than a stage."""
+        return 1
+
+
 Config = Small | Large
 
 
+SMALL_TOKENS = 32
+"""Up to here reading the weights is the whole cost, and hopper_small.cu the fastest."""
 SMALL = (
     Small(tokens=8, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=4),
     Small(tokens=16, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=3),
@@ -138,6 +164,10 @@ LARGE = (
     Large(tokens=128, warpgroups=2, stages=8, cluster=1, block_us=0.52),
     Large(tokens=256, warpgroups=2, stages=5, cluster=1, block_us=0.80),
     Large(tokens=256, warpgroups=2, stages=5, cluster=2, block_us=0.79),
+)
+INT8 = (
+    Int8(tokens=128, warpgroups=2, stages=6, cluster=2, block_us=0.5),
+    Int8(tokens=128, warpgroups=3, stages=4, cluster=2, block_us=0.7),
 )
 
 
@@ -155,29 +185,40 @@ class Plan:
 
 
 def candidates(num_tokens: int, in_features: int, group_size: int) -> list[Config]:
-    """The configurations that compute such a product with the least padding of the batch."""
+    """The configurations worth a thought for such a product."""
+    found: list[Config] = []
     if group_size % 64 == 0 and in_features % 128 == 0:
-        for small in SMALL:
-            if num_tokens <= small.tokens:
-                return [small]
-    tokens = min((c.tokens for c in LARGE if c.tokens >= num_tokens), default=LARGE[-1].tokens)
-    return [c for c in LARGE if c.tokens == tokens]
+        found += _covering(SMALL, num_tokens) if num_tokens <= SMALL[-1].tokens else []
+    if not found or num_tokens > SMALL_TOKENS:
+        found += _covering(LARGE, num_tokens)
+    return found
 
 
-def plan(
+def _covering(configs: Sequence[Config], num_tokens: int) -> list[Config]:
+    """Those of the least tokens that cover the batch; past the largest, of the two largest."""
+    sizes = sorted({c.tokens for c in configs})
+    covering = [size for size in sizes if size >= num_tokens][:1] or sizes[-2:]
+    return [c for c in configs if c.tokens in covering]
+
+
+def plans(
     config: Config, num_tokens: int, out_features: int, in_features: int, multiprocessors: int
-) -> Plan:
-    """The faster of two schedules: tiles whole, or what is left after whole waves shared."""
+) -> list[Plan]:
+    """Schedules: whole tiles only; what is left after whole waves shared; each tile cut evenly."""
     tiles_m = -(-num_tokens // config.tokens)
     tiles_n = -(-out_features // (config.rows * config.cluster))
     k_blocks = -(-in_features // config.k_bytes)
     tiles = tiles_m * tiles_n
     workers = min(multiprocessors // config.cluster, tiles * k_blocks)
-    block_us = k_blocks * config.block_us
-    whole, shared = -(-tiles // workers), tiles // workers
-    whole_us, shared_us = whole * block_us, tiles / workers * block_us + config.fixup_us
-    waves = whole if whole_us <= shared_us else shared
-    return Plan(config, tiles_m, tiles_n, k_blocks, waves, workers, min(whole_us, shared_us))
+    waves, parts = -(-tiles // workers), min(workers // tiles, k_blocks)
+    cases = [
+        (waves, workers, waves * k_blocks * config.block_us),
+        (tiles // workers, workers, tiles / workers * k_blocks * config.block_us + config.fixup_us),
+    ]
+    if parts > 1:
+        even_us = -(-k_blocks // parts) * config.block_us + config.fixup_us
+        cases.append((0, tiles * parts, even_us))
+    return [Plan(config, tiles_m, tiles_n, k_blocks, *case) for case in cases]
 
 
 @lru_cache(maxsize=4096)
@@ -185,10 +226,15 @@ def choose(
     num_tokens: int, out_features: int, in_features: int, group_size: int, multiprocessors: int
 ) -> Plan:
     """The plan that should take the least time."""
-    return min(
-        (
-            plan(config, num_tokens, out_features, in_features, multiprocessors)
-            for config in candidates(num_tokens, in_features, group_size)
-        ),
-        key=lambda p: p.microseconds,
-    )
+    configs = candidates(num_tokens, in_features, group_size)
+    return _fastest(configs, num_tokens, out_features, in_features, multiprocessors)
+
+
+@lru_cache(maxsize=4096)
+def choose_int8(num_tokens: int, out_features: int, in_features: int, multiprocessors: int) -> Plan:
+    """The plan that should take the least time for activations in int8."""
+    return _fastest(INT8, num_tokens, out_features, in_features, multiprocessors)
+
+
+def _fastest(configs: Sequence[Config], *sizes: int) -> Plan:
+    return min((p for c in configs for p in plans(c, *sizes)), key=lambda p: p.microseconds)

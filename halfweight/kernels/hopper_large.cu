@@ -21,64 +21,11 @@
 // in 64 columns: 1 or 2), BF16. The launcher also generates `wgmma(acc, a0..a3, descriptor,
 // accumulate)`.
 
-constexpr int BN = 64 * WGS;
-constexpr int ACC = MT / 2;
 constexpr int KB = 64;
 constexpr int W_BYTES = BN * KB;
 constexpr int X_BYTES = MT * KB * 2;
 constexpr int STAGE_BYTES = W_BYTES + X_BYTES;
-constexpr int CONSUMERS = 128 * WGS;
-constexpr int STORE_TOKENS = MT < 32 ? MT : 32;
 
-__device__ __forceinline__ void release_stage(u32 bar, int lane) {
-#if CLUSTER > 1
-    if (lane < CLUSTER)
-        asm volatile(
-            "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-            "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar),
-            "r"(lane) : "memory");
-#else
-    if (lane == 0) barrier_arrive(bar);
-#endif
-}
-__device__ __forceinline__ void cluster_sync() {
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
-                 ::: "memory");
-#else
-    __syncthreads();
-#endif
-}
-__device__ __forceinline__ u32 cluster_rank() {
-    u32 rank = 0;
-#if CLUSTER > 1
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-    return rank;
-}
-__device__ __forceinline__ void copy_x(u32 dst, const TensorMap* map, int column, int token,
-                                       int rank, u32 bar) {
-#if CLUSTER > 1
-    constexpr int SHARE = MT / CLUSTER;
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst + rank * SHARE * 128),
-        "l"(map), "r"(column), "r"(token + rank * SHARE), "r"(bar), "h"((u16)((1 << CLUSTER) - 1))
-        : "memory");
-#else
-    copy_tile(dst, map, column, token, bar);
-#endif
-}
-
-__device__ __forceinline__ void wgmma_fence() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void wgmma_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int N> __device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
 __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
     u32 r;
 #if BF16
@@ -87,38 +34,6 @@ __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
 #endif
     return r;
-}
-
-// Tiles in columns of 8 token tiles, so that the workers of one wave share x and W in L2.
-__device__ __forceinline__ void tile_position(const Problem& p, int tile, int& m, int& n) {
-    int column = tile / (8 * p.tiles_n);
-    int height = min(8, p.tiles_m - column * 8);
-    int inside = tile - column * 8 * p.tiles_n;
-    m = column * 8 + inside % height;
-    n = inside / height;
-}
-
-__device__ __forceinline__ void produce(const TensorMap* w_map, const TensorMap* x_map,
-                                        const Problem& p, u32 ring, u32 full, u32 empty,
-                                        int worker, int rank) {
-    Schedule schedule(p, worker);
-    Segment s;
-    int stage = 0, phase = 0;
-    bool waited = false;
-    while (schedule.pop(s)) {
-        int m, n;
-        tile_position(p, s.tile, m, n);
-        for (int k = s.k_begin; k < s.k_end; ++k) {
-            barrier_wait(empty + 8 * stage, phase ^ 1);
-            u32 bar = full + 8 * stage, w = ring + stage * STAGE_BYTES;
-            barrier_expect(bar, STAGE_BYTES);
-            copy_tile(w, w_map, k * KB, (n * CLUSTER + rank) * BN, bar);
-            if (!waited) wait_for_previous_kernel();
-            waited = true;
-            copy_x(w + W_BYTES, x_map, k * KB, m * MT, rank, bar);
-            if (++stage == STAGES) { stage = 0; phase ^= 1; }
-        }
-    }
 }
 
 // The position of a consumer in the ring and in its rows' codes.
@@ -214,65 +129,18 @@ __device__ __forceinline__ void step_block(const Problem& p, Cursor& c, const Se
     }
 }
 
-// What two rows' sums are multiplied with and added to at the end.
-struct RowEnds { float scale[2], offset[2]; };
-
-__device__ __forceinline__ RowEnds load_row_ends(const Problem& p, int row) {
-    RowEnds ends;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        int n = min(row + 8 * r, p.out_features - 1);
-        ends.scale[r] = ldexpf(1.0f, p.exponents[n]);
-        ends.offset[r] = p.bias ? to_float(p.bias[n]) : 0.0f;
-    }
-    return ends;
-}
-
-// Rows `row` to row + 15 of all the tile's tokens, turned to rows of y in two buffers of the warp.
-__device__ __forceinline__ void store_rows(const Problem& p, int m, int row, int lane,
-                                           const RowEnds& ends, u16* buffers,
-                                           const float (&acc)[ACC]) {
-    bool whole = p.out_features % 8 == 0;
-#pragma unroll
-    for (int base = 0; base < MT; base += STORE_TOKENS) {
-        u16* buffer = buffers + base / STORE_TOKENS % 2 * STORE_TOKENS * 16;
-        u32 address = shared_address(buffer) + lane % 8 * 32 + lane / 8 % 2 * 16;
-#pragma unroll
-        for (int j = 0; j < STORE_TOKENS / 8; ++j) {
-            const float* c = acc + (base / 8 + j) * 4;
-            u32 low = pack(c[0] * ends.scale[0] + ends.offset[0], c[1] * ends.scale[0] + ends.offset[0]);
-            u32 high = pack(c[2] * ends.scale[1] + ends.offset[1], c[3] * ends.scale[1] + ends.offset[1]);
-            asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::
-                         "r"(address + j * 256), "r"(low), "r"(high) : "memory");
-        }
-        __syncwarp();
-#pragma unroll
-        for (int i = lane; i < STORE_TOKENS * 2; i += 32) {
-            int token = m * MT + base + i / 2, n = row + i % 2 * 8;
-            if (token >= p.num_tokens) continue;
-            u16* target = p.y + (long long)token * p.out_features + n;
-            const u16* source = buffer + i * 8;
-            if (whole && n + 8 <= p.out_features) {
-                *(uint4*)target = *(const uint4*)source;
-            } else {
-                for (int e = 0; e < 8; ++e)
-                    if (n + e < p.out_features) target[e] = source[e];
-            }
-        }
-    }
-}
-
-__device__ __forceinline__ void consume(const Problem& p, Cursor c, u16* buffers, int worker,
-                                        int rank) {
+__device__ __forceinline__ void consume(const Problem& p, const Block& b) {
+    int group_shift = p.num_groups == 1 ? 31 : 31 - __clz(p.group_size);
+    Cursor c = {b.ring, b.full, b.empty, {}, group_shift, p.num_groups - 1, 0, 0};
     int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
     int row_in_tile = warp * 16 + lane / 4;
     u32 line = row_in_tile * KB + lane % 4 * 2, swizzle = (row_in_tile >> 1 & 3) << 4;
-    Schedule schedule(p, worker);
+    Schedule schedule(p, b.worker);
     Segment s;
     while (schedule.pop(s)) {
         int m, n;
         tile_position(p, s.tile, m, n);
-        int tile_row = (n * CLUSTER + rank) * BN;
+        int tile_row = (n * CLUSTER + b.rank) * BN;
         float acc[ACC];
         u32 even[4][4], odd[4][4], codes[GROUPS][2], pairs[GROUPS][2];
         for (int h = 0; h < 2; ++h) {
@@ -296,13 +164,13 @@ __device__ __forceinline__ void consume(const Problem& p, Cursor c, u16* buffers
         __syncwarp();
         release_stage(c.empty + 8 * (c.stage == 0 ? STAGES - 1 : c.stage - 1), lane);
         if (s.k_begin > 0) {
-            leave_partial<1, CONSUMERS>(p, worker * CLUSTER + rank, thread, acc);
+            leave_partial<1, CONSUMERS>(p, b.worker * CLUSTER + b.rank, thread, acc);
             continue;
         }
         if (s.k_end < p.k_blocks)
-            add_partials<1, CONSUMERS>(p, worker + 1, schedule.last_sharer(s), CLUSTER, rank, thread,
-                                       acc);
-        store_rows(p, m, tile_row + warp * 16, lane, ends, buffers + warp * STORE_TOKENS * 32, acc);
+            add_partials<1, CONSUMERS>(p, b.worker + 1, schedule.last_sharer(s), CLUSTER, b.rank,
+                                       thread, acc);
+        store_rows(p, m, tile_row + warp * 16, lane, ends, b.buffers + warp * STORE_TOKENS * 32, acc);
     }
 }
 
@@ -313,30 +181,16 @@ __cluster_dims__(CLUSTER, 1, 1)
 w8a16_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map,
             const __grid_constant__ Problem p) {
     extern __shared__ u8 raw[];
-    u8* base = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
-    u32 ring = shared_address(base);
-    u8* after = base + STAGES * STAGE_BYTES;
-    u32 full = shared_address(after) + 4 * WGS * STORE_TOKENS * 64, empty = full + 8 * STAGES;
-    int rank = cluster_rank();
-    int worker = p.num_workers - 1 - (int)(blockIdx.x / CLUSTER);
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; ++i) {
-            barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, 4 * WGS * CLUSTER);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
-    cluster_sync();
+    Block block = begin_block<STAGE_BYTES>(p, raw);
     if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WGS == 2 ? 40 : WGS == 3 ? 32 : 24));
-        if (threadIdx.x == 0) produce(&w_map, &x_map, p, ring, full, empty, worker, rank);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+        auto copy = [&](u32 stage, int m, int k, u32 bar) {
+            copy_x(stage + W_BYTES, &x_map, k * KB, m * MT, block.rank, bar);
+        };
+        if (threadIdx.x == 0) produce<KB, STAGE_BYTES>(&w_map, p, block, copy);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WGS == 2 ? 232 : WGS == 3 ? 160 : 112));
-        int group_shift = 31 - __clz(p.group_size);
-        if (p.num_groups == 1) group_shift = 31;
-        Cursor cursor = {ring, full, empty, {}, group_shift, p.num_groups - 1, 0, 0};
-        consume(p, cursor, (u16*)after, worker, rank);
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+        consume(p, block);
     }
     __syncwarp();
     cluster_sync();

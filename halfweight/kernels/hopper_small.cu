@@ -48,22 +48,32 @@ __device__ __forceinline__ void mma(float* c, const u32 (&a)[4], u32 b0, u32 b1)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Weights are nobody's output: those of the first stages are asked for before the kernel ahead of
+// this one has ended, activations after.
 __device__ __forceinline__ void produce(const TensorMap* w_map, const TensorMap* x_map,
                                         const Problem& p, u32 ring, u32 full, u32 empty,
                                         int worker) {
-    Schedule schedule(p, worker);
+    auto copy_weights = [&](int stage, int tile, int k) {
+        barrier_expect(full + 8 * stage, STAGE_BYTES);
+        copy_box(ring + stage * STAGE_BYTES, w_map, tile * BN, k * BOXES, full + 8 * stage);
+    };
     Segment s;
+    int early = 0;
+    for (Schedule first(p, worker); early < STAGES && first.pop(s);)
+        for (int k = s.k_begin; k < s.k_end && early < STAGES; ++k)
+            copy_weights(early++, s.tile, k);
+    wait_for_previous_kernel();
     int stage = 0, phase = 0;
-    bool waited = false;
-    while (schedule.pop(s)) {
+    for (Schedule schedule(p, worker); schedule.pop(s);) {
         for (int k = s.k_begin; k < s.k_end; ++k) {
-            barrier_wait(empty + 8 * stage, phase ^ 1);
-            u32 bar = full + 8 * stage, w = ring + stage * STAGE_BYTES;
-            barrier_expect(bar, STAGE_BYTES);
-            copy_box(w, w_map, s.tile * BN, k * BOXES, bar);
-            if (!waited) wait_for_previous_kernel();
-            waited = true;
-            copy_box(w + BOXES * W_BOX, x_map, 0, k * 2 * BOXES, bar);
+            if (early > 0) {
+                --early;
+            } else {
+                barrier_wait(empty + 8 * stage, phase ^ 1);
+                copy_weights(stage, s.tile, k);
+            }
+            u32 x = ring + stage * STAGE_BYTES + BOXES * W_BOX;
+            copy_box(x, x_map, 0, k * 2 * BOXES, full + 8 * stage);
             if (++stage == STAGES) { stage = 0; phase ^= 1; }
         }
     }
@@ -246,6 +256,7 @@ w8a16_small(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
         prefetch_map(&w_map);
         prefetch_map(&x_map);
     }
+    let_next_kernel_start();
     __syncthreads();
     if (threadIdx.x >= CONSUMERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");

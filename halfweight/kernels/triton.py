@@ -171,23 +171,34 @@ def _add_partials(p: _Product, partials: Tensor) -> None:
 
 
 def _round_activations(p: _Product, parts: int) -> tuple[Tensor, Tensor, int]:
-    """int8 [parts, M, K], float32 steps [blocks of K, padded M] and their stride."""
-    tokens, in_features = p.x.shape
-    blocks = -(-in_features // p.block_k)
+    rounded, steps = round_activations(p.x, parts, p.block_k)
+    return rounded, steps, steps.stride(0)
+
+
+def round_activations(
+    x: Tensor, parts: int, block_k: int, with_sums: bool = False
+) -> tuple[Tensor, Tensor]:
+    """int8 [parts, M, K] and float32 steps [blocks of K, padded M], or pairs [.., .., 2] with sums.
+
+    M is padded to a multiple of MAX_TILE_TOKENS. A pair is the step and 128 step sum(rounded).
+    """
+    tokens, in_features = x.shape
+    blocks = -(-in_features // block_k)
     padded = -(-tokens // MAX_TILE_TOKENS) * MAX_TILE_TOKENS
-    rounded = p.x.new_empty((parts, tokens, in_features), dtype=torch.int8)
-    steps = p.x.new_empty((blocks, padded), dtype=torch.float32)
-    together = min(ROUND_VALUES // p.block_k, _power_of_two(blocks))
+    rounded = x.new_empty((parts, tokens, in_features), dtype=torch.int8)
+    steps = x.new_empty((blocks, padded, *(2,) * with_sums), dtype=torch.float32)
+    together = min(ROUND_VALUES // block_k, _power_of_two(blocks))
     launch(
         "round_activations",
         (tokens, -(-blocks // together)),
         tokens,
-        (p.x, p.x.stride(0), rounded, steps, padded, in_features),
+        (x, x.stride(0), rounded, steps, padded, in_features),
         PARTS=parts,
+        WITH_SUMS=with_sums,
         BLOCKS=together,
-        BLOCK_K=p.block_k,
+        BLOCK_K=block_k,
     )
-    return rounded, steps, padded
+    return rounded, steps
 
 
 def _dequantize(p: _Product, config: Config) -> None:

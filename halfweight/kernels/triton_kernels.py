@@ -179,6 +179,7 @@ def matmul_int8(
 def round_activations(
     M, x, stride_x, rounded, steps, stride_steps, K,
     PARTS: tl.constexpr,
+    WITH_SUMS: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -186,7 +187,8 @@ def round_activations(
     """x [M, K] -> int8 [PARTS, M, K] and float32 steps [K/BLOCK_K, M].
 
     By `two_bytes`: x = steps h, or with PARTS 2 x = steps (254 h + l). The steps lie
-    [blocks, tokens], padded to whole tiles of tokens.
+    [blocks, tokens], padded to whole tiles of tokens; WITH_SUMS each is a pair, the step and
+    128 step sum(h).
     """
     if PDL:
         cuda.gdc_launch_dependents()
@@ -202,7 +204,13 @@ def round_activations(
     if PARTS == 2:
         tl.store(rounded + (M + token) * K + k, low.to(tl.int8), mask=inside)
         step = step / 254
-    tl.store(steps + block * stride_steps + token, step, mask=block * BLOCK_K < K)
+    place = block * stride_steps + token
+    if WITH_SUMS:
+        tl.store(steps + 2 * place, step, mask=block * BLOCK_K < K)
+        offset = 128 * step * tl.sum(high, axis=1)
+        tl.store(steps + 2 * place + 1, offset, mask=block * BLOCK_K < K)
+    else:
+        tl.store(steps + place, step, mask=block * BLOCK_K < K)
 
 
 @triton.jit(do_not_specialize=["M"])
