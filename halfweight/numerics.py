@@ -120,17 +120,21 @@ def scales_float32(scales: Tensor, exponents: Tensor | None) -> Tensor:
 def grid8_from_scales(scales: Tensor) -> tuple[Tensor, Tensor] | None:
     """Codes uint8 [N, K/G] and exponents int8 [N] that equal float scales [N, K/G] exactly.
 
-    None where any row's scales do not lie on a grid8 grid (or are not positive and finite).
+    None where any row's scales do not lie on a grid8 grid (or are not positive and finite). Works
+    on the bits of bfloat16: its 8 significant bits, shifted to the row's largest exponent.
     """
-    values = scales.float()
-    if not bool((torch.isfinite(values) & (values > 0)).all()):
-        return None
-    _, high = torch.frexp(values.amax(dim=-1))
-    exponents = high.to(torch.int32) - 8
-    codes = torch.ldexp(values, -exponents.unsqueeze(-1))
-    on_grid = (codes == codes.round()) & (codes >= 1) & (codes <= 255)
-    in_range = (exponents >= -128) & (exponents <= 127)
-    if not (bool(on_grid.all()) and bool(in_range.all())):
+    values = scales.to(torch.bfloat16)
+    bits = values.view(torch.int16)
+    top = bits.amax(dim=-1, keepdim=True) >> 7
+    shifts = (top - (bits >> 7)).clamp(max=8)
+    significands = (bits & 0x7F) | 0x80
+    codes = significands >> shifts
+    on_grid = ((codes << shifts) == significands).all()
+    if values.dtype != scales.dtype:
+        on_grid &= (values == scales).all()
+    exponents = top.squeeze(-1) - (127 + 7)
+    in_range = ((exponents >= MIN_EXPONENT) & (exponents <= MAX_EXPONENT)).all()
+    if not bool(on_grid & in_range):
         return None
     return codes.to(torch.uint8), exponents.to(torch.int8)
 

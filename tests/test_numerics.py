@@ -1,5 +1,7 @@
 """The definition itself: error bounds, edge rules, exactness of grid8 in bfloat16."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 
 from halfweight.errors import CheckpointError
 from halfweight.numerics import (
+    MAX_EXPONENT,
+    MIN_EXPONENT,
     dequantize,
     grid8_from_scales,
     quantize,
@@ -90,6 +94,36 @@ def test_scales_off_the_grid_are_told_apart():
     assert grid8_from_scales(torch.tensor([[1.0, float("nan")]])) is None
     assert grid8_from_scales(torch.tensor([[256.0, 255.0]])) is None
     assert grid8_from_scales(torch.tensor([[254.0, 1.0]])) is not None
+
+
+def codes_by_definition(row):
+    """Codes 1..255 and the exponent of one row of floats, by arithmetic; None off the grid."""
+    if not all(math.isfinite(v) and v > 0 for v in row):
+        return None
+    exponent = math.frexp(max(row))[1] - 8
+    codes = [v / 2.0**exponent for v in row]
+    fits = all(c == int(c) and 1 <= c <= 255 for c in codes)
+    return (codes, exponent) if fits and MIN_EXPONENT <= exponent <= MAX_EXPONENT else None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_codes_are_those_of_the_definition(dtype):
+    exponents = range(-24, 8) if dtype == torch.float16 else range(-128, 121)
+    rows = [
+        torch.tensor([[float(code), float(most)]]).double() * 2.0**exponent
+        for exponent in exponents
+        for most in (128, 200, 255)
+        for code in (0, 1, 2, 127, 255, -3, 0.5, math.inf, math.nan)
+    ]
+    seen = set()
+    for row in (r.to(dtype) for r in rows):
+        found, expected = grid8_from_scales(row), codes_by_definition(row[0].tolist())
+        seen.add(found is None)
+        if expected is None:
+            assert found is None, row
+            continue
+        assert (found[0].tolist(), found[1].tolist()) == ([expected[0]], [expected[1]]), row
+    assert seen == {True, False}
 
 
 @pytest.mark.parametrize("scheme", all_schemes(), ids=str)
