@@ -59,7 +59,8 @@ def test_small_batches_use_the_small_kernel_where_its_boxes_fit() -> None:
     assert isinstance(choose(4, 4096, 4096, 128, MULTIPROCESSORS).config, Small)
     assert isinstance(choose(4, 4096, 4096, 32, MULTIPROCESSORS).config, Large)  # groups of 32
     assert isinstance(choose(4, 576, 576, 64, MULTIPROCESSORS).config, Large)  # 576 = 4.5 * 128
-    assert isinstance(choose(33, 4096, 4096, 128, MULTIPROCESSORS).config, Large)
+    assert isinstance(choose(64, 4096, 4096, 128, MULTIPROCESSORS).config, Small)
+    assert isinstance(choose(65, 4096, 4096, 128, MULTIPROCESSORS).config, Large)
 
 
 def test_an_uneven_last_wave_is_shared_only_where_that_is_faster() -> None:

@@ -151,12 +151,16 @@ class Int8(Large):
 Config = Small | Large
 
 
-SMALL_TOKENS = 32
-"""Up to here reading the weights is the whole cost, and hopper_small.cu the fastest."""
 SMALL = (
     Small(tokens=8, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=4),
+    Small(tokens=8, row_tiles=3, warps_n=1, warps_k=8, units=2, stages=3),
     Small(tokens=16, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=3),
+    Small(tokens=16, row_tiles=3, warps_n=1, warps_k=8, units=1, stages=4),
+    Small(tokens=16, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=4),
     Small(tokens=32, row_tiles=1, warps_n=2, warps_k=4, units=2, stages=4),
+    Small(tokens=32, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=3),
+    Small(tokens=64, row_tiles=1, warps_n=4, warps_k=2, units=2, stages=4),
+    Small(tokens=64, row_tiles=2, warps_n=4, warps_k=2, units=2, stages=3),
 )
 LARGE = (
     Large(tokens=64, warpgroups=2, stages=12, cluster=1, block_us=0.44),
@@ -189,9 +193,7 @@ def candidates(num_tokens: int, in_features: int, group_size: int) -> list[Confi
     found: list[Config] = []
     if group_size % 64 == 0 and in_features % 128 == 0:
         found += _covering(SMALL, num_tokens) if num_tokens <= SMALL[-1].tokens else []
-    if not found or num_tokens > SMALL_TOKENS:
-        found += _covering(LARGE, num_tokens)
-    return found
+    return found or _covering(LARGE, num_tokens)
 
 
 def _covering(configs: Sequence[Config], num_tokens: int) -> list[Config]:

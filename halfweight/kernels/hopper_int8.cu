@@ -6,8 +6,10 @@
 //
 //     total[n, m] += code[n] (step[m] sum(u x) - 128 step[m] sum(x))
 //
-// one conversion and two multiply-adds; 128 step sum(x) comes with the step. While one warpgroup
-// does this, the tensor cores multiply for the others.
+// |sum(u x)| < 2^22, so adding it to the bit pattern of 12582912.0 gives 12582912.0 + sum(u x): an
+// integer addition where a conversion takes four times as long. With each step comes what takes
+// both constants off again, step (12582912 + 128 sum(x)). While one warpgroup does this, the tensor
+// cores multiply for the others.
 //
 //   warpgroup 0      producer: W [BN, 128] bytes, x [MT, 128] bytes and MT pairs of floats a stage
 //   warpgroups 1...  consumers: 64 rows of W each
@@ -24,11 +26,6 @@ __device__ __forceinline__ void copy_bytes(u32 dst, const void* source, u32 byte
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
             "r"(dst), "l"(source), "r"(bytes), "r"(bar) : "memory");
-}
-
-// A K-major operand in 128-byte swizzled rows: eight rows make an atom of 1,024 bytes.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-    return (u64)((address >> 4) & 0x3fff) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
 __device__ __forceinline__ void multiply_stage(u32 w, u32 x, int (&sums)[ACC]) {
@@ -50,7 +47,8 @@ __device__ __forceinline__ void promote(u32 steps, const float (&codes)[2], cons
         float offset[2] = {__uint_as_float(pair.y), __uint_as_float(pair.w)};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            float product = fmaf((float)sums[4 * j + i], step[i % 2], -offset[i % 2]);
+            float sum = __int_as_float(sums[4 * j + i] + 0x4b400000);
+            float product = fmaf(sum, step[i % 2], -offset[i % 2]);
             total[4 * j + i] = fmaf(product, codes[i / 2], total[4 * j + i]);
         }
     }
@@ -60,24 +58,24 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
     int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
     int row_in_tile = warp * 16 + lane / 4, group_shift = 31;
     if (p.num_groups > 1) group_shift = 31 - __clz(p.group_size);
-    Schedule schedule(p, b.worker);
-    Segment s;
+    Sums<1, CONSUMERS, CLUSTER> out(p, b.worker, b.rank, thread);
+    float total[ACC];
     int stage = 0, phase = 0;
-    while (schedule.pop(s)) {
+    for (Segment s;;) {
+        bool fresh = out.schedule.pop(s);
+        if (!fresh && !out.recall(s, total)) break;
         int m, n;
         tile_position(p, s.tile, m, n);
-        int tile_row = (n * CLUSTER + b.rank) * BN;
+        int row = (n * CLUSTER + b.rank) * BN + row_in_tile;
         const u8* codes[2];
-        for (int h = 0; h < 2; ++h) {
-            int row = min(tile_row + row_in_tile + 8 * h, p.out_features - 1);
-            codes[h] = p.codes + (long long)row * p.num_groups;
-        }
+        for (int h = 0; h < 2; ++h)
+            codes[h] = p.codes + (long long)min(row + 8 * h, p.out_features - 1) * p.num_groups;
         auto group = [&](int k) { return min(k * KB >> group_shift, p.num_groups - 1); };
         u8 next[2] = {__ldg(codes[0] + group(s.k_begin)), __ldg(codes[1] + group(s.k_begin))};
-        float total[ACC];
+        if (fresh)
 #pragma unroll
-        for (int i = 0; i < ACC; ++i) total[i] = 0.0f;
-        for (int k = s.k_begin; k < s.k_end; ++k) {
+            for (int i = 0; i < ACC; ++i) total[i] = 0.0f;
+        for (int k = s.k_begin; fresh && k < s.k_end; ++k) {
             float code[2] = {(float)next[0], (float)next[1]};
             for (int h = 0; h < 2; ++h) next[h] = __ldg(codes[h] + group(k + 1));
             u32 w = b.ring + stage * STAGE_BYTES, x = w + W_BYTES;
@@ -89,16 +87,10 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
             release_stage(b.empty + 8 * stage, lane);
             if (++stage == STAGES) { stage = 0; phase ^= 1; }
         }
-        RowEnds ends = load_row_ends(p, tile_row + row_in_tile);
-        if (s.k_begin > 0) {
-            leave_partial<1, CONSUMERS>(p, b.worker * CLUSTER + b.rank, thread, total);
-            continue;
-        }
-        if (s.k_end < p.k_blocks)
-            add_partials<1, CONSUMERS>(p, b.worker + 1, schedule.last_sharer(s), CLUSTER, b.rank,
-                                       thread, total);
-        store_rows(p, m, tile_row + warp * 16, lane, ends, b.buffers + warp * STORE_TOKENS * 32,
-                   total);
+        RowEnds ends = load_row_ends(p, row);
+        if (out.collect(s, total))
+            store_rows(p, m, row - lane / 4, lane, ends, b.buffers + warp * STORE_TOKENS * 32,
+                       total);
     }
 }
 

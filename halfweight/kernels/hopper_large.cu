@@ -7,9 +7,8 @@
 // hopper_small.cu makes, but they hide behind the tensor cores, and x needs no other order.
 //
 //   warpgroup 0      producer: bulk tensor copies of W [BN, KB] bytes and x [MT, KB] into a ring
-//   warpgroups 1...  consumers: 64 rows of W each; the next 64 columns are converted between the
-//                    issue of one step of 16 columns and the next, so that the tensor cores never
-//                    wait for a conversion
+//   warpgroups 1...  consumers: 64 rows of W each; while the tensor cores multiply 64 columns, the
+//                    next 64 are converted
 //
 // A weight enters as q * code, an integer of at most 15 bits rounded once to the 16-bit type; the
 // row's power of two is applied to the float32 sum. Nothing overflows whatever the scales are.
@@ -76,20 +75,22 @@ __device__ __forceinline__ void read_stage(const Cursor& c, u32 line, u32 swizzl
             raw[step][i] = byte_pair(address + ((step << 4) ^ swizzle) + i % 2 * 8 * KB + i / 2 * 8);
 }
 
-__device__ __forceinline__ void convert(const Raw& raw, int step, const u32 (&codes)[GROUPS][2],
-                                        u32 (&a)[4]) {
+__device__ __forceinline__ void convert(const Raw& raw, const u32 (&codes)[GROUPS][2],
+                                        u32 (&a)[4][4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        a[i] = multiply(to_16bit<true>(raw[step][i]), codes[step * GROUPS / 4][i % 2]);
+    for (int step = 0; step < 4; ++step)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            a[step][i] = multiply(to_16bit<true>(raw[step][i]), codes[step * GROUPS / 4][i % 2]);
 }
 
-__device__ __forceinline__ void issue(u32 x, int step, const u32 (&a)[4], float (&acc)[ACC],
-                                      bool fresh) {
-    u32 address = x + step * 32;
-    // K-major operand in 128-byte swizzled rows: eight rows make an atom of 1,024 bytes.
-    u64 descriptor = (u64)((address >> 4) & 0x3fff) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+// Queue the products of one K block.
+__device__ __forceinline__ void issue(u32 x, const u32 (&a)[4][4], float (&acc)[ACC], bool fresh) {
     wgmma_fence();
-    wgmma(acc, a[0], a[1], a[2], a[3], descriptor, !fresh);
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+        wgmma(acc, a[step][0], a[step][1], a[step][2], a[step][3], descriptor(x + step * 32),
+              step > 0 || !fresh);
     wgmma_commit();
 }
 
@@ -102,14 +103,13 @@ __device__ __forceinline__ void to_pairs(const u32 (&codes)[GROUPS][2], u32 (&pa
     }
 }
 
-// Multiply one K block from `a` while `next` is filled for the block after it, if there is one.
-__device__ __forceinline__ void step_block(const Problem& p, Cursor& c, const Segment& s, int k,
-                                           u32 line, u32 swizzle, int lane,
-                                           u32 (&codes)[GROUPS][2], const u32 (&a)[4][4],
-                                           u32 (&next)[4][4], float (&acc)[ACC]) {
-    u32 x = c.ring + c.stage * STAGE_BYTES + W_BYTES;
+// Multiply one K block from `a`; while the tensor cores do, fill `next` for the block after it.
+__device__ __forceinline__ void step_block(Cursor& c, const Segment& s, int k, u32 line,
+                                           u32 swizzle, int lane, u32 (&codes)[GROUPS][2],
+                                           const u32 (&a)[4][4], u32 (&next)[4][4],
+                                           float (&acc)[ACC]) {
     int previous = c.stage == 0 ? STAGES - 1 : c.stage - 1;
-    issue(x, 0, a[0], acc, k == s.k_begin);
+    issue(c.ring + c.stage * STAGE_BYTES + W_BYTES, a, acc, k == s.k_begin);
     c.advance();
     Raw raw = {};
     u32 pairs[GROUPS][2];
@@ -121,12 +121,29 @@ __device__ __forceinline__ void step_block(const Problem& p, Cursor& c, const Se
         __syncwarp();
         release_stage(c.empty + 8 * previous, lane);
     }
-    convert(raw, 0, pairs, next[0]);
-#pragma unroll
-    for (int step = 1; step < 4; ++step) {
-        issue(x, step, a[step], acc, false);
-        convert(raw, step, pairs, next[step]);
+    convert(raw, pairs, next);
+}
+
+// The sums of a run for rows `row` and `row` + 8 of this lane.
+__device__ __forceinline__ void multiply_run(const Problem& p, Cursor& c, const Segment& s, int row,
+                                             u32 line, u32 swizzle, int lane, float (&acc)[ACC]) {
+    u32 even[4][4], odd[4][4], codes[GROUPS][2], pairs[GROUPS][2];
+    for (int h = 0; h < 2; ++h)
+        c.codes[h] = p.codes + (long long)min(row + 8 * h, p.out_features - 1) * p.num_groups;
+    c.load_codes(s.k_begin, codes);
+    Raw raw;
+    read_stage(c, line, swizzle, raw);
+    to_pairs(codes, pairs);
+    convert(raw, pairs, even);
+    c.load_codes(s.k_begin + 1, codes);
+    for (int k = s.k_begin; k < s.k_end; k += 2) {
+        step_block(c, s, k, line, swizzle, lane, codes, even, odd, acc);
+        if (k + 1 == s.k_end) break;
+        step_block(c, s, k + 1, line, swizzle, lane, codes, odd, even, acc);
     }
+    wgmma_wait<0>();
+    __syncwarp();
+    release_stage(c.empty + 8 * (c.stage == 0 ? STAGES - 1 : c.stage - 1), lane);
 }
 
 __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
@@ -135,42 +152,19 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
     int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
     int row_in_tile = warp * 16 + lane / 4;
     u32 line = row_in_tile * KB + lane % 4 * 2, swizzle = (row_in_tile >> 1 & 3) << 4;
-    Schedule schedule(p, b.worker);
-    Segment s;
-    while (schedule.pop(s)) {
+    Sums<1, CONSUMERS, CLUSTER> out(p, b.worker, b.rank, thread);
+    float acc[ACC];
+    for (Segment s;;) {
+        bool fresh = out.schedule.pop(s);
+        if (!fresh && !out.recall(s, acc)) break;
         int m, n;
         tile_position(p, s.tile, m, n);
         int tile_row = (n * CLUSTER + b.rank) * BN;
-        float acc[ACC];
-        u32 even[4][4], odd[4][4], codes[GROUPS][2], pairs[GROUPS][2];
-        for (int h = 0; h < 2; ++h) {
-            int row = min(tile_row + row_in_tile + 8 * h, p.out_features - 1);
-            c.codes[h] = p.codes + (long long)row * p.num_groups;
-        }
-        c.load_codes(s.k_begin, codes);
-        Raw raw;
-        read_stage(c, line, swizzle, raw);
-        to_pairs(codes, pairs);
-#pragma unroll
-        for (int step = 0; step < 4; ++step) convert(raw, step, pairs, even[step]);
-        c.load_codes(s.k_begin + 1, codes);
-        for (int k = s.k_begin; k < s.k_end; k += 2) {
-            step_block(p, c, s, k, line, swizzle, lane, codes, even, odd, acc);
-            if (k + 1 == s.k_end) break;
-            step_block(p, c, s, k + 1, line, swizzle, lane, codes, odd, even, acc);
-        }
+        if (fresh) multiply_run(p, c, s, tile_row + row_in_tile, line, swizzle, lane, acc);
         RowEnds ends = load_row_ends(p, tile_row + row_in_tile);
-        wgmma_wait<0>();
-        __syncwarp();
-        release_stage(c.empty + 8 * (c.stage == 0 ? STAGES - 1 : c.stage - 1), lane);
-        if (s.k_begin > 0) {
-            leave_partial<1, CONSUMERS>(p, b.worker * CLUSTER + b.rank, thread, acc);
-            continue;
-        }
-        if (s.k_end < p.k_blocks)
-            add_partials<1, CONSUMERS>(p, b.worker + 1, schedule.last_sharer(s), CLUSTER, b.rank,
-                                       thread, acc);
-        store_rows(p, m, tile_row + warp * 16, lane, ends, b.buffers + warp * STORE_TOKENS * 32, acc);
+        if (out.collect(s, acc))
+            store_rows(p, m, tile_row + warp * 16, lane, ends, b.buffers + warp * STORE_TOKENS * 32,
+                       acc);
     }
 }
 

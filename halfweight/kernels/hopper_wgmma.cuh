@@ -61,6 +61,11 @@ template <int N> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
+// A K-major operand in 128-byte swizzled rows: eight rows make an atom of 1,024 bytes.
+__device__ __forceinline__ u64 descriptor(u32 address) {
+    return (u64)((address >> 4) & 0x3fff) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+
 // Tiles in columns of 8 token tiles, so that the workers of one wave share x and W in L2.
 __device__ __forceinline__ void tile_position(const Problem& p, int tile, int& m, int& n) {
     int column = tile / (8 * p.tiles_n);

@@ -72,8 +72,10 @@ def _capture(calls: Sequence[Call]) -> Call:
         run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.stream(stream):  # torch.cuda.graph would collect garbage and empty the cache
+        graph.capture_begin()
         run()
+        graph.capture_end()
     return graph.replay
 
 

@@ -180,7 +180,7 @@ def round_activations(
 ) -> tuple[Tensor, Tensor]:
     """int8 [parts, M, K] and float32 steps [blocks of K, padded M], or pairs [.., .., 2] with sums.
 
-    M is padded to a multiple of MAX_TILE_TOKENS. A pair is the step and 128 step sum(rounded).
+    M is padded to a multiple of MAX_TILE_TOKENS. A pair is what hopper_int8.cu takes.
     """
     tokens, in_features = x.shape
     blocks = -(-in_features // block_k)

@@ -188,7 +188,7 @@ def round_activations(
 
     By `two_bytes`: x = steps h, or with PARTS 2 x = steps (254 h + l). The steps lie
     [blocks, tokens], padded to whole tiles of tokens; WITH_SUMS each is a pair, the step and
-    128 step sum(h).
+    step (12582912 + 128 sum(h)), as hopper_int8.cu takes it.
     """
     if PDL:
         cuda.gdc_launch_dependents()
@@ -207,7 +207,7 @@ def round_activations(
     place = block * stride_steps + token
     if WITH_SUMS:
         tl.store(steps + 2 * place, step, mask=block * BLOCK_K < K)
-        offset = 128 * step * tl.sum(high, axis=1)
+        offset = step * (12582912.0 + 128 * tl.sum(high, axis=1))
         tl.store(steps + 2 * place + 1, offset, mask=block * BLOCK_K < K)
     else:
         tl.store(steps + place, step, mask=block * BLOCK_K < K)
