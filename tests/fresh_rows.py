@@ -1,6 +1,8 @@
 """Generators that tests run in a process of their own; imports nothing heavy."""
 
 import os
+import sys
+import threading
 import time
 
 
@@ -15,6 +17,17 @@ def fail_after_one():
     raise ValueError("the second\nfailed")
 
 
+def slow_to_end():
+    """One row, then a thread that python would wait for."""
+    yield 1
+    threading.Thread(target=time.sleep, args=(60,)).start()
+
+
 def die():
     yield 1
     os._exit(9)
+
+
+def has_module(name):
+    """This process, and whether it had the module from the start."""
+    yield os.getpid(), name in sys.modules

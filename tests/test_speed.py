@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from fresh_rows import count_to, die, fail_after_one
+from fresh_rows import count_to, die, fail_after_one, has_module, slow_to_end
 from tiny import make_llama
 
 import halfweight
@@ -46,6 +46,25 @@ def test_rows_come_from_another_process_in_order():
     rows = list(from_fresh_process(count_to, 3))
     assert [i for _, i in rows] == [0, 1, 2]
     assert {pid for pid, _ in rows}.isdisjoint({os.getpid()})
+
+
+def test_a_process_that_is_done_is_not_waited_for():
+    begin = time.monotonic()
+    assert list(from_fresh_process(slow_to_end)) == [1]
+    assert time.monotonic() - begin < 10
+
+
+def test_processes_with_the_same_imports_are_forks_that_have_them():
+    """Each is a process of its own all the same."""
+    rows = [
+        list(from_fresh_process(has_module, "colorsys", imports=("colorsys",))) for _ in range(2)
+    ]
+    (first, had), (second, has) = (row for (row,) in rows)
+    assert had
+    assert has
+    assert len({first, second, os.getpid()}) == 3
+    ((_, spawned),) = from_fresh_process(has_module, "colorsys")
+    assert not spawned
 
 
 @pytest.mark.parametrize(
