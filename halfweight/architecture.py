@@ -68,7 +68,7 @@ class Architecture:
     """One model: sizes, tensors as stored in 16 bits, cache layers.
 
     `fused_mlp` and `fused_attention`: one product makes gate and up, or queries, keys and values.
-    `experts_per_token` is 0 for a dense model.
+    `experts_per_token` is 0 for a dense model, `kind` the config's model_type.
     """
 
     name: str
@@ -85,6 +85,7 @@ class Architecture:
     fused_mlp: bool = False
     fused_attention: bool = False
     experts_per_token: int = 0
+    kind: str = ""
 
     @property
     def num_parameters(self) -> int:
@@ -129,6 +130,7 @@ def architecture(
         fused_mlp=any("gate_up_proj" in tensor.name for tensor in listed),
         fused_attention=any("qkv_proj" in tensor.name for tensor in listed),
         experts_per_token=_experts_per_token(text),
+        kind=text.get("model_type") or "",
     )
 
 

@@ -1,9 +1,14 @@
 """A plan measured: the same workload run in a process of its own, its memory by component.
 
-On a GPU, torch's allocator says what each stage added (of a decode step what it reserved, for a
-graph has a pool of its own) and nvidia-smi what the process takes of the device in all; other
-processes should leave the device alone meanwhile. On a CPU the total is the
-process's largest resident set: mapped weights count, as every page of them is touched.
+On a GPU, torch's allocator says what weights, cache and prefill held, nvidia-smi what the process
+takes of the device in all after prefill, and the driver how much more after each step; other
+processes should leave the device alone meanwhile. The total is the most that it took: torch keeps
+what prefill reserved until the decode step's graph is recorded and then gives it back, so a total
+seen at the end would be short. On a CPU the total is the process's largest resident set: mapped
+weights count, as every page of them is touched.
+
+The components add up to the total. "decode step" is by how much it grew after prefill: nothing,
+as a rule, for a step lives in what prefill has left.
 """
 
 from __future__ import annotations
@@ -15,23 +20,25 @@ from typing import Any
 from halfweight.errors import HalfweightError
 from halfweight.machine import local_device, process_bytes, processor_device
 from halfweight.memory_record import Record, key_of
-from halfweight.plan import Model, Weights, Workload, footprint
+from halfweight.plan import WEIGHT_PARTS, Model, Weights, Workload, footprint
 from halfweight.speed.process import from_fresh_process
 
 STEPS = 3
 """Decode steps: the first allocates and compiles, the second is recorded, the third replayed."""
+IMPORTS = ("halfweight.hf", "halfweight.generate")
+"""What the processes of a GPU share; on a CPU a process's memory must be all its own."""
 PREDICTED = {
-    "weights": ("int8 data", "scales", "16-bit weights"),
+    "weights": WEIGHT_PARTS,
     "KV cache": ("KV cache",),
-    "activations": ("prefill activations", "logits"),
-    "decode step": ("CUDA graph", "kernel workspace"),
+    "activations": ("prefill activations", "logits", "kernel workspace"),
+    "decode step": ("decode step",),
 }
 """Component measured -> the plan's parts that it is compared with."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Bytes by component, and all that the process took of its device."""
+    """Bytes by component, and the most that the process took of its device."""
 
     components: dict[str, int]
     total: int
@@ -42,9 +49,10 @@ def measure(folder: str, model: Model, workload: Workload, weights: Weights) -> 
 
     Raises HalfweightError with the line of the error that ended the process.
     """
-    device = local_device() if workload.device == "cuda" else processor_device()
+    on_gpu = workload.device == "cuda"
+    device, imports = (local_device(), IMPORTS) if on_gpu else (processor_device(), ())
     try:
-        (seen,) = from_fresh_process(run_once, folder, workload)
+        (seen,) = from_fresh_process(run_once, folder, workload, imports=imports)
     except RuntimeError as error:
         raise HalfweightError(
             f"measuring {folder}: {error}", hint="`halfweight plan` says what would fit"
@@ -64,6 +72,7 @@ def measure(folder: str, model: Model, workload: Workload, weights: Weights) -> 
         predicted,
         {**seen.components, "context etc.": rest},
         planned.allocated,
+        planned.slack,
         planned.total.likely,
         seen.total,
     )
@@ -86,17 +95,19 @@ def _on_gpu(folder: str, workload: Workload) -> Seen:
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     decoder, logits = _prefill(model, workload)
-    cache = _cache_bytes(decoder)
-    prefilled, reserved = torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved()
-    _decode(decoder, logits)
     torch.cuda.synchronize()
+    cache, held = _cache_bytes(decoder), torch.cuda.max_memory_allocated()
+    prefilled, left, growth = before - _free_bytes(), torch.cuda.mem_get_info()[0], 0
+    for _ in _decode(decoder, logits):
+        torch.cuda.synchronize()
+        growth = max(growth, left - torch.cuda.mem_get_info()[0])
     components = {
         "weights": weights,
         "KV cache": cache,
-        "activations": prefilled - weights - cache,
-        "decode step": torch.cuda.memory_reserved() - reserved,
+        "activations": held - weights - cache,
+        "decode step": growth,
     }
-    return Seen(components, before - _free_bytes())
+    return Seen(components, prefilled + growth)
 
 
 def _on_cpu(folder: str, workload: Workload) -> Seen:
@@ -108,7 +119,8 @@ def _on_cpu(folder: str, workload: Workload) -> Seen:
     decoder, logits = _prefill(model, workload)
     cache = _cache_bytes(decoder)
     prefilled = process_bytes("VmHWM")
-    _decode(decoder, logits)
+    for _ in _decode(decoder, logits):
+        pass
     total = process_bytes("VmHWM")
     components = {
         "weights": sum(weights.values()),
@@ -141,9 +153,11 @@ def _prefill(model: Any, workload: Workload) -> tuple[Any, Any]:
     return decoder, decoder.prefill([[1] * length] * workload.batch)
 
 
-def _decode(decoder: Any, logits: Any) -> None:
+def _decode(decoder: Any, logits: Any) -> Iterator[None]:
+    """Steps, one each time it is asked."""
     for _ in range(STEPS):
         logits = decoder.advance(logits.argmax(dim=-1))
+        yield
 
 
 def _cache_bytes(decoder: Any) -> int:

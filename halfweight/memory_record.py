@@ -1,9 +1,9 @@
 """What was predicted and measured on this machine, kept for the next plan. No torch here.
 
 A record is keyed by device, driver, torch, version of this package and architecture. The part that
-cannot be computed (context, loaded kernels, the allocator's rounding) is what a measurement adds:
-its total less what was predicted to be allocated. Each measurement also halves, thirds, ... what is
-left of the assumed uncertainty on both sides.
+cannot be computed (context, loaded kernels) is what a measurement adds: its total less what was
+predicted to be allocated and the allocator's predicted slack. Each measurement also halves, thirds,
+... what is left of the assumed uncertainty on both sides.
 """
 
 from __future__ import annotations
@@ -39,13 +39,17 @@ class Key:
 
 @dataclass(frozen=True)
 class Record:
-    """One measurement: bytes predicted and found, by component, and in all."""
+    """One measurement: bytes predicted and found, by component, and in all.
+
+    `allocated` and `slack` are the plan's for the same workload.
+    """
 
     key: Key
     workload: dict[str, int | str]
     predicted: dict[str, int]
     measured: dict[str, int]
     allocated: int
+    slack: int
     predicted_total: int
     measured_total: int
 
@@ -53,6 +57,11 @@ class Record:
     def error(self) -> float:
         """Predicted over measured total, less 1."""
         return self.predicted_total / self.measured_total - 1
+
+    @property
+    def process(self) -> int:
+        """What the process took beside all that the plan counts."""
+        return self.measured_total - self.allocated - self.slack
 
 
 def key_of(device: Device, a: Architecture) -> Key:
@@ -108,11 +117,11 @@ def records_for(key: Key) -> list[Record]:
 
 
 def calibrated_overhead(records: Sequence[Record], device: DeviceKind) -> Range:
-    """The overhead that records have shown; the assumption without any."""
+    """What the process took in the records; the assumption without any."""
     assumed = ASSUMED_OVERHEAD[device]
     if not records:
         return assumed
-    found = [record.measured_total - record.allocated for record in records]
+    found = [record.process for record in records]
     share, likely = len(found) + 1, int(median(found))
     return Range(
         max(0, min(found) - (assumed.likely - assumed.low) // share),

@@ -1,12 +1,11 @@
 """What a model needs of each device before anything is loaded. No torch here.
 
 The arithmetic follows how `halfweight.generate` runs: weights, a static cache of exactly the
-tokens asked for, prompts read CHUNK_TOKENS at a time (all sequences together), logits of the last
-token only, SDPA with a mask, one recorded decode step. Weights and cache are exact. What prefill
-holds at its worst moment follows from the shapes, op by op: either inside attention (mask in two
-forms, keys and values repeated for grouped heads) or inside the MLP (three of its widths). The
-driver's context, libraries' workspaces and the allocator's rounding are not computable: they are a
-range, ASSUMED_OVERHEAD, until `halfweight measure` has replaced it by what it saw.
+tokens asked for, and what comes and goes (activations.py): prefill's activations or the decode
+step, whichever is more, for they never exist together. Weights and cache are exact, the rest
+follows from the shapes. What does not is "context etc.": the driver's context and loaded kernels,
+a range, ASSUMED_OVERHEAD, until `halfweight measure` has replaced it by what it saw; and the slack
+of torch's allocator, which grows with what comes and goes.
 
 `low` takes the least overhead, `high` the most: a plan fits if `high` does, is tight if only
 `likely` does.
@@ -23,16 +22,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from halfweight.activations import decode_bytes, logits_bytes, prefill_bytes, workspace_bytes
 from halfweight.architecture import Architecture, CacheLayer
 from halfweight.errors import UsageError
 from halfweight.scheme import Decision, Recipe
 
 GIB = 1 << 30
 MIB = 1 << 20
-CHUNK_TOKENS = 2048
-"""As in generate.py; a test keeps them equal. Also what vLLM schedules at once by default."""
-KERNEL_WORKSPACE_BYTES = 32 * MIB
-"""Of either weights: torch's cuBLAS workspace on Hopper, or our blocks of 16-bit weights."""
 
 Weights = Literal["16bit", "int8"]
 Runtime = Literal["halfweight", "transformers-tp", "vllm"]
@@ -51,13 +47,19 @@ class Range:
 
 
 ASSUMED_OVERHEAD: dict[DeviceKind, Range] = {
-    "cuda": Range(MIB * 400, MIB * 700, MIB * 1400),
+    "cuda": Range(MIB * 400, MIB * 860, MIB * 1400),
     "cpu": Range(MIB * 500, MIB * 700, MIB * 1200),
 }
-"""Driver's context (of a CPU: the process and its libraries), loaded kernels, allocator's rounding.
-An assumption, wide on purpose."""
+"""Driver's context (of a CPU: the process and its libraries) and loaded kernels. `likely` on CUDA
+is what an H100 showed, as is SLACK_DIVISOR (the line through the workloads of
+benchmarks/results/plan_accuracy.json, by the median of slopes); the rest is an assumption, wide on
+purpose."""
+SLACK_DIVISOR = 5
+"""torch's CUDA allocator reserves a fifth more than what comes and goes: blocks rounded up, or cut
+so that they fit nothing else, mostly by the cache, whose layers are made one after the other."""
 ENGINE_OVERHEAD = Range(MIB * 700, MIB * 1700, MIB * 2700)
-"""Of another engine: its own graphs and the buffers by which GPUs talk as well. An assumption."""
+"""Of another engine: its own graphs, its allocator, and the buffers by which GPUs talk as well. An
+assumption."""
 
 
 @dataclass(frozen=True)
@@ -105,16 +107,26 @@ class Part:
         return self.sharded + self.replicated
 
 
+OWN_STEP_KINDS = ("llama", "mistral", "qwen2", "qwen3")
+LEAST_OWN_HEAD = 32
+"""model_type and head_dim (this or a higher power of two) that gpu_decode.py takes."""
 WEIGHT_PARTS = ("int8 data", "scales", "16-bit weights")
+PASSING_PARTS = ("logits", "prefill activations", "decode step", "kernel workspace")
+"""What comes and goes; the decode step only as far as it takes more than prefill."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on one rank, component by component, at the worst moment of generation."""
+    """Bytes on one rank, component by component, at the worst moment of generation.
+
+    `process` is what the process takes beside its tensors, `slack` what is likely to lie idle in
+    torch's allocator.
+    """
 
     weights: Weights
     parts: tuple[Part, ...]
-    overhead: Range
+    process: Range
+    slack: int = 0
 
     def bytes_of(self, *names: str) -> int:
         """Bytes of the parts whose names start with one of `names`."""
@@ -132,8 +144,14 @@ class Footprint:
 
     @property
     def allocated(self) -> int:
-        """The most that torch's allocator holds."""
+        """The most that tensors hold at once."""
         return sum(part.num_bytes for part in self.parts)
+
+    @property
+    def overhead(self) -> Range:
+        """The rest, "context etc."; the least without slack."""
+        process, slack = self.process, self.slack
+        return Range(process.low, process.likely + slack, process.high + slack)
 
     @property
     def total(self) -> Range:
@@ -178,6 +196,17 @@ class Model:
         return 2 * self.architecture.num_parameters
 
     @cached_property
+    def has_own_step(self) -> bool:
+        """Whether halfweight decodes the INT8 model on a GPU by kernels of its own: gpu_decode.py
+        takes Llama's layers, if all their linears are in INT8.
+        """
+        a = self.architecture
+        windows = any(layer.window is not None for layer in a.cache_layers)
+        kept = any(_is_layer_linear(d.tensor.name) for d in self.decisions if d.scheme is None)
+        heads = a.head_dim >= LEAST_OWN_HEAD and a.head_dim.bit_count() == 1
+        return a.kind in OWN_STEP_KINDS and heads and not (windows or kept)
+
+    @cached_property
     def _sums(self) -> dict[tuple[Weights, Runtime], WeightSums]:
         return {}
 
@@ -195,6 +224,10 @@ class Model:
 
 
 WeightSums = tuple[list[int], list[int]]
+
+
+def _is_layer_linear(name: str) -> bool:
+    return ".layers." in name and name.endswith("_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -240,21 +273,32 @@ def footprint(model: Model, workload: Workload, weights: Weights) -> Footprint:
         _part(name, whole, held, workload.ranks)
         for name, whole, held in zip(WEIGHT_PARTS, sharded, replicated, strict=True)
     ]
-    a = model.architecture
-    logits = 6 * workload.batch * a.vocabulary
-    prefill = prefill_moments(a, workload).peak
-    decode = forward_moments(a, 1, workload).peak
-    on_gpu = workload.device == "cuda"
-    parts += kv_parts(a, workload)
-    parts.append(Part("logits", 0, logits))
-    parts.append(Part("prefill activations", 0, prefill))
-    parts.append(Part("kernel workspace", 0, KERNEL_WORKSPACE_BYTES if on_gpu else 0))
-    parts.append(Part("CUDA graph", 0, decode + logits if on_gpu else 0))
+    parts += kv_parts(model.architecture, workload)
+    passing = passing_parts(model, workload, weights)
+    on_allocator = workload.device == "cuda" and workload.runtime == "halfweight"
     return Footprint(
         weights,
-        tuple(part for part in parts if part.num_bytes),
+        tuple(part for part in (*parts, *passing) if part.num_bytes),
         workload.expected_overhead,
+        sum(part.num_bytes for part in passing) // SLACK_DIVISOR if on_allocator else 0,
     )
+
+
+def passing_parts(model: Model, workload: Workload, weights: Weights) -> list[Part]:
+    """PASSING_PARTS at the peak: prefill's, and what a decode step takes beyond them.
+
+    Prefill's activations are given back before the step's graph is recorded. On a CPU a step takes
+    less than prefill and nothing is recorded.
+    """
+    a = model.architecture
+    prefill = prefill_bytes(a, workload)
+    workspace = decode = 0
+    if workload.device == "cuda":
+        own_step = weights == "int8" and workload.runtime == "halfweight" and model.has_own_step
+        workspace = workspace_bytes(workload, weights)
+        decode = decode_bytes(a, workload, weights, own_step)
+    sizes = (logits_bytes(a, workload.batch), prefill, max(0, decode - prefill), workspace)
+    return [Part(name, 0, size) for name, size in zip(PASSING_PARTS, sizes, strict=True)]
 
 
 def _part(name: str, divided: int, held: int, ranks: int) -> Part:
@@ -295,75 +339,6 @@ def kind_of_layer(a: Architecture, layer: CacheLayer) -> str:
     if layer.numbers and layer.numbers != 2 * layer.heads * a.head_dim:
         return ", compressed"
     return "" if layer.window is None else ", sliding window"
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Bytes alive at the three moments of a forward pass that may be its worst, beside weights and
-    cache. `mask` lives throughout and is in all of them; `inside_attention` is the part of
-    `attention` that the attention kernel makes for itself: the mask once more, in 16 bits.
-    """
-
-    mask: int
-    mlp: int
-    norm: int
-    attention: int
-    inside_attention: int
-
-    @property
-    def peak(self) -> int:
-        """The worst of the three."""
-        return max(self.mlp, self.norm, self.attention)
-
-
-def prefill_moments(a: Architecture, workload: Workload) -> Moments:
-    """Inside the prefill of one chunk of prompts."""
-    chunk = max(1, CHUNK_TOKENS // workload.batch)
-    return forward_moments(a, min(workload.context, chunk), workload)
-
-
-def forward_moments(a: Architecture, length: int, workload: Workload) -> Moments:
-    """Of a forward pass over `length` new tokens of each sequence.
-
-    Counted in transformers' forward pass. In the MLP: four hidden states and three widths (four
-    where one product makes gate and up, and those and a hidden state for each expert of a token).
-    In a norm: three hidden states, and as many in 32 bits. In attention: three hidden states,
-    queries, output, new keys and values (twice where one product makes them), and for more than
-    one token a sequence keys and values repeated to all heads. One mask for each kind of layer;
-    vLLM's attention reads its cache as it lies and has none.
-    """
-    ranks, batch = workload.ranks, workload.batch
-    heads, kv_heads = -(-a.heads // ranks), -(-a.kv_heads // ranks)
-    tokens, width = batch * length, -(-a.intermediate // ranks)
-    numbers = 3 * a.hidden + 2 * (heads + kv_heads) * a.head_dim
-    numbers += (heads + 2 * kv_heads) * a.head_dim if a.fused_attention else 0
-    attention, masks = 2 * tokens * numbers, [0]
-    if workload.runtime != "vllm":
-        reaches = _reaches(a, length, workload.context)
-        masks = [tokens * reach for reach in reaches]
-        layer = 4 * batch * max(reaches) * a.head_dim
-        attention += layer * heads if heads > kv_heads and length > 1 else 0
-        attention += layer * kv_heads if workload.kv_dtype == "int8" else 0
-    mask = sum(masks)
-    return Moments(
-        mask=mask,
-        mlp=mask + 2 * tokens * _mlp_numbers(a, width),
-        norm=mask + tokens * (3 * 2 + 3 * 4) * a.hidden,
-        attention=mask + attention + 2 * max(masks),
-        inside_attention=2 * max(masks),
-    )
-
-
-def _reaches(a: Architecture, length: int, context: int) -> list[int]:
-    """Tokens that attention sees, for each kind of layer: a window and the new tokens, or all."""
-    windows = {layer.window for layer in a.cache_layers if layer.numbers}
-    return [context if w is None else min(context, w + length) for w in windows]
-
-
-def _mlp_numbers(a: Architecture, width: int) -> int:
-    if a.experts_per_token:
-        return 4 * a.hidden + a.experts_per_token * (4 * width + a.hidden)
-    return 4 * a.hidden + (4 if a.fused_mlp else 3) * width
 
 
 def _weight_parts(decision: Decision, weights: Weights, runtime: Runtime) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from halfweight.fit import Cell, advice
 from halfweight.plan import Footprint, Plan, Verdict, legal_ranks
 
 SCHEMA = "halfweight.plan"
-VERSION = 1
+VERSION = 2
 """Raised when a field changes its meaning or goes; new fields leave it."""
 
 

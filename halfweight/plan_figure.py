@@ -20,7 +20,7 @@ COLORS = {
     "logits": "#5b636c",
     "prefill activations": "#e08a1e",
     "kernel workspace": "#5b636c",
-    "CUDA graph": "#c2507a",
+    "decode step": "#c2507a",
     "context etc.": "#8c959f",
 }
 """As on the page."""

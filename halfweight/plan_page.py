@@ -13,16 +13,10 @@ from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
+from halfweight import activations
 from halfweight.cards import Gpus
 from halfweight.fit import grid_axes, with_group_size
-from halfweight.plan import (
-    CHUNK_TOKENS,
-    KERNEL_WORKSPACE_BYTES,
-    Model,
-    Plan,
-    kind_of_layer,
-    legal_ranks,
-)
+from halfweight.plan import SLACK_DIVISOR, Model, Plan, kind_of_layer, legal_ranks
 from halfweight.scheme import GROUP_SIZES
 
 SIZES = (
@@ -36,6 +30,16 @@ SIZES = (
     "fused_attention",
     "experts_per_token",
 )
+CONSTANTS = (
+    "CHUNK_TOKENS",
+    "CUBLAS_WORKSPACE_BYTES",
+    "MULTIPROCESSORS",
+    "PARTIAL_SUMS",
+    "SPLIT_TOKENS",
+    "PROGRAMS_A_PROCESSOR",
+    "TOKEN_BYTES",
+)
+"""Of activations.py."""
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -77,9 +81,10 @@ def page_data(found: Plan, gpus: Gpus) -> dict[str, Any]:
         "legalRanks": {g: legal_ranks(m) for g, m in by_group.items()},
         "runtime": work.runtime,
         "device": work.device,
-        "chunkTokens": CHUNK_TOKENS,
-        "workspace": KERNEL_WORKSPACE_BYTES,
-        "overhead": {r: asdict(w.expected_overhead) for r, w in runtimes.items()},
+        "constants": {name: getattr(activations, name) for name in CONSTANTS},
+        "slackDivisor": SLACK_DIVISOR,
+        "ownStep": {g: m.has_own_step for g, m in by_group.items()},
+        "process": {r: asdict(w.expected_overhead) for r, w in runtimes.items()},
         "gpu": gpus.name,
         "budget": found.budget,
         "work": {

@@ -31,9 +31,10 @@ def folder(tmp_path_factory):
     return place / "int8"
 
 
-def record(total, *, batch=1, allocated=1000 * MIB, key=KEY):
+def record(total, *, batch=1, allocated=1000 * MIB, slack=0, key=KEY):
     workload = {"context": 64, "batch": batch, "kv_dtype": "16bit", "weights": "int8"}
-    return Record(key, workload, {"weights": 1}, {"weights": 1}, allocated, 2000 * MIB, total)
+    parts = {"weights": 1}
+    return Record(key, workload, parts, parts, allocated, slack, 2000 * MIB, total)
 
 
 def test_a_measurement_agrees_with_the_plan_and_serves_the_next(folder, capsys, monkeypatch):
@@ -69,7 +70,42 @@ def test_a_gpus_memory_is_taken_apart(folder, capsys):
     assert code == 0
     assert found["measured"]["KV cache"] == found["predicted"]["KV cache"]
     assert found["measured"]["weights"] == pytest.approx(found["predicted"]["weights"], abs=MIB)
-    assert found["measured_total"] > sum(found["predicted"].values()) - 700 * MIB
+    assert sum(found["measured"].values()) == found["measured_total"]
+    assert min(found["measured"].values()) >= 0
+    assert found["measured_total"] == pytest.approx(found["predicted_total"], abs=400 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("free_after_steps", "grown"),
+    [((7_000, 7_900, 7_900), 0), ((6_990, 6_800, 6_850), 200)],
+    ids=["prefill is given back", "the graph takes more"],
+)
+def test_the_total_on_a_gpu_is_the_most_that_was_taken(monkeypatch, free_after_steps, grown):
+    """10,000 MiB free before; 3,000 taken after prefill, of which the first case gives back 900."""
+    from halfweight import hf, measure
+
+    smi, driver = iter((10_000, 7_000)), iter((7_000, *free_after_steps))
+    monkeypatch.setattr(measure, "_free_bytes", lambda: next(smi) * MIB)
+    monkeypatch.setattr(hf, "load", lambda *_, **__: None)
+    monkeypatch.setattr(measure, "_prefill", lambda *_: (None, None))
+    monkeypatch.setattr(measure, "_cache_bytes", lambda _: 100 * MIB)
+    monkeypatch.setattr(measure, "_decode", lambda *_: iter(range(3)))
+    for name, found in (
+        ("synchronize", None),
+        ("reset_peak_memory_stats", None),
+        ("memory_allocated", 1_000 * MIB),
+        ("max_memory_allocated", 1_700 * MIB),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(driver) * MIB, 0))
+    (seen,) = measure.run_once("FOLDER", Workload())
+    assert seen.total == (3_000 + grown) * MIB
+    assert seen.components == {
+        "weights": 1_000 * MIB,
+        "KV cache": 100 * MIB,
+        "activations": 600 * MIB,
+        "decode step": grown * MIB,
+    }
 
 
 def test_what_cannot_fit_is_refused_unless_forced(folder, capsys, monkeypatch):
@@ -103,7 +139,7 @@ def test_a_failed_process_is_one_error(monkeypatch):
     from halfweight import measure
     from halfweight.errors import HalfweightError
 
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("the process ended without a result (killed for memory?)")
 
     monkeypatch.setattr(measure, "from_fresh_process", fail)
@@ -121,10 +157,18 @@ def test_records_lie_in_the_cache_folder(monkeypatch, tmp_path):
 def test_measurements_narrow_the_assumption():
     assumed = ASSUMED_OVERHEAD["cuda"]
     assert calibrated_overhead([], "cuda") == assumed
+    below, above = assumed.likely - assumed.low, assumed.high - assumed.likely
     one = calibrated_overhead([record(1500 * MIB)], "cuda")
-    assert one == Range(350 * MIB, 500 * MIB, 850 * MIB)
+    assert one == Range(500 * MIB - below // 2, 500 * MIB, 500 * MIB + above // 2)
     three = calibrated_overhead([record(n * MIB, batch=n) for n in (1500, 1500, 1520)], "cuda")
-    assert three == Range(425 * MIB, 500 * MIB, 695 * MIB)
+    assert three == Range(500 * MIB - below // 4, 500 * MIB, 520 * MIB + above // 4)
+
+
+def test_what_a_measurement_adds_is_beside_the_slack_of_its_own_workload():
+    """Two workloads that differ in what comes and goes show the same process."""
+    small = record(1600 * MIB, allocated=1000 * MIB, slack=0)
+    large = record(3800 * MIB, batch=2, allocated=3000 * MIB, slack=200 * MIB)
+    assert calibrated_overhead([small, large], "cuda").likely == 600 * MIB
 
 
 def test_records_are_of_one_key_and_the_newest_of_a_workload_counts():

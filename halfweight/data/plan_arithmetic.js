@@ -63,6 +63,57 @@ function forwardPeak(model, length, work) {
   return Math.max(mlp, norm, mask + attention + 2 * Math.max(...masks));
 }
 
+// activations.py: what products of one stream keep.
+function workspaceBytes(model, work, weights) {
+  const ours = weights === "int8" && runtimeOn(model, work.ranks) === "halfweight";
+  return model.constants.CUBLAS_WORKSPACE_BYTES + (ours ? partialSumsBytes(model) : 0);
+}
+
+function partialSumsBytes(model) {
+  return 4 * model.constants.MULTIPROCESSORS * model.constants.PARTIAL_SUMS;
+}
+
+function stepBytes(model, work) {
+  const { architecture: a, constants: c } = model;
+  const queries = a.heads * a.head_dim;
+  const qkv = queries + 2 * a.kv_heads * a.head_dim;
+  const programs = work.batch * a.kv_heads;
+  const wanted = Math.floor((c.PROGRAMS_A_PROCESSOR * c.MULTIPROCESSORS) / programs);
+  const splits = Math.max(1, Math.min(wanted, ceilDiv(work.context, c.SPLIT_TOKENS)));
+  const partials = 4 * work.batch * a.heads * splits * (a.head_dim + 2);
+  const width = a.intermediate;
+  const attention = 2 * work.batch * (2 * a.hidden + 2 * queries + qkv + 2 * width) + partials;
+  const head = 2 * work.batch * (3 * a.hidden + queries + 2 * width) + 6 * work.batch * a.vocabulary;
+  return Math.max(attention, head);
+}
+
+function decodeBytes(model, work, weights) {
+  const ours = weights === "int8" && runtimeOn(model, work.ranks) === "halfweight";
+  if (!(ours && model.ownStep[work.groupSize])) {
+    const logits = 6 * work.batch * model.architecture.vocabulary;
+    return forwardPeak(model, 1, work) + logits + workspaceBytes(model, work, weights);
+  }
+  const tables = 4 * work.context * model.architecture.head_dim;
+  return tables + partialSumsBytes(model) + stepBytes(model, work);
+}
+
+// What comes and goes: prefill's, and what a decode step takes beyond.
+function passingParts(model, work, weights) {
+  const { architecture: a, constants: c } = model;
+  const held = runtimeOn(model, work.ranks) === "vllm" ? 0 : c.TOKEN_BYTES;
+  const chunk = Math.max(1, Math.floor(c.CHUNK_TOKENS / work.batch));
+  const forward = forwardPeak(model, Math.min(work.context, chunk), work);
+  const prefill = held * work.batch * work.context + forward;
+  const onGpu = model.device === "cuda";
+  const decode = onGpu ? decodeBytes(model, work, weights) : 0;
+  return [
+    ["logits", 6 * work.batch * a.vocabulary],
+    ["prefill activations", prefill],
+    ["decode step", Math.max(0, decode - prefill)],
+    ["kernel workspace", onGpu ? workspaceBytes(model, work, weights) : 0],
+  ].map(([name, replicated]) => ({ name, sharded: 0, replicated }));
+}
+
 function footprint(model, work, weights) {
   const sums = model.weights[runtimeOn(model, work.ranks)];
   const [divided, held] = weights === "16bit" ? sums["16bit"] : sums.int8[work.groupSize];
@@ -70,19 +121,16 @@ function footprint(model, work, weights) {
     work.ranks > 1
       ? { name, sharded: ceilDiv(divided[i], work.ranks), replicated: held[i] }
       : { name, sharded: 0, replicated: divided[i] + held[i] });
-  const logits = 6 * work.batch * model.architecture.vocabulary;
-  const chunk = Math.max(1, Math.floor(model.chunkTokens / work.batch));
-  const prefill = forwardPeak(model, Math.min(work.context, chunk), work);
-  const decode = forwardPeak(model, 1, work);
-  const onGpu = model.device === "cuda";
-  parts.push(...kvParts(model, work));
-  parts.push({ name: "logits", sharded: 0, replicated: logits });
-  parts.push({ name: "prefill activations", sharded: 0, replicated: prefill });
-  parts.push({ name: "kernel workspace", sharded: 0, replicated: onGpu ? model.workspace : 0 });
-  parts.push({ name: "CUDA graph", sharded: 0, replicated: onGpu ? decode + logits : 0 });
+  const passing = passingParts(model, work, weights);
+  parts.push(...kvParts(model, work), ...passing);
   const found = parts.filter((part) => part.sharded + part.replicated > 0);
-  const allocated = found.reduce((sum, part) => sum + part.sharded + part.replicated, 0);
-  const overhead = model.overhead[runtimeOn(model, work.ranks)];
+  const sum = (list) => list.reduce((all, part) => all + part.sharded + part.replicated, 0);
+  const allocated = sum(found);
+  const runtime = runtimeOn(model, work.ranks);
+  const { low, likely, high } = model.process[runtime];
+  const onAllocator = model.device === "cuda" && runtime === "halfweight";
+  const slack = onAllocator ? Math.floor(sum(passing) / model.slackDivisor) : 0;
+  const overhead = { low, likely: likely + slack, high: high + slack };
   const total = {};
   for (const bound of ["low", "likely", "high"]) total[bound] = allocated + overhead[bound];
   return { parts: found, allocated, overhead, total };
