@@ -4,9 +4,9 @@
 
 Twelve workloads of Llama-3-8B's shape (random weights): FP16 and INT8 weights, contexts of 512 to
 32,768 tokens, batches of 1 to 32, both caches. Nothing else should use the device meanwhile.
-`error` is predicted over measured total, less 1, with the assumed overhead; `calibrated_error` the
-same where the overhead is what the other workloads showed, as after `halfweight measure`. The
-ceiling is the card's memory, of which no plan may miss more than a small part.
+`error` is predicted over measured total, less 1, with the assumed overhead; the calibrated errors
+are the same where the overhead is what the other workloads showed, as after `halfweight measure`.
+The ceiling is the card's memory, of which no plan may miss more than a small part.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def calibrated_errors(records: Sequence[Record], kind: DeviceKind) -> list[float
     for record in records:
         others = [other for other in records if other is not record]
         overhead = calibrated_overhead(others, kind)
-        found.append((record.allocated + overhead.likely) / record.measured_total - 1)
+        predicted = record.allocated + record.slack + overhead.likely
+        found.append(predicted / record.measured_total - 1)
     return found
 
 
@@ -108,6 +109,7 @@ def main() -> None:
                 break
             work = replace(Workload(context, batch, kv), device=kind)
             folder = str(by_weights[weights])
+            begin = time.monotonic()
             record = measure(folder, planned_model(folder), work, weights)
             records.append(record)
             results["rows"].append(row(record))
@@ -120,7 +122,8 @@ def main() -> None:
                 + ", ".join(
                     f"{name} {(record.predicted[name] - n) / 1e6:+.0f} MB"
                     for name, n in record.measured.items()
-                ),
+                )
+                + f"; in {time.monotonic() - begin:.1f} s",
                 flush=True,
             )
     for name, value in results.get("summary", {}).items():
