@@ -1,8 +1,8 @@
 """The quantized operations, their registration with torch, and the choice of a backend.
 
 A backend is one file of this folder that defines `BACKEND`, and one entry in BACKENDS. It is
-chosen once, when a model is loaded (`choose_backend`), logged with the reason, and then named in
-every call: nothing falls back inside a forward.
+chosen when a model is loaded or moved to a device of another type (`choose_backend`), logged with
+the reason, and then named in every call: nothing falls back inside a forward.
 
 Shapes: x [..., K], packed uint8 [N, K] (q + 128), scales [N, K/G] (uint8 grid8 codes or a float
 dtype), exponents int8 [N] for grid8 else None, bias [N], y [..., N] in x's dtype.
@@ -70,10 +70,7 @@ def choose_backend(device: torch.device | str, name: str | None = None) -> str:
     if name is not None:
         reason = backend(name).unavailable(device)
         if reason is not None:
-            raise UsageError(
-                f"backend {name!r} cannot run on {device}: {reason}",
-                hint="run `halfweight backends` to see which can",
-            )
+            raise _cannot_run(name, device, reason)
         return name
     skipped: list[str] = []
     for candidate in BACKENDS:
@@ -83,6 +80,45 @@ def choose_backend(device: torch.device | str, name: str | None = None) -> str:
             return candidate
         skipped.append(f"; not {candidate}: {reason}")
     raise UsageError(f"no backend runs on {device}{''.join(skipped)}")
+
+
+@cache
+def backend_on(device: torch.device, requested: str | None) -> str:
+    """The backend of a model that was moved to `device`: the requested one where it runs there.
+
+    Asked by every module of the model, answered and logged once.
+    """
+    if requested is not None and _unavailable(requested, device) is None:
+        return requested
+    return choose_backend(device)
+
+
+def _check_devices(backend_name: str, x: Tensor, weight: Tensor) -> None:
+    """Raise UsageError, before a kernel follows an address, if this call's tensors lie elsewhere.
+
+    Part of every call, so what a backend says of a device is asked once.
+    """
+    device = weight.device
+    if x.device != device:
+        raise UsageError(
+            f"the input lies on {x.device}, the weight on {device}",
+            hint="bring both to one device: model.to(...), or input_ids.to(model.device)",
+        )
+    reason = _unavailable(backend_name, device)
+    if reason is not None:
+        raise _cannot_run(backend_name, device, reason)
+
+
+@cache
+def _unavailable(backend_name: str, device: torch.device) -> str | None:
+    return backend(backend_name).unavailable(device)
+
+
+def _cannot_run(name: str, device: torch.device, reason: str) -> UsageError:
+    return UsageError(
+        f"backend {name!r} cannot run on {device}: {reason}",
+        hint="run `halfweight backends` to see which can",
+    )
 
 
 @torch.library.custom_op("halfweight::linear", mutates_args=())
@@ -99,6 +135,7 @@ def linear(
 
     With `int8_activations` each group of x is rounded to int8 first (opt-in, not exact).
     """
+    _check_devices(backend_name, x, packed)
     chosen = backend(backend_name)
     function = chosen.linear_int8 if int8_activations else chosen.linear
     if function is None:
@@ -132,6 +169,7 @@ def embedding(
     backend_name: str,
 ) -> Tensor:
     """Rows `ids` [...] of the dequantized table [N, K] as [..., K] in `dtype`."""
+    _check_devices(backend_name, ids, packed)
     return backend(backend_name).embedding(ids, packed, scales, exponents, dtype)
 
 

@@ -216,7 +216,7 @@ def _workspace(device: int, stream: int) -> tuple[Tensor, Tensor]:
     sums = blocks * max(config.partial_floats for config in (*SMALL, *LARGE, *INT8))
     where = torch.device("cuda", device)
     return (
-        torch.empty(2 * sums, dtype=torch.float32, device=where),
+        torch.empty(sums, dtype=torch.float32, device=where),
         torch.zeros(blocks, dtype=torch.int32, device=where),
     )
 

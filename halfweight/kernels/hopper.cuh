@@ -1,11 +1,11 @@
 // What both Hopper kernels share: barriers, bulk tensor copies, conversion of bytes to 16-bit
 // numbers, and the schedule. See hopper_small.cu and hopper_large.cu.
 //
-// Work: the tiles that do not fill a wave are cut into equal runs of K blocks (stream-K), so that
-// every multiprocessor ends at the same time; whole tiles follow. A run that does not start its tile
-// leaves its float32 sums in `partials`; the run that starts the tile adds them in a fixed order, so
-// results do not change from call to call. It waits only for blocks of a lower index, which the
-// hardware starts first.
+// Work: whole tiles first, then what is left is cut into equal runs of K blocks (stream-K), so that
+// every multiprocessor ends at the same time. A run that does not start its tile leaves its float32
+// sums in `partials`; the run that starts the tile adds them in a fixed order, so results do not
+// change from call to call. It waits only for blocks of a lower index, which the hardware starts
+// first.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -116,7 +116,7 @@ __device__ __forceinline__ float to_float(u16 v) {
 // One run of K blocks [k_begin, k_end) of a tile.
 struct Segment { int tile, k_begin, k_end; };
 
-// The runs of one worker (a cluster): its share of the tiles that workers share, then whole tiles.
+// The runs of one worker (a cluster): whole tiles, then its share of the stream-K remainder.
 struct Schedule {
     const Problem& p;
     int worker, wave;
@@ -131,16 +131,18 @@ struct Schedule {
         return (int)((long long)tiles * p.k_blocks * w / p.num_workers);
     }
     __device__ bool pop(Segment& s) {
-        if (next < end) {
-            int tile = next / p.k_blocks;
-            s.tile = p.whole_waves * p.num_workers + tile;
-            s.k_begin = next - tile * p.k_blocks;
-            s.k_end = min(p.k_blocks, s.k_begin + end - next);
-            next += s.k_end - s.k_begin;
-            return true;
+        if (wave < p.whole_waves) {
+            s = {wave * p.num_workers + worker, 0, p.k_blocks};
+            ++wave;
+            return s.tile < p.tiles_m * p.tiles_n;
         }
-        s = {wave * p.num_workers + worker, 0, p.k_blocks};
-        return wave++ < p.whole_waves && s.tile < p.tiles_m * p.tiles_n;
+        if (next >= end) return false;
+        int tile = next / p.k_blocks;
+        s.tile = p.whole_waves * p.num_workers + tile;
+        s.k_begin = next - tile * p.k_blocks;
+        s.k_end = min(p.k_blocks, s.k_begin + end - next);
+        next += s.k_end - s.k_begin;
+        return true;
     }
     // The workers after this one that hold the rest of tile `s`: [worker + 1, last).
     __device__ int last_sharer(const Segment& s) const {
@@ -151,31 +153,13 @@ struct Schedule {
     }
 };
 
-// The sums of a run, in memory: a slot for each block of the grid, THREADS threads of COUNT floats.
-template <int THREADS, int COUNT>
-__device__ __forceinline__ float* partial(const Problem& p, int slot, int thread) {
-    return p.partials + (long long)slot * COUNT * THREADS + thread;
-}
-template <int THREADS, int COUNT>
-__device__ __forceinline__ void write_partial(const Problem& p, int slot, int thread,
-                                              const float (&sums)[COUNT]) {
-    float* mine = partial<THREADS, COUNT>(p, slot, thread);
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) __stcg(mine + i * THREADS, sums[i]);
-}
-template <int THREADS, int COUNT>
-__device__ __forceinline__ void add_partial(const Problem& p, int slot, int thread,
-                                            float (&sums)[COUNT]) {
-    const float* theirs = partial<THREADS, COUNT>(p, slot, thread);
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) sums[i] += __ldcg(theirs + i * THREADS);
-}
-
 // Leave this run's sums for the block that starts the tile. THREADS threads of barrier ID call it.
 template <int ID, int THREADS, int COUNT>
 __device__ __forceinline__ void leave_partial(const Problem& p, int slot, int thread,
                                               const float (&sums)[COUNT]) {
-    write_partial<THREADS>(p, slot, thread, sums);
+    float* mine = p.partials + (long long)slot * COUNT * THREADS + thread;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) __stcg(mine + i * THREADS, sums[i]);
     __threadfence();
     named_sync<ID, THREADS>();
     if (thread == 0)
@@ -194,52 +178,10 @@ __device__ __forceinline__ void add_partials(const Problem& p, int first, int la
         *flag = 0;
     }
     named_sync<ID, THREADS>();
-    for (int other = first; other < last; ++other)
-        add_partial<THREADS>(p, other * stride + rank, thread, sums);
-}
-
-// The sums of a worker's runs on their way to y. A run that does not start its tile is left for the
-// worker that does. That one waits for the others, but where whole tiles are still to come it puts
-// its own sums aside and adds all at the end, when nobody is waited for any more.
-template <int ID, int THREADS, int STRIDE> struct Sums {
-    const Problem& p;
-    Schedule schedule;
-    int rank, thread;
-    Segment aside;
-    bool recalled;
-
-    __device__ Sums(const Problem& problem, int worker, int rank_, int thread_)
-        : p(problem), schedule(problem, worker), rank(rank_), thread(thread_), aside{-1, 0, 0},
-          recalled(false) {}
-
-    __device__ __forceinline__ int slot() const { return schedule.worker * STRIDE + rank; }
-    __device__ __forceinline__ int aside_slot() const { return p.num_workers * STRIDE + slot(); }
-
-    // Whether `sums` of run `s` are whole now, to be stored.
-    template <int COUNT>
-    __device__ __forceinline__ bool collect(const Segment& s, float (&sums)[COUNT]) {
-        if (s.k_begin > 0) {
-            leave_partial<ID, THREADS>(p, slot(), thread, sums);
-            return false;
-        }
-        if (s.k_end == p.k_blocks) return true;
-        if (p.whole_waves > 0 && !recalled) {
-            write_partial<THREADS>(p, aside_slot(), thread, sums);
-            aside = s;
-            return false;
-        }
-        add_partials<ID, THREADS>(p, schedule.worker + 1, schedule.last_sharer(s), STRIDE, rank,
-                                  thread, sums);
-        return true;
-    }
-    // The run put aside, if any: its sums so far, to be collected.
-    template <int COUNT> __device__ __forceinline__ bool recall(Segment& s, float (&sums)[COUNT]) {
-        if (aside.tile < 0 || recalled) return false;
-        recalled = true;
-        s = aside;
+    for (int other = first; other < last; ++other) {
+        const float* theirs =
+            p.partials + (long long)(other * stride + rank) * COUNT * THREADS + thread;
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) sums[i] = 0.0f;
-        add_partial<THREADS>(p, aside_slot(), thread, sums);
-        return true;
+        for (int i = 0; i < COUNT; ++i) sums[i] += __ldcg(theirs + i * THREADS);
     }
-};
+}

@@ -7,8 +7,9 @@
 // hopper_small.cu makes, but they hide behind the tensor cores, and x needs no other order.
 //
 //   warpgroup 0      producer: bulk tensor copies of W [BN, KB] bytes and x [MT, KB] into a ring
-//   warpgroups 1...  consumers: 64 rows of W each; while the tensor cores multiply 64 columns, the
-//                    next 64 are converted
+//   warpgroups 1...  consumers: 64 rows of W each; the next 64 columns are converted between the
+//                    issue of one step of 16 columns and the next, so that the tensor cores never
+//                    wait for a conversion
 //
 // A weight enters as q * code, an integer of at most 15 bits rounded once to the 16-bit type; the
 // row's power of two is applied to the float32 sum. Nothing overflows whatever the scales are.
@@ -124,47 +125,47 @@ __device__ __forceinline__ void step_block(Cursor& c, const Segment& s, int k, u
     convert(raw, pairs, next);
 }
 
-// The sums of a run for rows `row` and `row` + 8 of this lane.
-__device__ __forceinline__ void multiply_run(const Problem& p, Cursor& c, const Segment& s, int row,
-                                             u32 line, u32 swizzle, int lane, float (&acc)[ACC]) {
-    u32 even[4][4], odd[4][4], codes[GROUPS][2], pairs[GROUPS][2];
-    for (int h = 0; h < 2; ++h)
-        c.codes[h] = p.codes + (long long)min(row + 8 * h, p.out_features - 1) * p.num_groups;
-    c.load_codes(s.k_begin, codes);
-    Raw raw;
-    read_stage(c, line, swizzle, raw);
-    to_pairs(codes, pairs);
-    convert(raw, pairs, even);
-    c.load_codes(s.k_begin + 1, codes);
-    for (int k = s.k_begin; k < s.k_end; k += 2) {
-        step_block(c, s, k, line, swizzle, lane, codes, even, odd, acc);
-        if (k + 1 == s.k_end) break;
-        step_block(c, s, k + 1, line, swizzle, lane, codes, odd, even, acc);
-    }
-    wgmma_wait<0>();
-    __syncwarp();
-    release_stage(c.empty + 8 * (c.stage == 0 ? STAGES - 1 : c.stage - 1), lane);
-}
-
 __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
     int group_shift = p.num_groups == 1 ? 31 : 31 - __clz(p.group_size);
     Cursor c = {b.ring, b.full, b.empty, {}, group_shift, p.num_groups - 1, 0, 0};
     int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
     int row_in_tile = warp * 16 + lane / 4;
     u32 line = row_in_tile * KB + lane % 4 * 2, swizzle = (row_in_tile >> 1 & 3) << 4;
-    Sums<1, CONSUMERS, CLUSTER> out(p, b.worker, b.rank, thread);
-    float acc[ACC];
-    for (Segment s;;) {
-        bool fresh = out.schedule.pop(s);
-        if (!fresh && !out.recall(s, acc)) break;
+    Schedule schedule(p, b.worker);
+    Segment s;
+    while (schedule.pop(s)) {
         int m, n;
         tile_position(p, s.tile, m, n);
         int tile_row = (n * CLUSTER + b.rank) * BN;
-        if (fresh) multiply_run(p, c, s, tile_row + row_in_tile, line, swizzle, lane, acc);
+        float acc[ACC];
+        u32 even[4][4], odd[4][4], codes[GROUPS][2], pairs[GROUPS][2];
+        for (int h = 0; h < 2; ++h) {
+            int row = min(tile_row + row_in_tile + 8 * h, p.out_features - 1);
+            c.codes[h] = p.codes + (long long)row * p.num_groups;
+        }
+        c.load_codes(s.k_begin, codes);
+        Raw raw;
+        read_stage(c, line, swizzle, raw);
+        to_pairs(codes, pairs);
+        convert(raw, pairs, even);
+        c.load_codes(s.k_begin + 1, codes);
+        for (int k = s.k_begin; k < s.k_end; k += 2) {
+            step_block(c, s, k, line, swizzle, lane, codes, even, odd, acc);
+            if (k + 1 == s.k_end) break;
+            step_block(c, s, k + 1, line, swizzle, lane, codes, odd, even, acc);
+        }
         RowEnds ends = load_row_ends(p, tile_row + row_in_tile);
-        if (out.collect(s, acc))
-            store_rows(p, m, tile_row + warp * 16, lane, ends, b.buffers + warp * STORE_TOKENS * 32,
-                       acc);
+        wgmma_wait<0>();
+        __syncwarp();
+        release_stage(c.empty + 8 * (c.stage == 0 ? STAGES - 1 : c.stage - 1), lane);
+        if (s.k_begin > 0) {
+            leave_partial<1, CONSUMERS>(p, b.worker * CLUSTER + b.rank, thread, acc);
+            continue;
+        }
+        if (s.k_end < p.k_blocks)
+            add_partials<1, CONSUMERS>(p, b.worker + 1, schedule.last_sharer(s), CLUSTER, b.rank,
+                                       thread, acc);
+        store_rows(p, m, tile_row + warp * 16, lane, ends, b.buffers + warp * STORE_TOKENS * 32, acc);
     }
 }
 

@@ -195,20 +195,18 @@ __device__ __forceinline__ void consume(const Problem& p, u32 ring, u32 full, u3
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int wn = warp % WN, wk = warp / WN, fragment_row = lane / 4, quad = lane % 4;
     int row_in_tile = wn * 16 * RT + row_in_eight(fragment_row);
-    Sums<2, OWNERS, 1> out(p, worker, 0, wn * 32 + lane);
-    float total[ACC], sums[ACC];
+    Schedule schedule(p, worker);
+    Segment s;
     int stage = 0, phase = 0;
-    for (Segment s;;) {
-        bool fresh = out.schedule.pop(s);
-        if (!fresh && (wk > 0 || !out.recall(s, total))) break;
+    while (schedule.pop(s)) {
         int row = s.tile * BN + row_in_tile;
         RowEnds ends = load_row_ends(p, row);
+        float total[ACC], sums[ACC];
+#pragma unroll
+        for (int i = 0; i < ACC; ++i) total[i] = sums[i] = 0.0f;
         u32 codes[CODES][RT][2], next_codes[CODES][RT][2];
         load_codes(p, row, s.k_begin, wk, next_codes);
-        if (fresh)
-#pragma unroll
-            for (int i = 0; i < ACC; ++i) total[i] = sums[i] = 0.0f;
-        for (int k = s.k_begin; fresh && k < s.k_end; ++k) {
+        for (int k = s.k_begin; k < s.k_end; ++k) {
             take(codes, next_codes);
             if (k + 1 < s.k_end) load_codes(p, row, k + 1, wk, next_codes);
             barrier_wait(full + 8 * stage, phase);
@@ -225,8 +223,16 @@ __device__ __forceinline__ void consume(const Problem& p, u32 ring, u32 full, u3
             if (lane == 0) barrier_arrive(empty + 8 * stage);
             if (++stage == STAGES) { stage = 0; phase ^= 1; }
         }
-        if (fresh) reduce_warps(buffer, wn, wk, lane, total);
-        if (wk == 0 && out.collect(s, total)) store(p, row, quad, ends, total);
+        reduce_warps(buffer, wn, wk, lane, total);
+        if (wk > 0) continue;
+        if (s.k_begin > 0) {
+            leave_partial<2, OWNERS>(p, worker, wn * 32 + lane, total);
+            continue;
+        }
+        if (s.k_end < p.k_blocks)
+            add_partials<2, OWNERS>(p, worker + 1, schedule.last_sharer(s), 1, 0, wn * 32 + lane,
+                                    total);
+        store(p, row, quad, ends, total);
     }
 }
 
