@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from halfweight.checkpoint import StoredWeight
 from halfweight.errors import CheckpointError
 from halfweight.modules import QuantizedLinear
 from halfweight.numerics import QuantizedTensor
@@ -35,39 +34,37 @@ ROLES = {
 
 @dataclass
 class StoredExperts:
-    """The experts of one layer as the file holds them: index -> role -> (module name, weight)."""
+    """The experts of one layer as the file holds them: index -> role -> module name."""
 
     parent: str
-    weights: dict[int, dict[str, tuple[str, StoredWeight]]] = field(
-        default_factory=lambda: defaultdict(dict)
-    )
+    modules: dict[int, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
 
     @property
     def names(self) -> list[str]:
         """The modules of all experts, by the file's names."""
-        return [name for roles in self.weights.values() for name, _ in roles.values()]
+        return [name for roles in self.modules.values() for name in roles.values()]
 
 
-def stored_experts(stored: Mapping[str, StoredWeight]) -> list[StoredExperts]:
+def stored_experts(stored: Iterable[str]) -> list[StoredExperts]:
     """Those of the packed modules of a file that are an expert's, by layer.
 
     Raises CheckpointError if an expert lacks one of its three matrices.
     """
     found: dict[str, StoredExperts] = {}
-    for name, weight in stored.items():
+    for name in stored:
         match = EXPERT.fullmatch(name)
         if match is None or match["role"] not in ROLES:
             continue
         experts = found.setdefault(match["parent"], StoredExperts(match["parent"]))
-        experts.weights[int(match["index"])][ROLES[match["role"]]] = (name, weight)
+        experts.modules[int(match["index"])][ROLES[match["role"]]] = name
     for experts in found.values():
         _check_complete(experts)
     return list(found.values())
 
 
 def _check_complete(experts: StoredExperts) -> None:
-    for index in range(max(experts.weights) + 1):
-        missing = set(ROLES.values()) - experts.weights[index].keys()
+    for index in range(max(experts.modules) + 1):
+        missing = set(ROLES.values()) - experts.modules[index].keys()
         if missing:
             raise CheckpointError(
                 f"{experts.parent}.{index}: its matrix {sorted(missing)[0]} is not in INT8, "
@@ -97,19 +94,23 @@ class QuantizedExperts(nn.Module):
     """In place of transformers' experts module; `file_names`: name in here -> name in the file."""
 
     def __init__(
-        self, awaited: AwaitedExperts, tensors: Mapping[str, Tensor], options: Mapping[str, Any]
+        self,
+        awaited: AwaitedExperts,
+        weights: Mapping[str, QuantizedTensor],
+        options: Mapping[str, Any],
     ) -> None:
-        """`tensors` of the file by name; `options` of every QuantizedLinear."""
+        """`weights` by their names in the file; `options` of every QuantizedLinear."""
         super().__init__()
         self.act_fn = awaited.act_fn
         self.experts = nn.ModuleList()
         self.file_names: dict[str, str] = {}
-        weights = awaited.found.weights
-        for index in range(len(weights)):
+        modules = awaited.found.modules
+        for index in range(len(modules)):
             expert = Expert()
-            for role in sorted(weights[index]):
-                name, weight = weights[index][role]
-                setattr(expert, role, _linear(name, weight, tensors, options))
+            for role, name in sorted(modules[index].items()):
+                linear = QuantizedLinear(weights[name].shape, **options)
+                linear.hold(weights[name])
+                setattr(expert, role, linear)
                 self.file_names[f"experts.{index}.{role}"] = name
             self.experts.append(expert)
 
@@ -157,14 +158,3 @@ def is_fused(module: nn.Module) -> bool:
     """Whether it is transformers' plain gated form of experts: two 3-D tensors, an activation."""
     shapes = {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False)}
     return shapes == {"gate_up_proj": 3, "down_proj": 3} and hasattr(module, "act_fn")
-
-
-def _linear(
-    name: str, weight: StoredWeight, tensors: Mapping[str, Tensor], options: Mapping[str, Any]
-) -> QuantizedLinear:
-    packed = tensors[f"{name}.weight_packed"].view(torch.uint8)
-    held = QuantizedTensor(packed, tensors[f"{name}.weight_scale"], None)
-    rows, columns = packed.shape
-    linear = QuantizedLinear((rows, columns), weight.group_size, held.scales.dtype, **options)
-    linear.hold(held)
-    return linear

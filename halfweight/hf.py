@@ -1,9 +1,9 @@
 """halfweight models in transformers: load a checkpoint, or quantize while loading.
 
 `load` builds the model that config.json names without memory, swaps in our modules for what the
-file holds in INT8, and lets transformers' own loader place every tensor (its renamings, ties and
-buffers count). The tensors are views of the mapped file; for a GPU each is then read from the file
-into its place, once. Scales become one byte each where they lie on a grid8 grid.
+file holds in INT8, and lets transformers' own loader place all other tensors (its renamings, ties
+and buffers count). Weights in INT8 are on their way meanwhile (arrival.py). The other tensors are
+views of the mapped file; for a GPU each is then read from the file into its place, once.
 
 `HalfweightConfig` does the same to a 16-bit model that transformers loads:
 `AutoModelForCausalLM.from_pretrained(source, quantization_config=HalfweightConfig())`.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from halfweight.arrival import arriving
 from halfweight.checkpoint import Checkpoint, StoredWeight, quantized_modules, read_headers, resolve
 from halfweight.device_memory import indexed, out_of_memory, require
 from halfweight.errors import CheckpointError, UsageError
@@ -40,12 +41,17 @@ from halfweight.experts import (
 )
 from halfweight.kernels import backend, choose_backend
 from halfweight.layout import quantization_config
-from halfweight.llama_like import SHARED_INPUT
-from halfweight.loader import DTYPES, Progress, map_tensors, read_into
-from halfweight.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, stand_in
-from halfweight.numerics import quantize
+from halfweight.loader import Progress, Tally, map_tensors, read_into
+from halfweight.modules import (
+    PARTS,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedWeight,
+    stand_in,
+)
+from halfweight.numerics import QuantizedTensor, quantize
 from halfweight.scheme import Decision, Recipe, ScaleChoice, Scheme, TensorInfo
-from halfweight.selfload import quiet
+from halfweight.selfload import PACKED_PARTS, quiet
 from halfweight.shard import StoredTensor, some
 
 log = logging.getLogger("halfweight")
@@ -60,7 +66,8 @@ class HalfweightConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How transformers quantizes a model while loading it, or what a loaded one holds.
 
     group_size, scale_format, scale_choice and keep (globs of tensors left in 16 bits) are those of
-    Recipe; backend and activations those of `load`, which alone passes `stored`: the file's parts.
+    Recipe; backend and activations those of `load`, which alone passes `stored`: packed module ->
+    file. Strings only: transformers copies a config several times, deeply.
     """
 
     def __init__(
@@ -71,7 +78,7 @@ class HalfweightConfig(QuantizationConfigMixin):  # type: ignore[misc]
         keep: tuple[str, ...] | list[str] = (),
         backend: str | None = None,
         activations: Activations = "exact",
-        stored: Mapping[str, StoredWeight] | None = None,
+        stored: Mapping[str, str] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD
@@ -98,25 +105,17 @@ class HalfweightQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config
-        layers = stored_experts(config.stored or {})
+        stored = config.stored or {}
+        layers = stored_experts(stored)
         of_experts = {name for found in layers for name in found.names}
-        for name, weight in (config.stored or {}).items():
-            if name in of_experts:
-                continue
-            scale_dtype = DTYPES[weight.scale.info.dtype]
-            replacement = stand_in(
-                _submodule(model, name, weight),
-                weight.group_size,
-                scale_dtype,
-                config.backend,
-                model.dtype,
-                config.activations == "int8",
-            )
+        for name in (name for name in stored if name not in of_experts):
+            module = _submodule(model, name, stored[name])
+            int8 = config.activations == "int8"
+            replacement = stand_in(module, config.backend, model.dtype, int8)
             if replacement is None:
-                kind = type(model.get_submodule(name)).__name__
                 raise CheckpointError(
-                    f"module {name} is packed in the file but a {kind} in the model, "
-                    "expected a Linear or an Embedding",
+                    f"module {name} is packed in the file but a {type(module).__name__} in the "
+                    "model, expected a Linear or an Embedding",
                     hint="quantize again with --keep for this module",
                 )
             model.set_submodule(name, replacement)
@@ -184,20 +183,20 @@ def load(
         "quant_method": METHOD,
         "backend": chosen,
         "activations": activations,
-        "stored": stored,
+        "stored": {name: weight.packed.shard.name for name, weight in stored.items()},
     }
+    what = f"loading {checkpoint.root.name}"
+    require(checkpoint.num_bytes, device, what, hint=LOAD_HINT)
     mapped = map_tensors(checkpoint)
-    source = {t.data_ptr(): s for s in checkpoint.tensors if (t := mapped[s.name]).numel()}
-    loaded = _from_tensors(checkpoint, config, _model_tensors(mapped, stored, dtype))
-    options = {"backend_name": chosen, "int8_activations": activations == "int8"}
-    _fill_experts(loaded, mapped, options)
-    if device.type != "cpu":
-        what = f"loading {checkpoint.root.name}"
-        require(checkpoint.num_bytes, device, what, hint=LOAD_HINT)
-        with out_of_memory(device, what, hint=LOAD_HINT):
-            _move(loaded, device, source, progress)
-    for module in _quantized(loaded).values():
-        module.compact_scales()
+    tally = Tally(checkpoint.num_bytes, progress)
+    with out_of_memory(device, what, hint=LOAD_HINT):
+        with arriving(stored, mapped, device, tally) as weights:
+            loaded = _from_tensors(checkpoint, config, _other_tensors(mapped, stored, dtype))
+            _check_shapes(checkpoint, loaded, stored)
+            _fill(loaded, weights())
+        if device.type != "cpu":
+            source = {t.data_ptr(): s for s in checkpoint.tensors if (t := mapped[s.name]).numel()}
+            _move(loaded, device, source, tally)
     _finish(loaded, checkpoint)
     return loaded
 
@@ -264,36 +263,34 @@ def _model_config(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
     return config
 
 
-def _model_tensors(
-    mapped: Mapping[str, Tensor], stored: Mapping[str, StoredWeight], dtype: torch.dtype | None
+def _other_tensors(
+    mapped: Mapping[str, Tensor], stored: Iterable[str], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Mapped tensors by the names of our modules: bytes of packed weights, no shape records.
+    """Mapped tensors that are no part of a packed weight, those in 16 bits in `dtype`.
 
-    Without those of experts, which transformers would merge; what is in 16 bits in `dtype`, to
-    which transformers 5.17 does not bring tensors that it renames.
+    transformers 5.17 does not bring tensors that it renames to the model's dtype.
     """
-    scales = {f"{name}.weight_scale" for name in stored}
-    tensors = {
-        name: tensor.to(dtype) if tensor.is_floating_point() and name not in scales else tensor
+    parts = {f"{name}.{part}" for name in stored for part in PACKED_PARTS}
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in mapped.items()
+        if name not in parts
     }
-    for name in stored:
-        packed = tensors[f"{name}.weight_packed"]
-        tensors[f"{name}.weight_packed"] = packed.view(torch.uint8)
-        del tensors[f"{name}.weight_shape"]
-    for name in (name for found in stored_experts(stored) for name in found.names):
-        for part in ("packed", "scale"):
-            del tensors[f"{name}.weight_{part}"]
-    return tensors
 
 
-def _fill_experts(
-    model: PreTrainedModel, mapped: Mapping[str, Tensor], options: Mapping[str, Any]
-) -> None:
-    """Experts in INT8 wherever transformers left a place for them."""
+def _fill(model: PreTrainedModel, weights: Mapping[str, QuantizedTensor]) -> None:
+    """Give the modules that wait for a weight theirs."""
+    config = model.config.quantization_config
+    options = {
+        "backend_name": config.backend,
+        "int8_activations": config.activations == "int8",
+    }
     for name, module in list(model.named_modules()):
         if isinstance(module, AwaitedExperts):
-            model.set_submodule(name, QuantizedExperts(module, mapped, options))
+            model.set_submodule(name, QuantizedExperts(module, weights, options))
+        elif isinstance(module, QuantizedWeight) and name in weights:
+            module.hold(weights[name])
+    _share_table(model)
 
 
 def _file_names(model: PreTrainedModel) -> dict[str, str]:
@@ -304,6 +301,24 @@ def _file_names(model: PreTrainedModel) -> dict[str, str]:
         if isinstance(module, QuantizedExperts)
         for own, file_name in module.file_names.items()
     }
+
+
+def _check_shapes(
+    checkpoint: Checkpoint, model: PreTrainedModel, stored: Mapping[str, StoredWeight]
+) -> None:
+    """Raise CheckpointError where a packed weight is not of the shape that config.json says."""
+    for name, module in _quantized(model).items():
+        expected = (module.out_features, module.in_features)
+        if name in stored and stored[name].shape != expected:
+            raise _misfit(checkpoint, {"of another shape": {f"{name}.weight_packed"}})
+
+
+def _misfit(checkpoint: Checkpoint, words: Mapping[str, Collection[str]]) -> CheckpointError:
+    wrong = "; ".join(f"{what}: {some(keys)}" for what, keys in words.items() if keys)
+    return CheckpointError(
+        f"{checkpoint.root}: the files do not fit the model of config.json ({wrong})",
+        hint="download the checkpoint again, or quantize its source again",
+    )
 
 
 def _from_tensors(checkpoint: Checkpoint, config: Any, tensors: dict[str, Tensor]) -> Any:
@@ -325,11 +340,7 @@ def _from_tensors(checkpoint: Checkpoint, config: Any, tensors: dict[str, Tensor
             "of another shape": {key[0] for key in found["mismatched_keys"]},
             "not in the model": set(found["unexpected_keys"]),
         }
-        wrong = "; ".join(f"{what}: {some(sorted(keys))}" for what, keys in words.items() if keys)
-        raise CheckpointError(
-            f"{checkpoint.root}: the files do not fit the model of config.json ({wrong})",
-            hint="download the checkpoint again, or quantize its source again",
-        )
+        raise _misfit(checkpoint, words)
     return loaded
 
 
@@ -339,61 +350,60 @@ def _expert_of(name: str, module: nn.Module) -> TensorInfo:
     return TensorInfo(f"{name}.0.down_proj.weight", "BF16", shape)
 
 
-def _submodule(model: PreTrainedModel, name: str, weight: StoredWeight) -> nn.Module:
+def _submodule(model: PreTrainedModel, name: str, file_name: str) -> nn.Module:
     try:
         found: nn.Module = model.get_submodule(name)
     except AttributeError:
         raise CheckpointError(
-            f"{weight.packed.shard.name}: module {name} is not in the model of config.json",
+            f"{file_name}: module {name} is not in the model of config.json",
             hint="halfweight does not run this architecture yet, or config.json is another's",
         ) from None
     return found
 
 
 def _tie_head(model: PreTrainedModel) -> None:
-    """A head tied to a quantized embedding becomes a linear that transformers ties part by part."""
+    """A head tied to a quantized embedding becomes a linear that waits for `_share_table`."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, QuantizedEmbedding) or not isinstance(head, nn.Linear):
         return
-    names = {id(module): name for name, module in model.named_modules()}
-    source, target = names[id(embedding)], names[id(head)]
-    ties = model.all_tied_weights_keys
-    if ties.pop(f"{target}.weight", None) is None:
+    target = _name_of(model, head)
+    if model.all_tied_weights_keys.pop(f"{target}.weight", None) is None:
         return
     shape = (embedding.out_features, embedding.in_features)
-    scale_dtype, chosen = embedding.weight_scale.dtype, embedding.backend_name
-    model.set_submodule(
-        target, QuantizedLinear(shape, embedding.group_size, scale_dtype, chosen, head.bias)
-    )
-    for part in ("weight_packed", "weight_scale"):
-        ties[f"{target}.{part}"] = f"{source}.{part}"
+    model.set_submodule(target, QuantizedLinear(shape, embedding.backend_name, head.bias))
 
 
-def _share_scales(model: PreTrainedModel) -> None:
-    """The tied head and the embedding hold the same scales."""
+def _share_table(model: PreTrainedModel) -> None:
+    """Let a head that has no weight of its own hold the embedding's."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(embedding, QuantizedEmbedding) or not isinstance(head, QuantizedLinear):
+    if not isinstance(head, QuantizedLinear) or head.weight_packed is not None:
         return
-    if head.weight_packed.data_ptr() == embedding.weight_packed.data_ptr():
-        head.hold(embedding.quantized)
+    head.hold(embedding.quantized)
+    source, target = _name_of(model, embedding), _name_of(model, head)
+    model.all_tied_weights_keys |= {f"{target}.{part}": f"{source}.{part}" for part in PARTS}
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    names: Iterator[str] = (name for name, found in model.named_modules() if found is module)
+    return next(names)
 
 
 def _move(
     model: PreTrainedModel,
     device: torch.device,
     source: Mapping[int, StoredTensor],
-    progress: Progress | None,
+    tally: Tally,
 ) -> None:
-    """Give every tensor of `model` a place on `device`, filled from the file where it is mapped."""
+    """Give what is not yet on `device` a place there, filled from the file where it is mapped."""
     places: dict[int, Tensor] = {}
-    rooms = _stacked_rooms(model, device)
     targets: list[tuple[StoredTensor, Tensor]] = []
     for owner, name, tensor in _tensors(model):
+        if tensor.device == device:
+            continue
         if id(tensor) not in places:
             stored = source.get(tensor.data_ptr())
             if stored is not None and stored.info.num_bytes == tensor.nbytes:
-                room = rooms.get(id(tensor))
-                place = torch.empty_like(tensor, device=device) if room is None else room
+                place = torch.empty_like(tensor, device=device)
                 targets.append((stored, place))
             else:
                 place = tensor.detach().to(device)
@@ -401,26 +411,8 @@ def _move(
                 place = nn.Parameter(place, requires_grad=False)
             places[id(tensor)] = place
         setattr(owner, name, places[id(tensor)])
-    read_into(targets, progress)
-
-
-def _stacked_rooms(model: PreTrainedModel, device: torch.device) -> dict[int, Tensor]:
-    """By the id of a packed weight, room for it right behind the one that shares its input.
-
-    So that `modules.stack` makes one product of them without a copy.
-    """
-    rooms: dict[int, Tensor] = {}
-    for module in model.modules():
-        for names in SHARED_INPUT:
-            parts = [getattr(module, name, None) for name in names]
-            weights = [p.weight_packed for p in parts if isinstance(p, QuantizedLinear)]
-            if len(weights) < len(names) or len({w.shape[1] for w in weights}) > 1:
-                continue
-            heights = [len(w) for w in weights]
-            whole = torch.empty(sum(heights), weights[0].shape[1], dtype=torch.uint8, device=device)
-            rows = torch.split(whole, heights)
-            rooms |= {id(w): room for w, room in zip(weights, rows, strict=True)}
-    return rooms
+    read_into(targets, tally)
+    tally.finish()
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -435,7 +427,6 @@ def _quantized(model: nn.Module) -> dict[str, QuantizedWeight]:
 
 
 def _finish(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    _share_scales(model)
     model.config.quantization_config = saved_config(model)
     model.requires_grad_(False)
     model.eval()
@@ -466,17 +457,10 @@ def _quantize_in_place(model: PreTrainedModel, config: HalfweightConfig) -> None
         if decision.scheme is None:
             continue
         held = quantize(weight.data, decision.scheme, name=f"{name}.weight")
-        replacement = stand_in(
-            module,
-            held.group_size,
-            held.scales.dtype,
-            name_of_backend,
-            model.dtype,
-            config.activations == "int8",
-        )
+        int8 = config.activations == "int8"
+        replacement = stand_in(module, name_of_backend, model.dtype, int8)
         assert replacement is not None
         replacement.hold(held)
         model.set_submodule(name, replacement)
     _tie_head(model)
-    model.tie_weights(recompute_mapping=False)
-    _share_scales(model)
+    _share_table(model)

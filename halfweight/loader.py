@@ -4,6 +4,8 @@ On the CPU a tensor is a view of the mapped file: loading costs no memory and no
 are touched. For any other device the file is read in chunks by several threads. Each thread owns
 two staging buffers (pinned for CUDA): while one is on its way to the device on the thread's own
 stream, the other is being read into, so disk (or page cache), processor and bus all work at once.
+A thread holds Python's lock a few dozen microseconds a chunk, so all of this goes on beside other
+work of the process; `Tally.stop` calls it off.
 At most NUM_THREADS * 2 * CHUNK_BYTES of host memory are in use, whatever the model's size.
 
 The caller owns the destinations: `read_into` fills tensors that exist already, so projections to
@@ -18,9 +20,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -95,26 +96,56 @@ def map_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return found
 
 
-def read_into(
-    targets: Iterable[tuple[StoredTensor, Tensor]], progress: Progress | None = None
-) -> None:
+class Tally:
+    """Counts the bytes that have arrived, from any thread, and tells `progress`."""
+
+    def __init__(self, total: int, progress: Progress | None = None) -> None:
+        self.stopped = False
+        self._done, self._total = 0, total
+        self._lock = Lock()
+        self._progress = progress
+
+    def add(self, num_bytes: int) -> None:
+        """So many more bytes have arrived."""
+        with self._lock:
+            self._done += num_bytes
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+
+    def finish(self) -> None:
+        """All that was wanted is there, some of it by other ways."""
+        self.add(self._total - self._done)
+
+    def stop(self) -> None:
+        """No more are wanted: reading ends after the chunks under way, its targets half filled."""
+        self.stopped = True
+
+
+def read_into(targets: Iterable[tuple[StoredTensor, Tensor]], tally: Tally | None = None) -> None:
     """Fill each target, contiguous and of the stored tensor's bytes, from the file; then return.
 
     Targets lie on one device. Raises CheckpointError if a file is shorter than its header says.
     """
+    tally = tally or Tally(0)
     pairs = sorted(targets, key=lambda pair: (str(pair[0].shard), pair[0].begin))
     if not pairs:
         return
     chunks = [chunk for _, run in groupby(pairs, lambda pair: pair[0].shard) for chunk in _cut(run)]
-    todo, count = iter(chunks), _Counter(chunks, progress)
+    todo = iter(chunks)
     device = pairs[0][1].device
     ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
     def work() -> None:
-        with _Lane(device, ready) as lane:
-            for chunk in todo:
-                lane.move(chunk)
-                count.add(chunk)
+        try:
+            with _Lane(device, ready) as lane:
+                for chunk in todo:
+                    if tally.stopped:
+                        break
+                    lane.move(chunk)
+                    tally.add(chunk.end - chunk.begin)
+        except BaseException:
+            tally.stop()
+            raise
 
     num_threads = min(NUM_THREADS, len(chunks))
     with ThreadPoolExecutor(num_threads) as pool:
@@ -149,40 +180,24 @@ def _bytes(stored: StoredTensor, target: Tensor) -> Tensor:
     return target.view(-1).view(torch.uint8)
 
 
-class _Counter:
-    """Sums the bytes of finished chunks and tells `progress`."""
-
-    def __init__(self, chunks: Sequence[_Chunk], progress: Progress | None) -> None:
-        self._total = sum(chunk.end - chunk.begin for chunk in chunks)
-        self._done = 0
-        self._lock = Lock()
-        self._progress = progress
-
-    def add(self, chunk: _Chunk) -> None:
-        with self._lock:
-            self._done += chunk.end - chunk.begin
-            if self._progress is not None:
-                self._progress(self._done, self._total)
-
-
 class _Lane:
     """One thread's way to the device: two staging buffers and, for CUDA, a stream of its own.
 
-    The stream begins after `ready`, the event at which the targets' memory may be written.
+    The stream begins after `ready`, the event at which the targets' memory may be written. A buffer
+    is allocated when its first chunk comes: pinning takes longer than reading into it.
     """
 
     def __init__(self, device: torch.device, ready: Any) -> None:
-        self._is_cuda = device.type == "cuda"
-        self._stream = _cuda.Stream(device) if self._is_cuda else None
-        if self._stream is not None:
-            self._stream.wait_event(ready)
-        self._buffers = [
-            torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=self._is_cuda) for _ in range(2)
-        ]
+        self._stream = _cuda.Stream(device) if device.type == "cuda" else None
+        self._ready = ready
+        self._buffers: list[Tensor] = []
         self._sent: list[Any] = [None, None]
         self._turn = 0
 
     def __enter__(self) -> _Lane:
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)  # of this thread, which ends with the lane
+            self._stream.wait_event(self._ready)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -194,14 +209,16 @@ class _Lane:
         turn, self._turn = self._turn, 1 - self._turn
         if self._sent[turn] is not None:
             self._sent[turn].synchronize()
+        if turn == len(self._buffers):
+            pinned = self._stream is not None
+            self._buffers.append(torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=pinned))
         buffer = self._buffers[turn]
         _read(chunk, buffer)
-        with torch.cuda.stream(self._stream) if self._is_cuda else nullcontext():
-            for piece in chunk.pieces:
-                source = buffer[piece.at : piece.at + piece.destination.numel()]
-                piece.destination.copy_(source, non_blocking=True)
-            if self._stream is not None:
-                self._sent[turn] = self._stream.record_event()
+        for piece in chunk.pieces:
+            source = buffer[piece.at : piece.at + piece.destination.numel()]
+            piece.destination.copy_(source, non_blocking=True)
+        if self._stream is not None:
+            self._sent[turn] = self._stream.record_event()
 
 
 def _read(chunk: _Chunk, buffer: Tensor) -> None:

@@ -17,7 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from halfweight.numerics import QuantizedTensor, grid8_from_scales, scales_float32
+from halfweight.numerics import QuantizedTensor, scales_float32
+
+PARTS = ("weight_packed", "weight_scale", "weight_exponent")
 
 
 class QuantizedWeight(nn.Module):
@@ -27,29 +29,13 @@ class QuantizedWeight(nn.Module):
     weight_scale: nn.Parameter
     weight_exponent: nn.Parameter | None
 
-    def __init__(
-        self, shape: tuple[int, int], group_size: int, scale_dtype: torch.dtype, backend_name: str
-    ) -> None:
-        """Without data (on meta) until `hold` or a loader gives it some."""
+    def __init__(self, shape: tuple[int, int], backend_name: str) -> None:
+        """Without a weight, and no parameters for a loader to look for, until `hold`."""
         super().__init__()
-        rows, columns = shape
+        self.out_features, self.in_features = shape
         self.backend_name = backend_name
-        self.weight_packed = _parameter(
-            torch.empty(rows, columns, dtype=torch.uint8, device="meta")
-        )
-        scales = torch.empty(rows, columns // group_size, dtype=scale_dtype, device="meta")
-        self.weight_scale = _parameter(scales)
-        self.register_parameter("weight_exponent", None)
-
-    @property
-    def out_features(self) -> int:
-        """Rows of the weight: N."""
-        return self.weight_packed.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """Columns of the weight: K."""
-        return self.weight_packed.shape[1]
+        for part in PARTS:
+            self.register_parameter(part, None)
 
     @property
     def group_size(self) -> int:
@@ -63,18 +49,11 @@ class QuantizedWeight(nn.Module):
 
     def hold(self, quantized: QuantizedTensor) -> None:
         """Take these tensors as the weight, without a copy."""
+        assert quantized.shape == (self.out_features, self.in_features)
         self.weight_packed = _parameter(quantized.packed)
         self.weight_scale = _parameter(quantized.scales)
         exponents = quantized.exponents
         self.weight_exponent = None if exponents is None else _parameter(exponents)
-
-    def compact_scales(self) -> None:
-        """Hold the scales as one byte each where they lie on a grid8 grid, exactly."""
-        if self.weight_exponent is not None:
-            return
-        found = grid8_from_scales(self.weight_scale)
-        if found is not None:
-            self.hold(QuantizedTensor(self.weight_packed, *found))
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """The weight as it lies on disk: int32 [N, K/4], scales [N, K/G] float, int64 [2]."""
@@ -102,14 +81,12 @@ class QuantizedLinear(QuantizedWeight):
     def __init__(
         self,
         shape: tuple[int, int],
-        group_size: int,
-        scale_dtype: torch.dtype,
         backend_name: str,
         bias: nn.Parameter | None = None,
         int8_activations: bool = False,
     ) -> None:
         """`bias` [N] in 16 bits or None; `int8_activations` rounds x to INT8 (opt-in)."""
-        super().__init__(shape, group_size, scale_dtype, backend_name)
+        super().__init__(shape, backend_name)
         self.int8_activations = int8_activations
         self.register_parameter("bias", bias)
 
@@ -133,14 +110,12 @@ class QuantizedEmbedding(QuantizedWeight):
     def __init__(
         self,
         shape: tuple[int, int],
-        group_size: int,
-        scale_dtype: torch.dtype,
         backend_name: str,
         dtype: torch.dtype,
         embed_scale: float | None = None,
     ) -> None:
         """`dtype` of the rows; `embed_scale` multiplies them, as Gemma's embedding does."""
-        super().__init__(shape, group_size, scale_dtype, backend_name)
+        super().__init__(shape, backend_name)
         self.dtype = dtype
         if embed_scale is not None:
             embed_scale = float(torch.tensor(embed_scale, dtype=dtype, device="cpu"))
@@ -166,15 +141,9 @@ def stack(linears: Sequence[QuantizedLinear]) -> QuantizedLinear:
     """
     first = linears[0]
     shape = (sum(linear.out_features for linear in linears), first.in_features)
-    whole = QuantizedLinear(
-        shape,
-        first.group_size,
-        first.weight_scale.dtype,
-        first.backend_name,
-        int8_activations=first.int8_activations,
-    )
+    whole = QuantizedLinear(shape, first.backend_name, int8_activations=first.int8_activations)
     heights = [linear.out_features for linear in linears]
-    for name in ("weight_packed", "weight_scale", "weight_exponent", "bias"):
+    for name in (*PARTS, "bias"):
         parts = [getattr(linear, name) for linear in linears]
         if parts[0] is None:
             continue
@@ -187,22 +156,18 @@ def stack(linears: Sequence[QuantizedLinear]) -> QuantizedLinear:
 
 def stand_in(
     module: nn.Module,
-    group_size: int,
-    scale_dtype: torch.dtype,
     backend_name: str,
     dtype: torch.dtype,
     int8_activations: bool = False,
 ) -> QuantizedWeight | None:
-    """A quantized module without data in place of a Linear or Embedding; None for any other."""
+    """A quantized module without a weight in place of a Linear or Embedding; None for any other."""
     if isinstance(module, nn.Linear):
         shape = (module.out_features, module.in_features)
-        return QuantizedLinear(
-            shape, group_size, scale_dtype, backend_name, module.bias, int8_activations
-        )
+        return QuantizedLinear(shape, backend_name, module.bias, int8_activations)
     if isinstance(module, nn.Embedding):
         shape = (module.num_embeddings, module.embedding_dim)
         scale = getattr(module, "scalar_embed_scale", None)
-        return QuantizedEmbedding(shape, group_size, scale_dtype, backend_name, dtype, scale)
+        return QuantizedEmbedding(shape, backend_name, dtype, scale)
     return None
 
 
@@ -220,4 +185,7 @@ def _whole(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
+    """The same object where it is one: a tied head then moves with the embedding, not beside it."""
+    if isinstance(tensor, nn.Parameter):
+        return tensor
     return nn.Parameter(tensor.detach(), requires_grad=False)

@@ -25,7 +25,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,23 +122,17 @@ def scales_float32(scales: Tensor, exponents: Tensor | None) -> Tensor:
 def grid8_from_scales(scales: Tensor) -> tuple[Tensor, Tensor] | None:
     """Codes uint8 [N, K/G] and exponents int8 [N] that equal float scales [N, K/G] exactly.
 
-    None where any row's scales do not lie on a grid8 grid (or are not positive and finite). Works
-    on the bits of bfloat16: its 8 significant bits, shifted to the row's largest exponent.
+    None where any row's scales do not lie on a grid8 grid (or are not positive and finite).
     """
-    values = scales.to(torch.bfloat16)
+    values = scales.detach().to(torch.bfloat16)
     bits = values.view(torch.int16)
-    top = bits.amax(dim=-1, keepdim=True) >> 7
-    shifts = (top - (bits >> 7)).clamp(max=8)
-    significands = (bits & 0x7F) | 0x80
-    codes = significands >> shifts
-    on_grid = ((codes << shifts) == significands).all()
-    if values.dtype != scales.dtype:
-        on_grid &= (values == scales).all()
-    exponents = top.squeeze(-1) - (127 + 7)
-    in_range = ((exponents >= MIN_EXPONENT) & (exponents <= MAX_EXPONENT)).all()
-    if not bool(on_grid & in_range):
+    if bits.device.type == "cpu":  # in one thread: steps so short would wait for torch's threads
+        codes, exponents, on_grid = _grid8_from_bits(bits.numpy(), np)
+    else:
+        codes, exponents, on_grid = _grid8_from_bits(bits, torch)
+    if not bool(on_grid) or not (values.dtype == scales.dtype or bool((values == scales).all())):
         return None
-    return codes.to(torch.uint8), exponents.to(torch.int8)
+    return torch.as_tensor(codes), torch.as_tensor(exponents)
 
 
 def check_finite(weight: Tensor, name: str) -> None:
@@ -151,6 +147,21 @@ def check_finite(weight: Tensor, name: str) -> None:
         f"tensor {name}: {count} of {weight.numel()} weights not finite, first {value} at {index}",
         hint="repair the source checkpoint; a NaN or Inf weight has no INT8 value",
     )
+
+
+def _grid8_from_bits(bits: Any, xp: Any) -> tuple[Any, Any, Any]:
+    """Codes, exponents and whether they are exact, of bfloat16 as int16; xp is numpy or torch.
+
+    The 8 significant bits of each scale, shifted to the largest exponent of its row.
+    """
+    top = xp.amax(bits, axis=-1, keepdims=True) >> 7
+    shifts = (top - (bits >> 7)).clip(max=8)
+    significands = (bits & 0x7F) | 0x80
+    codes = significands >> shifts
+    exponents = top[..., 0] - (127 + 7)
+    in_range = (exponents >= MIN_EXPONENT) & (exponents <= MAX_EXPONENT)
+    on_grid = ((codes << shifts) == significands).all() & in_range.all()
+    return xp.asarray(codes, dtype=xp.uint8), xp.asarray(exponents, dtype=xp.int8), on_grid
 
 
 def _quantize_grid8(groups: Tensor, least_squares: bool) -> tuple[Tensor, Tensor, Tensor]:

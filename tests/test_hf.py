@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_llama
+from tiny import edit_json, make_llama
 from transformers import AutoModelForCausalLM
 
 import halfweight
-from halfweight import hf
+from halfweight import arrival, hf
 from halfweight.checkpoint import quantized_modules, read_headers
 from halfweight.errors import CheckpointError, UsageError
 from halfweight.hf import HalfweightConfig, load
-from halfweight.llama_like import SHARED_INPUT
-from halfweight.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, stack
+from halfweight.loader import Tally
+from halfweight.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from halfweight.numerics import dequantize
 from halfweight.scheme import Recipe, Scheme
 
@@ -65,7 +67,7 @@ def test_a_tied_head_shares_the_tables_bytes(tmp_path):
     model = load(tmp_path / "int8")
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     for part in ("weight_packed", "weight_scale", "weight_exponent"):
-        assert getattr(table, part).data_ptr() == getattr(head, part).data_ptr()
+        assert getattr(table, part) is getattr(head, part)  # so that a move copies it once
 
 
 def test_weights_are_the_mapped_file_not_a_copy(folders):
@@ -166,20 +168,44 @@ def test_unknown_activations_and_backends_are_refused(folders):
         load(folders[1], backend="nope")
 
 
-def test_projections_that_share_their_input_are_read_into_one_tensor(folders):
-    model, expected = load(folders[1]), load(folders[1])(IDS).logits
-    stored = {t.name: t for t in read_headers(folders[1]).tensors}
-    source = {
-        m.weight_packed.data_ptr(): stored[f"{name}.weight_packed"]
-        for name, m in quantized(model).items()
-        if f"{name}.weight_packed" in stored
-    }
-    hf._move(model, torch.device("cpu"), source, None)
+def test_a_packed_weight_of_another_shape_is_named(folders, tmp_path):
+    shutil.copytree(folders[1], tmp_path / "int8")
+    edit_json(tmp_path / "int8" / "config.json", intermediate_size=96)
+    with pytest.raises(CheckpointError, match=r"of another shape: .*proj\.weight_packed"):
+        load(tmp_path / "int8")
+
+
+def test_the_config_that_transformers_copies_holds_no_weights(folders, monkeypatch):
+    seen = []
+    build = hf._from_tensors
+    monkeypatch.setattr(
+        hf, "_from_tensors", lambda c, config, t: seen.append((config, t)) or build(c, config, t)
+    )
+    load(folders[1])
+    ((config, tensors),) = seen
+    stored = config.to_dict()["quantization_config"]["stored"]
+    assert {type(value) for value in stored.values()} == {str}
+    assert not [name for name in tensors if "weight_" in name]
+
+
+def test_what_was_not_on_its_way_is_read_to_its_place(tmp_path):
+    source = make_llama(tmp_path / "source")
+    halfweight.quantize(source, tmp_path / "int8", Recipe(Scheme(32), ("*embed*",)))
+    model, expected = load(tmp_path / "int8"), load(tmp_path / "int8")(IDS).logits
+    checkpoint = read_headers(tmp_path / "int8")
+    before = {name: p.data_ptr() for name, p in model.named_parameters() if "weight_" not in name}
+    stored = {t.name: t for t in checkpoint.tensors}
+    places = {before[name]: stored[name] for name in before}
+    hf._move(model, torch.device("cpu", 0), places, Tally(checkpoint.num_bytes))
+    assert not before.items() & {n: p.data_ptr() for n, p in model.named_parameters()}.items()
     assert torch.equal(model(IDS).logits, expected)
-    for layer in model.model.layers:
-        for owner, names in zip((layer.self_attn, layer.mlp), SHARED_INPUT, strict=True):
-            linears = [getattr(owner, name) for name in names]
-            first = linears[0].weight_packed.data_ptr()
-            assert first not in source
-            assert stack(linears).weight_packed.data_ptr() == first
-    assert torch.equal(model(IDS).logits, expected)
+
+
+def test_progress_of_a_load_to_a_device_ends_at_every_byte(folders, monkeypatch):
+    monkeypatch.setattr(arrival, "grid8_from_scales", lambda scales: None)  # needs their values
+    told = []
+    model = load(folders[1], device="meta", progress=lambda *step: told.append(step))
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+    total = read_headers(folders[1]).num_bytes
+    assert told[-1] == (total, total)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)

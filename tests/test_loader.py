@@ -101,10 +101,30 @@ def test_progress_counts_every_byte(folder, monkeypatch):
     checkpoint, told = read_headers(folder), []
     targets = targets_of(checkpoint)
     pairs = [(t, targets[t.name]) for t in checkpoint.tensors]
-    loader.read_into(pairs, lambda done, total: told.append((done, total)))
+    tally = loader.Tally(checkpoint.num_bytes, lambda done, total: told.append((done, total)))
+    loader.read_into(pairs, tally)
     assert {total for _, total in told} == {checkpoint.num_bytes}
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert told[-1][0] == checkpoint.num_bytes
+
+
+def test_reading_ends_when_it_is_stopped_or_fails(folder, monkeypatch):
+    monkeypatch.setattr(loader, "CHUNK_BYTES", 64)
+    checkpoint, told = read_headers(folder), []
+    targets = targets_of(checkpoint)
+    pairs = [(t, targets[t.name]) for t in checkpoint.tensors]
+    tally = loader.Tally(checkpoint.num_bytes, lambda done, _: (told.append(done), tally.stop()))
+    loader.read_into(pairs, tally)
+    assert len(told) <= loader.NUM_THREADS
+
+    def fail(done, total):
+        told.append(done)
+        raise RuntimeError("no more")
+
+    told.clear()
+    with pytest.raises(RuntimeError, match="no more"):
+        loader.read_into(pairs, loader.Tally(checkpoint.num_bytes, fail))
+    assert len(told) <= loader.NUM_THREADS
 
 
 def test_a_mapped_tensor_is_written_without_touching_the_file(folder):
