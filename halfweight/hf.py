@@ -194,6 +194,7 @@ def load(
             loaded = _from_tensors(checkpoint, config, _other_tensors(mapped, stored, dtype))
             _check_shapes(checkpoint, loaded, stored)
             _fill(loaded, weights())
+            _request(loaded, backend)
         if device.type != "cpu":
             source = {t.data_ptr(): s for s in checkpoint.tensors if (t := mapped[s.name]).numel()}
             _move(loaded, device, source, tally)
@@ -422,6 +423,11 @@ def _tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
                 yield module, name, tensor
 
 
+def _request(model: nn.Module, backend_name: str | None) -> None:
+    for module in _quantized(model).values():
+        module.requested_backend = backend_name
+
+
 def _quantized(model: nn.Module) -> dict[str, QuantizedWeight]:
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedWeight)}
 
@@ -464,3 +470,4 @@ def _quantize_in_place(model: PreTrainedModel, config: HalfweightConfig) -> None
         model.set_submodule(name, replacement)
     _tie_head(model)
     _share_table(model)
+    _request(model, config.backend)

@@ -7,16 +7,19 @@ A module holds a weight [N, K] as a plain set of tensors, in the file's own byte
     weight_exponent  int8 [N]         the rows' powers of two, None beside float scales
 
 They are parameters, not buffers, because tensor parallelism shards only those. A tied head is a
-QuantizedLinear that shares the embedding's tensors.
+QuantizedLinear that shares the embedding's tensors. Moved to a device of another type, a module
+takes a backend that runs there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from halfweight.kernels import backend_on
 from halfweight.numerics import QuantizedTensor, scales_float32
 
 PARTS = ("weight_packed", "weight_scale", "weight_exponent")
@@ -30,10 +33,15 @@ class QuantizedWeight(nn.Module):
     weight_exponent: nn.Parameter | None
 
     def __init__(self, shape: tuple[int, int], backend_name: str) -> None:
-        """Without a weight, and no parameters for a loader to look for, until `hold`."""
+        """Without a weight, and no parameters for a loader to look for, until `hold`.
+
+        `requested_backend` is one that the user named: it stays wherever it runs.
+        """
         super().__init__()
         self.out_features, self.in_features = shape
         self.backend_name = backend_name
+        self.requested_backend: str | None = None
+        self._chosen_for: str | None = None
         for part in PARTS:
             self.register_parameter(part, None)
 
@@ -50,10 +58,20 @@ class QuantizedWeight(nn.Module):
     def hold(self, quantized: QuantizedTensor) -> None:
         """Take these tensors as the weight, without a copy."""
         assert quantized.shape == (self.out_features, self.in_features)
+        self._chosen_for = quantized.packed.device.type
         self.weight_packed = _parameter(quantized.packed)
         self.weight_scale = _parameter(quantized.scales)
         exponents = quantized.exponents
         self.weight_exponent = None if exponents is None else _parameter(exponents)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight_packed is not None:
+            device = self.weight_packed.device
+            if device.type not in (self._chosen_for, "meta"):
+                self.backend_name = backend_on(device, self.requested_backend)
+                self._chosen_for = device.type
+        return self
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """The weight as it lies on disk: int32 [N, K/4], scales [N, K/G] float, int64 [2]."""

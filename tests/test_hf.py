@@ -11,7 +11,7 @@ from tiny import edit_json, make_llama
 from transformers import AutoModelForCausalLM
 
 import halfweight
-from halfweight import arrival, hf
+from halfweight import arrival, hf, kernels
 from halfweight.checkpoint import quantized_modules, read_headers
 from halfweight.errors import CheckpointError, UsageError
 from halfweight.hf import HalfweightConfig, load
@@ -34,6 +34,10 @@ def folders(request, tmp_path_factory):
 
 def quantized(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedWeight)}
+
+
+def backends(model):
+    return {module.backend_name for module in quantized(model).values()}
 
 
 def with_dequantized_weights(source, model):
@@ -209,3 +213,45 @@ def test_progress_of_a_load_to_a_device_ends_at_every_byte(folders, monkeypatch)
     total = read_headers(folders[1]).num_bytes
     assert told[-1] == (total, total)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_a_moved_model_takes_a_backend_that_runs_there(folders, caplog):
+    model, expected = load(folders[1]), load(folders[1])(IDS).logits
+    for module in quantized(model).values():
+        module.backend_name = module._chosen_for = "cuda"
+    model.to("meta")
+    assert backends(model) == {"cuda"}
+    kernels.backend_on.cache_clear()
+    with caplog.at_level("INFO", "halfweight"):
+        model.to_empty(device="cpu")
+    assert backends(model) == {"cpu"}
+    assert [record.message.partition(";")[0] for record in caplog.records] == ["backend cpu on cpu"]
+    model.load_state_dict(load(folders[1]).state_dict())
+    model.model.rotary_emb = load(folders[1]).model.rotary_emb
+    assert torch.equal(model(IDS).logits, expected)
+
+
+def test_a_requested_backend_stays_where_it_runs(folders):
+    model = load(folders[1], backend="reference")
+    model.to("meta").to_empty(device="cpu")
+    assert backends(model) == {"reference"}
+    model = load(folders[1])
+    for module in quantized(model).values():
+        module.requested_backend = "triton"
+    model.to("meta").to_empty(device="cpu")
+    assert backends(model) == {"cpu"}
+    assert backends(model.to(torch.float32)) == {"cpu"}
+
+
+@pytest.mark.gpu
+def test_a_model_moved_to_a_gpu_and_back(folders):
+    model = load(folders[1], dtype=torch.float32)
+    expected = model(IDS).logits
+    model.to("cuda")
+    assert "cpu" not in backends(model)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shared = table.weight_packed.data_ptr() == head.weight_packed.data_ptr()
+    assert shared == model.config.tie_word_embeddings
+    torch.testing.assert_close(model(IDS.cuda()).logits.cpu(), expected, rtol=1e-3, atol=1e-4)
+    assert backends(model.to("cpu")) == {"cpu"}
+    torch.testing.assert_close(model(IDS).logits, expected)

@@ -1,5 +1,7 @@
 """Registration, choice, and every backend against the reference."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -41,3 +43,42 @@ def test_unknown_and_unsuitable_backends_are_refused():
     parts = (tensor.packed, tensor.scales, tensor.exponents)
     with pytest.raises(UsageError, match="no int8 activations"):
         kernels.linear(torch.randn(3, 128), *parts, None, "reference", True)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_backend_that_cannot_run_where_the_tensors_lie_says_so(name):
+    tensor = quantize(torch.randn(16, 128), Scheme())
+    parts = (tensor.packed, tensor.scales, tensor.exponents)
+    with pytest.raises(UsageError, match=rf"backend '{name}' cannot run on cpu: needs a") as raised:
+        kernels.linear(torch.randn(3, 128), *parts, None, name)
+    assert raised.value.hint
+    with pytest.raises(UsageError, match=rf"backend '{name}' cannot run on cpu: needs a"):
+        kernels.embedding(torch.tensor([1, 2]), *parts, torch.float16, name)
+
+
+def test_tensors_on_two_devices_are_refused():
+    here, there = (SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda:0"))
+    for x, weight in ((here, there), (there, here)):
+        with pytest.raises(UsageError, match=r"the input lies on \S+, the weight on \S+") as raised:
+            kernels._check_devices("cpu", x, weight)
+        assert "model.to" in raised.value.hint
+    with pytest.raises(UsageError, match="backend 'cpu' cannot run on cuda:0: needs the CPU"):
+        kernels._check_devices("cpu", there, there)
+    kernels._check_devices("reference", there, there)
+
+
+def test_meta_tensors_ask_no_backend():
+    tensor = quantize(torch.randn(16, 128), Scheme())
+    parts = [part.to("meta") for part in (tensor.packed, tensor.scales, tensor.exponents)]
+    y = kernels.linear(torch.randn(3, 128, device="meta"), *parts, None, "cuda")
+    assert (y.shape, y.device.type) == ((3, 16), "meta")
+
+
+@pytest.mark.gpu
+def test_the_cpu_backend_does_not_follow_a_gpus_addresses():
+    tensor = quantize(torch.randn(16, 128), Scheme())
+    parts = [part.cuda() for part in (tensor.packed, tensor.scales, tensor.exponents)]
+    with pytest.raises(UsageError, match="backend 'cpu' cannot run on cuda:0"):
+        kernels.linear(torch.randn(3, 128, device="cuda"), *parts, None, "cpu")
+    with pytest.raises(UsageError, match="the input lies on cpu, the weight on cuda:0"):
+        kernels.linear(torch.randn(3, 128), *parts, None, "cpu")
