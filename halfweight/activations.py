@@ -27,8 +27,8 @@ CUBLAS_WORKSPACE_BYTES = 32 << 20
 MULTIPROCESSORS = 132
 """Of an H100, by which work is shared out; other cards have 20 to 170."""
 PARTIAL_SUMS = 128 * 256
-"""Float32 sums that each multiprocessor may leave for another: as in kernels/hopper.py; a test
-keeps them equal. Elsewhere a block of weights in 16 bits takes their place, of 32 MiB."""
+"""Float32 sums that each multiprocessor may leave for another: kernels/cuda.py's, by a test.
+Elsewhere a block of weights in 16 bits takes their place, of 32 MiB."""
 SPLIT_TOKENS, PROGRAMS_A_PROCESSOR = 64, 4
 """As in gpu_decode.py; a test keeps them equal."""
 TOKEN_BYTES = 4 * 8

@@ -14,7 +14,7 @@ from halfweight.architecture import architecture
 from halfweight.cards import GIB, parse_bytes, parse_gpus
 from halfweight.errors import CheckpointError, DoesNotFitError, UsageError
 from halfweight.fit import advice, require_fit, solve
-from halfweight.kernels import hopper
+from halfweight.kernels import cuda as hopper
 from halfweight.plan import MIB, Model, Range, Workload, footprint, kv_parts, legal_ranks
 from halfweight.planned import planned_model
 from halfweight.presets import preset
@@ -60,8 +60,15 @@ def test_what_generation_and_its_kernels_allocate_by():
     assert activations.CHUNK_TOKENS == generate.CHUNK_TOKENS
     assert activations.SPLIT_TOKENS == gpu_decode.SPLIT_TOKENS
     assert activations.PROGRAMS_A_PROCESSOR == gpu_decode.PROGRAMS_A_PROCESSOR
-    most = max(config.partial_floats for config in (*hopper.SMALL, *hopper.LARGE))
-    assert most == activations.PARTIAL_SUMS
+
+
+def test_the_partial_sums_are_those_of_the_hopper_kernels(monkeypatch):
+    meta = torch.device("meta")
+    monkeypatch.setattr(hopper, "_num_multiprocessors", lambda _: activations.MULTIPROCESSORS)
+    monkeypatch.setattr(torch, "device", lambda *_: meta)
+    sums, flags = hopper._workspace.__wrapped__(0, 0)
+    assert sums.nbytes == 4 * activations.MULTIPROCESSORS * activations.PARTIAL_SUMS
+    assert flags.nbytes < 1 << 10
 
 
 def test_the_tokens_of_prompts_are_counted_as_the_decoder_holds_them():
