@@ -237,7 +237,7 @@ def test_a_requested_backend_stays_where_it_runs(folders):
     assert backends(model) == {"reference"}
     model = load(folders[1])
     for module in quantized(model).values():
-        module.requested_backend = "triton"
+        module.requested_backend = "cuda"
     model.to("meta").to_empty(device="cpu")
     assert backends(model) == {"cpu"}
     assert backends(model.to(torch.float32)) == {"cpu"}

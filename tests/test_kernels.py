@@ -45,15 +45,14 @@ def test_unknown_and_unsuitable_backends_are_refused():
         kernels.linear(torch.randn(3, 128), *parts, None, "reference", True)
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_a_backend_that_cannot_run_where_the_tensors_lie_says_so(name):
+def test_a_backend_that_cannot_run_where_the_tensors_lie_says_so():
     tensor = quantize(torch.randn(16, 128), Scheme())
     parts = (tensor.packed, tensor.scales, tensor.exponents)
-    with pytest.raises(UsageError, match=rf"backend '{name}' cannot run on cpu: needs a") as raised:
-        kernels.linear(torch.randn(3, 128), *parts, None, name)
+    with pytest.raises(UsageError, match="'cuda' cannot run on cpu: needs a CUDA device") as raised:
+        kernels.linear(torch.randn(3, 128), *parts, None, "cuda")
     assert raised.value.hint
-    with pytest.raises(UsageError, match=rf"backend '{name}' cannot run on cpu: needs a"):
-        kernels.embedding(torch.tensor([1, 2]), *parts, torch.float16, name)
+    with pytest.raises(UsageError, match="'cuda' cannot run on cpu: needs a CUDA device"):
+        kernels.embedding(torch.tensor([1, 2]), *parts, torch.float16, "cuda")
 
 
 def test_tensors_on_two_devices_are_refused():

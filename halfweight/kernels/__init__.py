@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -111,6 +112,9 @@ def _check_devices(backend_name: str, x: Tensor, weight: Tensor) -> None:
 
 @cache
 def _unavailable(backend_name: str, device: torch.device) -> str | None:
+    """Why the backend cannot run there, or None; Triton's interpreter, never chosen, can."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in backend_name:
+        return None
     return backend(backend_name).unavailable(device)
 
 
