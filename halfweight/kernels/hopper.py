@@ -1,10 +1,9 @@
 """Which tile a product on Hopper takes, and how its tiles are dealt to the multiprocessors.
 
-A configuration is one compiled form of hopper_small.cu or hopper_large.cu. Its time for a block
-of K is a constant, measured on an H100 by benchmarks/kernels.py: the bandwidth share of one
-multiprocessor where reading weights is the limit, L2 or the tensor cores else. From it `plan` knows
-whether an uneven last wave of whole tiles costs less than sharing tiles between blocks (stream-K),
-and `choose` which configuration is the fastest.
+A configuration is one compiled form of hopper_small.cu, hopper_large.cu or hopper_int8.cu; a
+schedule says which tiles are computed whole and which are shared between blocks (stream-K). `plans`
+estimates the time of every schedule and `choose` takes the fastest. The constants were fitted to
+the times of all configurations and schedules on an H100 (benchmarks/hopper_tiles.py).
 """
 
 from __future__ import annotations
@@ -13,10 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+MEMORY_BYTES_PER_US = 2_930_000
+"""What all multiprocessors together can read of the weights."""
+
 
 @dataclass(frozen=True)
 class Small:
-    """A compiled form of hopper_small.cu: its compile-time names, `tokens` = 8 NT."""
+    """A compiled form of hopper_small.cu: its compile-time names, `tokens` = 8 NT.
+
+    `block_us` is how long a stage takes on an H100 where memory is not the limit.
+    """
 
     tokens: int
     row_tiles: int
@@ -24,12 +29,19 @@ class Small:
     warps_k: int
     units: int
     stages: int
+    block_us: float
 
     file = "hopper_small.cu"
-    fixup_us = 3.5
     entry = b"w8a16_small"
     threads = 384
     cluster = 1
+    tile_us = 0.67
+    even_share = 0.75
+
+    @property
+    def fixup_us(self) -> float:
+        """What sharing tiles costs; grows with the sums exchanged."""
+        return 1.5 + 0.00073 * self.partial_floats
 
     @property
     def rows(self) -> int:
@@ -41,10 +53,9 @@ class Small:
         """Columns a stage: KB."""
         return 64 * self.warps_k * self.units
 
-    @property
-    def block_us(self) -> float:
-        """Microseconds a stage takes: one multiprocessor's share of the memory bandwidth."""
-        return self.rows * self.k_bytes / 22_000
+    def stage_us(self, num_blocks: int) -> float:
+        """Microseconds a stage takes while so many blocks read."""
+        return max(self.block_us, self.rows * self.k_bytes * num_blocks / MEMORY_BYTES_PER_US)
 
     @property
     def partial_floats(self) -> int:
@@ -86,11 +97,17 @@ class Large:
     file = "hopper_large.cu"
     entry = b"w8a16_large"
     k_bytes = 64
+    tile_us = 0.85
+    even_share = 0.61
 
     @property
     def fixup_us(self) -> float:
-        """What it costs when blocks share tiles: measured, grows with the sums exchanged."""
-        return 3 + 0.045 * self.tokens
+        """What sharing tiles costs; grows with the sums exchanged."""
+        return 3.2 + 0.00032 * self.partial_floats
+
+    def stage_us(self, num_blocks: int) -> float:
+        """Microseconds a stage takes, whatever the others do."""
+        return self.block_us
 
     @property
     def rows(self) -> int:
@@ -140,8 +157,8 @@ class Int8(Large):
 
     @property
     def stage_bytes(self) -> int:
-        """W, x and the pairs of floats of a stage."""
-        return self.k_bytes * (self.rows + self.tokens) + 8 * self.tokens
+        """W, x and a word for each token, in 1,024 bytes."""
+        return self.k_bytes * (self.rows + self.tokens) + 1024
 
     def groups(self, group_size: int) -> int:
         """Groups are no smaller than a stage."""
@@ -152,26 +169,26 @@ Config = Small | Large
 
 
 SMALL = (
-    Small(tokens=8, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=4),
-    Small(tokens=8, row_tiles=3, warps_n=1, warps_k=8, units=2, stages=3),
-    Small(tokens=16, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=3),
-    Small(tokens=16, row_tiles=3, warps_n=1, warps_k=8, units=1, stages=4),
-    Small(tokens=16, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=4),
-    Small(tokens=32, row_tiles=1, warps_n=2, warps_k=4, units=2, stages=4),
-    Small(tokens=32, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=3),
-    Small(tokens=64, row_tiles=1, warps_n=4, warps_k=2, units=2, stages=4),
-    Small(tokens=64, row_tiles=2, warps_n=4, warps_k=2, units=2, stages=3),
+    Small(tokens=8, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=4, block_us=1.44),
+    Small(tokens=8, row_tiles=3, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.64),
+    Small(tokens=16, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.44),
+    Small(tokens=16, row_tiles=3, warps_n=1, warps_k=8, units=1, stages=4, block_us=0.82),
+    Small(tokens=16, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.86),
+    Small(tokens=32, row_tiles=1, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.78),
+    Small(tokens=32, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=3, block_us=1.16),
+    Small(tokens=64, row_tiles=1, warps_n=4, warps_k=2, units=2, stages=4, block_us=0.986),
+    Small(tokens=64, row_tiles=2, warps_n=4, warps_k=2, units=2, stages=3, block_us=1.67),
 )
 LARGE = (
-    Large(tokens=64, warpgroups=2, stages=12, cluster=1, block_us=0.44),
-    Large(tokens=64, warpgroups=4, stages=8, cluster=1, block_us=0.79),
-    Large(tokens=128, warpgroups=2, stages=8, cluster=1, block_us=0.52),
-    Large(tokens=256, warpgroups=2, stages=5, cluster=1, block_us=0.80),
-    Large(tokens=256, warpgroups=2, stages=5, cluster=2, block_us=0.79),
+    Large(tokens=64, warpgroups=2, stages=12, cluster=1, block_us=0.416),
+    Large(tokens=128, warpgroups=2, stages=8, cluster=1, block_us=0.48),
+    Large(tokens=128, warpgroups=3, stages=7, cluster=1, block_us=0.8),
+    Large(tokens=256, warpgroups=2, stages=5, cluster=1, block_us=0.766),
+    Large(tokens=256, warpgroups=2, stages=5, cluster=2, block_us=0.752),
 )
 INT8 = (
-    Int8(tokens=128, warpgroups=2, stages=6, cluster=2, block_us=0.5),
-    Int8(tokens=128, warpgroups=3, stages=4, cluster=2, block_us=0.7),
+    Int8(tokens=128, warpgroups=2, stages=6, cluster=1, block_us=0.7),
+    Int8(tokens=128, warpgroups=2, stages=6, cluster=2, block_us=0.7),
 )
 
 
@@ -197,10 +214,10 @@ def candidates(num_tokens: int, in_features: int, group_size: int) -> list[Confi
 
 
 def _covering(configs: Sequence[Config], num_tokens: int) -> list[Config]:
-    """Those of the least tokens that cover the batch; past the largest, of the two largest."""
+    """Those of the least tokens that cover the batch, or the most, and of the size below."""
     sizes = sorted({c.tokens for c in configs})
-    covering = [size for size in sizes if size >= num_tokens][:1] or sizes[-2:]
-    return [c for c in configs if c.tokens in covering]
+    place = next((i for i, size in enumerate(sizes) if size >= num_tokens), len(sizes) - 1)
+    return [c for c in configs if c.tokens in sizes[max(0, place - 1) : place + 1]]
 
 
 def plans(
@@ -213,13 +230,19 @@ def plans(
     tiles = tiles_m * tiles_n
     workers = min(multiprocessors // config.cluster, tiles * k_blocks)
     waves, parts = -(-tiles // workers), min(workers // tiles, k_blocks)
-    cases = [
-        (waves, workers, waves * k_blocks * config.block_us),
-        (tiles // workers, workers, tiles / workers * k_blocks * config.block_us + config.fixup_us),
-    ]
+
+    def us(num_workers: int, num_tiles: float, blocks: float) -> float:
+        return blocks * config.stage_us(num_workers * config.cluster) + num_tiles * config.tile_us
+
+    cases = [(waves, workers, us(min(tiles, workers), waves, waves * k_blocks))]
+    shared = tiles / workers
+    if tiles % workers:
+        cases.append(
+            (tiles // workers, workers, us(workers, shared, shared * k_blocks) + config.fixup_us)
+        )
     if parts > 1:
-        even_us = -(-k_blocks // parts) * config.block_us + config.fixup_us
-        cases.append((0, tiles * parts, even_us))
+        even_us = us(tiles * parts, 1, -(-k_blocks // parts))
+        cases.append((0, tiles * parts, even_us + config.even_share * config.fixup_us))
     return [Plan(config, tiles_m, tiles_n, k_blocks, *case) for case in cases]
 
 

@@ -1,17 +1,17 @@
 // y[M, N] = x[M, K] dequantize(packed[N, K], codes[N, K/G], exponents[N])^T + bias[N] for x in int8,
-// x = steps[K/128, M] rounded[M, K]: opt-in, for prefill, where arithmetic is the limit
+// x = step[K/128, M] rounded[M, K]: opt-in, for prefill, where arithmetic is the limit
 //
 // Stored bytes u = q + 128 are the tensor core's unsigned operand as they are, x the signed one:
 // nothing is converted. Every 128 columns the int32 sums of a tile become float32:
 //
-//     total[n, m] += code[n] (step[m] sum(u x) - 128 step[m] sum(x))
+//     total[n, m] += code[n] step[m] (sum(u x) - 128 sum(x))
 //
-// |sum(u x)| < 2^22, so adding it to the bit pattern of 12582912.0 gives 12582912.0 + sum(u x): an
-// integer addition where a conversion takes four times as long. With each step comes what takes
-// both constants off again, step (12582912 + 128 sum(x)). Two sets of sums take turns: the tensor
-// cores fill one while the other is added.
+// |sum(u x)| < 2^22, so adding it to the bits of 12582912.0 gives 12582912.0 + sum(u x): an integer
+// addition where a conversion takes four times as long. Two sets of sums take turns: the tensor
+// cores fill one while the other is added. What both compete for is shared memory, so step and
+// sum(x) of a token come as one word: a bfloat16 and sum(x) + 2^15 in 16 bits.
 //
-//   warpgroup 0      producer: W [BN, 128] bytes, x [MT, 128] bytes and MT pairs of floats a stage
+//   warpgroup 0      producer: W [BN, 128] bytes, x [MT, 128] bytes and MT words a stage
 //   warpgroups 1...  consumers: 64 rows of W each
 //
 // Compile-time: MT, WGS, STAGES, CLUSTER, BF16. The launcher also generates `wgmma_int8(sums,
@@ -20,7 +20,8 @@
 constexpr int KB = 128;
 constexpr int W_BYTES = BN * KB;
 constexpr int X_BYTES = MT * KB;
-constexpr int STAGE_BYTES = W_BYTES + X_BYTES + MT * 8;
+constexpr int FILL_BYTES = W_BYTES + X_BYTES + MT * 4;
+constexpr int STAGE_BYTES = W_BYTES + X_BYTES + 1024;
 
 __device__ __forceinline__ void copy_bytes(u32 dst, const void* source, u32 bytes, u32 bar) {
     asm volatile(
@@ -50,19 +51,25 @@ __device__ __forceinline__ void multiply_stage(const Block& b, const Cursor& c, 
     wgmma_commit();
 }
 
-// Add the sums of 128 columns; `steps` are the tile's pairs in shared memory from this lane's tokens.
-__device__ __forceinline__ void promote(u32 steps, const float (&codes)[2], const int (&sums)[ACC],
+// Add the sums of 128 columns; `words` are the tile's in shared memory from this lane's tokens.
+__device__ __forceinline__ void promote(u32 words, const float (&codes)[2], const int (&sums)[ACC],
                                         float (&total)[ACC]) {
 #pragma unroll
     for (int j = 0; j < MT / 8; ++j) {
-        uint4 pair = load16(steps + j * 64);
-        float step[2] = {__uint_as_float(pair.x), __uint_as_float(pair.z)};
-        float offset[2] = {__uint_as_float(pair.y), __uint_as_float(pair.w)};
+        u32 word[2];
+        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1])
+                     : "r"(words + j * 32));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float sum = __int_as_float(sums[4 * j + i] + 0x4b400000);
-            float product = fmaf(sum, step[i % 2], -offset[i % 2]);
-            total[4 * j + i] = fmaf(product, codes[i / 2], total[4 * j + i]);
+        for (int i = 0; i < 2; ++i) {
+            float step = __uint_as_float(word[i] & 0xffff0000);
+            // 12582912 + 128 sum(x), whose bits are 0x4b000000 and the word's low half at bit 7
+            float offset = __uint_as_float((word[i] << 7 & 0x7fff80) | 0x4b000000) * -step;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float sum = __int_as_float(sums[4 * j + 2 * h + i] + 0x4b400000);
+                float product = fmaf(sum, step, offset);
+                total[4 * j + 2 * h + i] = fmaf(product, codes[h], total[4 * j + 2 * h + i]);
+            }
         }
     }
 }
@@ -93,8 +100,8 @@ struct Codes {
 __device__ __forceinline__ void finish_stage(const Block& b, int stage, int lane,
                                              const Codes& codes, const int (&sums)[ACC],
                                              float (&total)[ACC]) {
-    u32 steps = b.ring + stage * STAGE_BYTES + W_BYTES + X_BYTES;
-    promote(steps + lane % 4 * 16, codes.now, sums, total);
+    u32 words = b.ring + stage * STAGE_BYTES + W_BYTES + X_BYTES;
+    promote(words + lane % 4 * 8, codes.now, sums, total);
     __syncwarp();
     release_stage(b.empty + 8 * stage, lane);
 }
@@ -164,10 +171,10 @@ w8a8_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
         auto copy = [&](u32 stage, int m, int k, u32 bar) {
             copy_x(stage + W_BYTES, &x_map, k * KB, m * MT, block.rank, bar);
-            const float* steps = p.steps + 2 * ((long long)k * p.steps_stride + m * MT);
-            copy_bytes(stage + W_BYTES + X_BYTES, steps, MT * 8, bar);
+            const u32* steps = p.steps + (long long)k * p.steps_stride + m * MT;
+            copy_bytes(stage + W_BYTES + X_BYTES, steps, MT * 4, bar);
         };
-        if (threadIdx.x == 0) produce<KB, STAGE_BYTES>(&w_map, p, block, copy);
+        if (threadIdx.x == 0) produce<KB, STAGE_BYTES, FILL_BYTES>(&w_map, p, block, copy);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
         consume(p, block);

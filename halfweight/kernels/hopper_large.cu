@@ -76,22 +76,21 @@ __device__ __forceinline__ void read_stage(const Cursor& c, u32 line, u32 swizzl
             raw[step][i] = byte_pair(address + ((step << 4) ^ swizzle) + i % 2 * 8 * KB + i / 2 * 8);
 }
 
+template <int STEP>
 __device__ __forceinline__ void convert(const Raw& raw, const u32 (&codes)[GROUPS][2],
                                         u32 (&a)[4][4]) {
 #pragma unroll
-    for (int step = 0; step < 4; ++step)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            a[step][i] = multiply(to_16bit<true>(raw[step][i]), codes[step * GROUPS / 4][i % 2]);
+    for (int i = 0; i < 4; ++i)
+        a[STEP][i] = multiply(to_16bit<true>(raw[STEP][i]), codes[STEP * GROUPS / 4][i % 2]);
 }
 
-// Queue the products of one K block.
+// Queue the products of steps [BEGIN, END) of a K block; a step is 16 columns.
+template <int BEGIN, int END>
 __device__ __forceinline__ void issue(u32 x, const u32 (&a)[4][4], float (&acc)[ACC], bool fresh) {
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < 4; ++step)
-        wgmma(acc, a[step][0], a[step][1], a[step][2], a[step][3], descriptor(x + step * 32),
-              step > 0 || !fresh);
+    for (int i = BEGIN; i < END; ++i)
+        wgmma(acc, a[i][0], a[i][1], a[i][2], a[i][3], descriptor(x + i * 32), i > 0 || !fresh);
     wgmma_commit();
 }
 
@@ -104,13 +103,16 @@ __device__ __forceinline__ void to_pairs(const u32 (&codes)[GROUPS][2], u32 (&pa
     }
 }
 
-// Multiply one K block from `a`; while the tensor cores do, fill `next` for the block after it.
+// Multiply one K block from `a`; while the tensor cores do, fill `next` for the block after it. With
+// small tiles all steps are queued at once; with large ones a step lasts as long as a conversion.
 __device__ __forceinline__ void step_block(Cursor& c, const Segment& s, int k, u32 line,
                                            u32 swizzle, int lane, u32 (&codes)[GROUPS][2],
                                            const u32 (&a)[4][4], u32 (&next)[4][4],
                                            float (&acc)[ACC]) {
+    constexpr int FIRST = MT < 256 ? 4 : 1;
+    u32 x = c.ring + c.stage * STAGE_BYTES + W_BYTES;
     int previous = c.stage == 0 ? STAGES - 1 : c.stage - 1;
-    issue(c.ring + c.stage * STAGE_BYTES + W_BYTES, a, acc, k == s.k_begin);
+    issue<0, FIRST>(x, a, acc, k == s.k_begin);
     c.advance();
     Raw raw = {};
     u32 pairs[GROUPS][2];
@@ -122,7 +124,13 @@ __device__ __forceinline__ void step_block(Cursor& c, const Segment& s, int k, u
         __syncwarp();
         release_stage(c.empty + 8 * previous, lane);
     }
-    convert(raw, pairs, next);
+    convert<0>(raw, pairs, next);
+    if (FIRST < 2) issue<1, 2>(x, a, acc, false);
+    convert<1>(raw, pairs, next);
+    if (FIRST < 2) issue<2, 3>(x, a, acc, false);
+    convert<2>(raw, pairs, next);
+    if (FIRST < 2) issue<3, 4>(x, a, acc, false);
+    convert<3>(raw, pairs, next);
 }
 
 __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
@@ -147,7 +155,10 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
         Raw raw;
         read_stage(c, line, swizzle, raw);
         to_pairs(codes, pairs);
-        convert(raw, pairs, even);
+        convert<0>(raw, pairs, even);
+        convert<1>(raw, pairs, even);
+        convert<2>(raw, pairs, even);
+        convert<3>(raw, pairs, even);
         c.load_codes(s.k_begin + 1, codes);
         for (int k = s.k_begin; k < s.k_end; k += 2) {
             step_block(c, s, k, line, swizzle, lane, codes, even, odd, acc);
@@ -182,7 +193,7 @@ w8a16_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
         auto copy = [&](u32 stage, int m, int k, u32 bar) {
             copy_x(stage + W_BYTES, &x_map, k * KB, m * MT, block.rank, bar);
         };
-        if (threadIdx.x == 0) produce<KB, STAGE_BYTES>(&w_map, p, block, copy);
+        if (threadIdx.x == 0) produce<KB, STAGE_BYTES, STAGE_BYTES>(&w_map, p, block, copy);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
         consume(p, block);
