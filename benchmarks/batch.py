@@ -4,7 +4,7 @@
 
 The limit is enforced by torch's allocator. A batch completes if prompts that fill all of the
 context but the last few tokens are read, in chunks, and those tokens are generated. The largest is
-found by running: doubling until one fails, then halving the gap.
+found by running: what `halfweight plan` says, then more until one fails, then halving the gap.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from arguments import parse, workplace
 from envelope import envelope, write_result
 from models import DEVICE, folders
 
+from halfweight.fit import solve
 from halfweight.generate import Decoder, KvCache
+from halfweight.plan import Weights, Workload
+from halfweight.planned import planned_model
 from halfweight.speed.generate import random_prompts
 from halfweight.speed.process import from_fresh_process
 from halfweight.speed.rivals import HALFWEIGHT, SIXTEEN_BIT, Folders, open_model
@@ -45,11 +48,21 @@ class Attempt:
     seconds: float
 
 
-def next_try(good: int, bad: int | None, most: int) -> int | None:
+def next_try(good: int, bad: int | None, most: int, guess: int = 1) -> int | None:
     """The batch to try when `good` completed and `bad` (if any yet) did not; None when done."""
     if bad is not None:
         return (good + bad) // 2 if bad - good > 1 else None
-    return min(max(1, 2 * good), most) if good < most else None
+    step = max(1, good if guess == 1 else good // 8)
+    return min(max(guess, good + step), most) if good < most else None
+
+
+def planned_batch(variant: str, found: Folders, context: int, limit_bytes: int) -> int:
+    """What the planner says fits; at least 1."""
+    rival, kv_cache = VARIANTS[variant]
+    weights: Weights = "16bit" if rival == SIXTEEN_BIT else "int8"
+    folder = found.source if rival == SIXTEEN_BIT else found.quantized
+    work = Workload(context, 1, kv_cache)
+    return solve(planned_model(str(folder)), work, limit_bytes, "batch", weights) or 1
 
 
 def attempts(
@@ -62,7 +75,8 @@ def attempts(
     rival, kv_cache = VARIANTS[variant]
     model = open_model(rival, found, DEVICE)
     good, bad = 0, None
-    while (batch_size := next_try(good, bad, most)) is not None:
+    guess = planned_batch(variant, found, context, limit_bytes)
+    while (batch_size := next_try(good, bad, most, guess)) is not None:
         attempt = _attempt(variant, model, kv_cache, batch_size, context)
         yield attempt
         good, bad = (batch_size, bad) if attempt.completed else (good, batch_size)

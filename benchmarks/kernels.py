@@ -242,6 +242,7 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", help="only rivals whose names contain one of these")
     parser.add_argument("--limit-seconds", type=float, default=3600)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="kernels", help="name of the result")
     parser.add_argument("--markdown", type=Path, help="print the tables of a result file and stop")
     options = parser.parse_args()
     if options.markdown:
@@ -259,7 +260,7 @@ def main() -> None:
 
     def save(new: list[dict[str, Any]]) -> None:
         rows.extend(new)
-        write_result("kernels", facts, rows, out=options.out)
+        write_result(options.name, facts, rows, out=options.out)
         cells = [f"{row['kernel']} {_cell(row)}" for row in new]
         print(f"{new[0]['shape']} M={new[0]['tokens']}: " + ", ".join(cells), flush=True)
 

@@ -14,10 +14,10 @@ import batch  # noqa: E402
 import greedy  # noqa: E402
 
 
-def search(limit, most):
+def search(limit, most, guess=1):
     """What `next_try` finds if batches up to `limit` complete, and what it tried."""
     good, bad, tried = 0, None, []
-    while (size := batch.next_try(good, bad, most)) is not None:
+    while (size := batch.next_try(good, bad, most, guess)) is not None:
         tried.append(size)
         good, bad = (size, bad) if size <= limit else (good, size)
     return good, tried
@@ -30,6 +30,13 @@ def test_the_search_finds_the_largest_batch(limit, most):
     assert good == min(limit, most)
     assert len(tried) == len(set(tried)) <= 18
     assert max(tried) <= most
+
+
+@pytest.mark.parametrize("limit", [0, 5, 12, 26, 40])
+def test_a_good_guess_saves_tries(limit):
+    good, tried = search(limit, 256, guess=max(1, limit - 1))
+    assert good == limit
+    assert len(tried) <= 4
 
 
 def test_a_parting_is_judged_by_the_gap_where_it_happens():
