@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import shutil
+import subprocess
 
+import pytest
+import torch
+
+from halfweight.kernels.cuda import source
 from halfweight.kernels.hopper import (
     INT8,
     LARGE,
@@ -68,3 +73,16 @@ def test_an_uneven_last_wave_is_shared_only_where_that_is_faster() -> None:
     assert nearly_full.whole_waves * nearly_full.num_workers >= 64
     mostly_empty = choose(256, 4096, 14336, 128, MULTIPROCESSORS)  # 32 tiles
     assert mostly_empty.whole_waves == 0
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's compiler, but no GPU")
+@pytest.mark.parametrize("config", [LARGE[0], LARGE[-1], INT8[-1]], ids=str)
+def test_products_of_warpgroups_overlap(config: Large, tmp_path) -> None:
+    """Where it cannot prove that they may, ptxas waits after each and says no more than a number."""
+    text = tmp_path / "kernel.cu"
+    text.write_text(source(config, 1, torch.float16))
+    command = ["nvcc", "-cubin", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a"]
+    command += ["-Xptxas", "-v", "-o", str(tmp_path / "kernel.cubin"), str(text)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Used" in done.stderr
+    assert "C75" not in done.stderr, done.stderr
