@@ -78,7 +78,7 @@ def test_an_uneven_last_wave_is_shared_only_where_that_is_faster() -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's compiler, but no GPU")
 @pytest.mark.parametrize("config", [LARGE[0], LARGE[-1], INT8[-1]], ids=str)
 def test_products_of_warpgroups_overlap(config: Large, tmp_path) -> None:
-    """Where it cannot prove that they may, ptxas waits after each and says no more than a number."""
+    """Where it cannot prove that they may, ptxas waits after each and only notes a number."""
     text = tmp_path / "kernel.cu"
     text.write_text(source(config, 1, torch.float16))
     command = ["nvcc", "-cubin", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a"]
