@@ -41,7 +41,7 @@ COMPUTE_CAPABILITY = (9, 0)
 GEMV_COLUMNS = 8192
 """One token with at most so many columns is the Triton backend's GEMV, which starts sooner."""
 INT8_BLOCK = 128
-INT8_TOKENS = 128
+INT8_TOKENS = 512
 """Fewer tokens with int8 activations are the Triton backend's."""
 
 Shape = tuple[int, ...]

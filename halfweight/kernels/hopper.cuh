@@ -21,7 +21,7 @@ struct Problem {
     u16* y;
     float* partials;
     int* flags;
-    const u32* steps;
+    const float* steps;
     int num_tokens, out_features, in_features, group_size, num_groups;
     int tiles_m, tiles_n, k_blocks, whole_waves, num_workers, steps_stride;
 };

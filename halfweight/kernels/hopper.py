@@ -157,8 +157,8 @@ class Int8(Large):
 
     @property
     def stage_bytes(self) -> int:
-        """W, x and a word for each token, in 1,024 bytes."""
-        return self.k_bytes * (self.rows + self.tokens) + 1024
+        """W, x and a pair of floats for each token."""
+        return self.k_bytes * (self.rows + self.tokens) + 8 * self.tokens
 
     def groups(self, group_size: int) -> int:
         """Groups are no smaller than a stage."""
@@ -187,8 +187,8 @@ LARGE = (
     Large(tokens=256, warpgroups=2, stages=5, cluster=2, block_us=0.752),
 )
 INT8 = (
-    Int8(tokens=128, warpgroups=2, stages=6, cluster=1, block_us=0.7),
-    Int8(tokens=128, warpgroups=2, stages=6, cluster=2, block_us=0.7),
+    Int8(tokens=128, warpgroups=3, stages=4, cluster=1, block_us=1.24),
+    Int8(tokens=128, warpgroups=3, stages=4, cluster=2, block_us=1.25),
 )
 
 

@@ -193,7 +193,7 @@ w8a16_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
         auto copy = [&](u32 stage, int m, int k, u32 bar) {
             copy_x(stage + W_BYTES, &x_map, k * KB, m * MT, block.rank, bar);
         };
-        if (threadIdx.x == 0) produce<KB, STAGE_BYTES, STAGE_BYTES>(&w_map, p, block, copy);
+        if (threadIdx.x == 0) produce<KB, STAGE_BYTES>(&w_map, p, block, copy);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
         consume(p, block);

@@ -152,11 +152,11 @@ template <int STAGE_BYTES> __device__ __forceinline__ Block begin_block(const Pr
 // One thread feeds the ring: rows of W by bulk copies, activations by `copy_activations(stage's
 // address, m, k, barrier)`. Weights are nobody's output: those of the first stages are asked for
 // before the kernel ahead of this one has ended.
-template <int KB, int STAGE_BYTES, int FILL_BYTES, typename Copy>
+template <int KB, int STAGE_BYTES, typename Copy>
 __device__ __forceinline__ void produce(const TensorMap* w_map, const Problem& p, const Block& b,
                                         Copy copy_activations) {
     auto copy_weights = [&](int stage, int n, int k) {
-        barrier_expect(b.full + 8 * stage, FILL_BYTES);
+        barrier_expect(b.full + 8 * stage, STAGE_BYTES);
         copy_tile(b.ring + stage * STAGE_BYTES, w_map, k * KB, (n * CLUSTER + b.rank) * BN,
                   b.full + 8 * stage);
     };

@@ -187,8 +187,8 @@ def round_activations(
     """x [M, K] -> int8 [PARTS, M, K] and float32 steps [K/BLOCK_K, M].
 
     By `two_bytes`: x = steps h, or with PARTS 2 x = steps (254 h + l). The steps lie
-    [blocks, tokens], padded to whole tiles of tokens. WITH_SUMS they are words for
-    hopper_int8.cu, a bfloat16 step (no smaller than the exact one) above sum(h) + 2^15.
+    [blocks, tokens], padded to whole tiles of tokens. WITH_SUMS each is a pair, the step and
+    step (12582912 + 128 sum(h)), as hopper_int8.cu takes it.
     """
     if PDL:
         cuda.gdc_launch_dependents()
@@ -199,18 +199,18 @@ def round_activations(
     inside = k < K
     value = tl.load(x + token * stride_x + k, mask=inside, other=0).to(tl.float32)
     step = largest(value) / 127
-    if WITH_SUMS:
-        near = step.to(tl.bfloat16).to(tl.float32)
-        step = tl.where(near < step, near * (1 + 2**-7), near).to(tl.bfloat16).to(tl.float32)
     high, low = two_bytes(value, step)
     tl.store(rounded + token * K + k, high.to(tl.int8), mask=inside)
     if PARTS == 2:
         tl.store(rounded + (M + token) * K + k, low.to(tl.int8), mask=inside)
         step = step / 254
+    place = block * stride_steps + token
     if WITH_SUMS:
-        total = tl.sum(high, axis=1).to(tl.int32) + 32768
-        step = step.to(tl.int32, bitcast=True) | total
-    tl.store(steps + block * stride_steps + token, step, mask=block * BLOCK_K < K)
+        tl.store(steps + 2 * place, step, mask=block * BLOCK_K < K)
+        offset = step * (12582912.0 + 128 * tl.sum(high, axis=1))
+        tl.store(steps + 2 * place + 1, offset, mask=block * BLOCK_K < K)
+    else:
+        tl.store(steps + place, step, mask=block * BLOCK_K < K)
 
 
 @triton.jit(do_not_specialize=["M"])
