@@ -47,6 +47,16 @@ def test_a_plan_covers_every_tile_once(tokens: int, rows: int, columns: int) -> 
             assert shared < p.num_workers  # the rest is less than a wave, or nothing
 
 
+@pytest.mark.parametrize("tokens", range(1, 65))
+def test_the_small_kernel_has_one_tile_of_tokens(tokens: int) -> None:
+    """It knows no other: a second one would not be written."""
+    found = candidates(tokens, 4096, 128)
+    assert {c.tokens for c in found} == {next(n for n in (8, 16, 32, 64) if n >= tokens)}
+    assert all(isinstance(c, Small) for c in found)
+    for config in found:
+        assert {p.tiles_m for p in plans(config, tokens, 777, 4096, MULTIPROCESSORS)} == {1}
+
+
 def test_tiles_cut_evenly_end_at_the_borders_of_workers() -> None:
     chosen = [p for c in LARGE for p in plans(c, 64, 6144, 4096, MULTIPROCESSORS)[2:]]
     assert chosen

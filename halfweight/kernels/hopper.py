@@ -41,7 +41,7 @@ class Small:
     @property
     def fixup_us(self) -> float:
         """What sharing tiles costs; grows with the sums exchanged."""
-        return 1.5 + 0.00073 * self.partial_floats
+        return 1.5 + 0.0007 * self.partial_floats
 
     @property
     def rows(self) -> int:
@@ -206,18 +206,16 @@ class Plan:
 
 
 def candidates(num_tokens: int, in_features: int, group_size: int) -> list[Config]:
-    """The configurations worth a thought for such a product."""
-    found: list[Config] = []
-    if group_size % 64 == 0 and in_features % 128 == 0:
-        found += _covering(SMALL, num_tokens) if num_tokens <= SMALL[-1].tokens else []
-    return found or _covering(LARGE, num_tokens)
+    """The configurations worth a thought for such a product.
 
-
-def _covering(configs: Sequence[Config], num_tokens: int) -> list[Config]:
-    """Those of the least tokens that cover the batch, or the most, and of the size below."""
-    sizes = sorted({c.tokens for c in configs})
+    hopper_small.cu has a single tile of tokens, so only its least that covers the batch.
+    """
+    covering = min((c.tokens for c in SMALL if c.tokens >= num_tokens), default=None)
+    if covering is not None and group_size % 64 == 0 and in_features % 128 == 0:
+        return [c for c in SMALL if c.tokens == covering]
+    sizes = sorted({c.tokens for c in LARGE})
     place = next((i for i, size in enumerate(sizes) if size >= num_tokens), len(sizes) - 1)
-    return [c for c in configs if c.tokens in sizes[max(0, place - 1) : place + 1]]
+    return [c for c in LARGE if c.tokens in sizes[max(0, place - 1) : place + 1]]
 
 
 def plans(
