@@ -25,8 +25,6 @@ from halfweight.speed.process import from_fresh_process
 
 STEPS = 3
 """Decode steps: the first allocates and compiles, the second is recorded, the third replayed."""
-IMPORTS = ("halfweight.hf", "halfweight.generate")
-"""What the processes of a GPU share; on a CPU a process's memory must be all its own."""
 PREDICTED = {
     "weights": WEIGHT_PARTS,
     "KV cache": ("KV cache",),
@@ -49,10 +47,9 @@ def measure(folder: str, model: Model, workload: Workload, weights: Weights) -> 
 
     Raises HalfweightError with the line of the error that ended the process.
     """
-    on_gpu = workload.device == "cuda"
-    device, imports = (local_device(), IMPORTS) if on_gpu else (processor_device(), ())
+    device = local_device() if workload.device == "cuda" else processor_device()
     try:
-        (seen,) = from_fresh_process(run_once, folder, workload, imports=imports)
+        (seen,) = from_fresh_process(run_once, folder, workload)
     except RuntimeError as error:
         raise HalfweightError(
             f"measuring {folder}: {error}", hint="`halfweight plan` says what would fit"

@@ -1,7 +1,6 @@
 """Generators that tests run in a process of their own; imports nothing heavy."""
 
 import os
-import sys
 import threading
 import time
 
@@ -26,8 +25,3 @@ def slow_to_end():
 def die():
     yield 1
     os._exit(9)
-
-
-def has_module(name):
-    """This process, and whether it had the module from the start."""
-    yield os.getpid(), name in sys.modules

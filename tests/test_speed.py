@@ -2,11 +2,14 @@
 
 import mmap
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from fresh_rows import count_to, die, fail_after_one, has_module, slow_to_end
+from fresh_rows import count_to, die, fail_after_one, slow_to_end
 from tiny import make_llama
 
 import halfweight
@@ -54,17 +57,24 @@ def test_a_process_that_is_done_is_not_waited_for():
     assert time.monotonic() - begin < 10
 
 
-def test_processes_with_the_same_imports_are_forks_that_have_them():
-    """Each is a process of its own all the same."""
-    rows = [
-        list(from_fresh_process(has_module, "colorsys", imports=("colorsys",))) for _ in range(2)
-    ]
-    (first, had), (second, has) = (row for (row,) in rows)
-    assert had
-    assert has
-    assert len({first, second, os.getpid()}) == 3
-    ((_, spawned),) = from_fresh_process(has_module, "colorsys")
-    assert not spawned
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_a_process_does_not_outlive_the_one_that_started_it():
+    code = (
+        "from fresh_rows import count_to\n"
+        "from halfweight.speed.process import from_fresh_process\n"
+        "if __name__ == '__main__':\n"
+        "    for pid, _ in from_fresh_process(count_to, 1000, 0.1): print(pid, flush=True)\n"
+    )
+    command = [sys.executable, "-c", code]
+    parent = subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE)
+    child = int(parent.stdout.readline())
+    os.kill(child, 0)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists()
 
 
 @pytest.mark.parametrize(

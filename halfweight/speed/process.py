@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import multiprocessing
+import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:
-    from multiprocessing.context import ForkServerContext, SpawnContext
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 LONGEST_WAIT_SECONDS = 3600.0
+PR_SET_PDEATHSIG = 1
 
 
 def from_fresh_process(
     rows: Callable[..., Iterator[T]],
     *arguments: Any,
     deadline: float = math.inf,
-    imports: Sequence[str] = (),
 ) -> Iterator[T]:
     """What the generator `rows(*arguments)` yields, run in a new python process; all must pickle.
 
-    With `imports` the process is a fork of a server that has imported these modules and done no
-    more, which saves their seconds from the second process on; importing must not touch a GPU.
-    The process is killed once it has said that it is done: its devices are free when this returns.
+    The process is killed once it has said that it is done, or when this one dies: its devices are
+    free then.
 
     Raises RuntimeError with the line of its error if it fails, and ends it without a word at
     `deadline` of time.monotonic.
     """
-    context = _context(imports)
+    context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_send_rows, args=(theirs, rows, arguments), daemon=True)
     process.start()
@@ -49,17 +48,10 @@ def from_fresh_process(
         process.join()
 
 
-def _context(imports: Sequence[str]) -> SpawnContext | ForkServerContext:
-    if not imports:
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*imports])
-    return context
-
-
 def _send_rows(
     connection: Connection, rows: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]
 ) -> None:
+    _die_with_parent()
     try:
         for row in rows(*arguments):
             connection.send(row)
@@ -67,6 +59,12 @@ def _send_rows(
     except Exception as error:
         connection.send(RuntimeError(f"{type(error).__name__}: {error}".splitlines()[0][:300]))
         raise
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends, however that does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _receive(connection: Connection) -> Any:
