@@ -14,6 +14,7 @@ from halfweight.cli import main
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import kernels  # noqa: E402
 import readme_tables  # noqa: E402
 
 DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -85,3 +86,9 @@ def test_every_command_named_in_the_docs_exists():
 
 def test_the_readmes_figures_are_those_of_the_results():
     assert readme_tables.PAGE.read_text() == readme_tables.page()
+
+
+@pytest.mark.parametrize("name", ["kernels", "kernels-own"])
+def test_the_kernels_pages_tables_are_those_of_the_results(name):
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    assert kernels.markdown(readme_tables.results(name)["results"]) in page
