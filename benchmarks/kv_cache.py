@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 from halfweight import scoring
 from halfweight.checkpoint import quantized_modules, read_headers
+from halfweight.generate import cache_argument
 from halfweight.hf import load
 from halfweight.kv_cache import Int8Cache
 
@@ -40,7 +41,10 @@ def open_model(folder: Path, dtype: torch.dtype) -> Any:
 def states(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """The body's states [T, H] of a window of token ids [T], through `cache`."""
     window = ids.to(DEVICE).unsqueeze(0)
-    return model.base_model(window, past_key_values=cache, use_cache=True).last_hidden_state[0]
+    body = model.base_model
+    held = {cache_argument(body): cache}
+    states: Tensor = body(window, use_cache=True, **held).last_hidden_state[0]
+    return states
 
 
 def cache_bytes(cache: Any) -> int:

@@ -14,6 +14,7 @@ is launched, or end that one sequence: on a GPU each would else poison the proce
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -97,6 +98,7 @@ class Decoder:
         self._model = model
         cache_class = {"16bit": StaticCache, "int8": Int8Cache}[kv_cache]
         self._cache = cache_class(model.config, max_cache_len=max_length)
+        self._cache_name = cache_argument(model)
         where: dict[str, Any] = {"dtype": torch.long, "device": model.device}
         self._ids = torch.zeros(batch_size, 1, **where)
         self._positions = torch.zeros(batch_size, 1, **where)
@@ -161,7 +163,7 @@ class Decoder:
             input_ids=ids,
             attention_mask=self._mask,
             position_ids=positions,
-            past_key_values=self._cache,
+            **{self._cache_name: self._cache},
             use_cache=True,
             logits_to_keep=1,
         )
@@ -300,6 +302,12 @@ class _Sampler:
         if self._needs_history:
             self._history = torch.cat([self._history, tokens.unsqueeze(1)], dim=1)
         return torch.where(bad, NAN, tokens)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the model's forward calls its cache: transformers 5.24 renamed `past_key_values`."""
+    names = inspect.signature(type(model).forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,11 @@ def test_a_padded_batch_equals_transformers_prompt_by_prompt(model, monkeypatch,
     assert {g.finish_reason for g in found} == {"length"}
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_the_cache_goes_by_the_name_that_this_transformers_uses(model):
+    assert len(generate(model, PROMPTS, max_new_tokens=2, step="eager")) == len(PROMPTS)
+
+
 def test_int8_cache_gives_nearly_the_same_logits(model):
     exact = Decoder(model, 3, 20).prefill(PROMPTS)
     rounded = Decoder(model, 3, 20, kv_cache="int8").prefill(PROMPTS)
