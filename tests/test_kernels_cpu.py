@@ -18,6 +18,15 @@ def same_numbers_every_time():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, params=["vectors", "matrix unit"])
+def by_both_kinds_of_instructions(request, monkeypatch):
+    """Batches of many tokens go by one or the other."""
+    if request.param == "vectors":
+        monkeypatch.setattr(cpu, "has_matrix_unit", lambda: False)
+    elif not cpu.has_matrix_unit():
+        pytest.skip("this CPU has no matrix unit for bytes")
+
+
 def weight(shape=(48, 576), group_size=64, scale_format="grid8"):
     generator = torch.Generator().manual_seed(sum(shape))
     rows = torch.exp(torch.randn(shape[0], 1, generator=generator))
@@ -181,3 +190,22 @@ def test_an_outlier_hides_no_more_than_its_own_rounding(dtype):
     x = torch.randn(1, 576)
     x[0, 3] = 1000
     assert_equal_products(x.to(dtype), weight())
+
+
+@pytest.mark.parametrize("tokens", [12, 16, 17, 40, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(33, 256), (70, 8192), (129, 4096)], ids=str)
+def test_many_tokens_and_rows_of_any_number(shape, dtype, tokens):
+    tensor = weight(shape, 256)
+    assert_equal_products(torch.randn(tokens, shape[1]).to(dtype), tensor, torch.randn(shape[0]))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_largest_sums_fit(dtype, sign):
+    """All weights and activations at their largest, in the longest blocks."""
+    packed = torch.full((40, 512), 255, dtype=torch.uint8)
+    packed[::2] = 1
+    scales = torch.ones(40, 2)
+    x = torch.full((40, 512), float(sign)).to(dtype)
+    assert_equal_products(x, QuantizedTensor(packed, scales, None))

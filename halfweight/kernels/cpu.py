@@ -2,6 +2,7 @@
 
     up to 8 tokens   linear_few   reads the packed bytes once (cpu_loops.py)
     prefill          linear_many  shares each byte among all tokens
+    prefill, AMX     linear_matrix  the same by the CPU's matrix unit
     prefill else     blocks of rows dequantized in cache, then the vendor's matrix product
 
 With VNNI activations become integers of 15 bits (where x has 16) or 23 bits a block of their group,
@@ -14,6 +15,8 @@ take one thread: waking another would cost more than it saves.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,13 +27,17 @@ from torch import Tensor
 from halfweight.errors import UsageError
 from halfweight.kernels import Backend, cpu_loops
 from halfweight.kernels.threads import Arguments, CFunction, Kernel, num_threads
-from halfweight.kernels.tiles import LANES, LINE, ROWS
+from halfweight.kernels.tiles import LANES, LINE, MATRIX_RECORDS, ROWS
 from halfweight.numerics import QuantizedTensor, dequantize
 
 MAX_DIRECT_TOKENS = 8
 """Larger batches go through dequantized blocks and the vendor's matrix product."""
 BLOCK_WEIGHTS = 1 << 21
 """Weights dequantized at a time for prefill: they stay in a shared cache."""
+SPARE_RECORDS = 2
+"""Rounded tokens that a matrix unit may read past the last."""
+SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
+"""How Linux on x86-64 is asked for the tile registers."""
 MIN_THREAD_BYTES = 1 << 16
 """Weights that are worth a thread."""
 FORMATS = {
@@ -45,6 +52,7 @@ _digit_product = CFunction(cpu_loops.digit_product)
 _linear_few = Kernel(cpu_loops.linear_few)
 _round_tokens = Kernel(cpu_loops.round_tokens)
 _linear_many = Kernel(cpu_loops.linear_many)
+_linear_matrix = Kernel(cpu_loops.linear_matrix)
 
 
 def linear_cells(
@@ -207,14 +215,19 @@ def _linear_many_tokens(
     x, bias = x.contiguous(), None if bias is None else bias.float()
     cells = linear_cells(packed, scales, exponents, bias, parts)
     block, form = _step_block(cells[cpu_loops.GROUP]), FORMATS[x.dtype]
-    records = torch.empty(tokens * parts, columns + 8 * (columns // block), dtype=torch.uint8)
+    by_matrix = tokens * parts >= MATRIX_RECORDS and has_matrix_unit()
+    num_records = tokens * parts + SPARE_RECORDS
+    record = int(cpu_loops.part_bytes.py_func(columns, columns // block))
+    records = torch.empty(num_records, record, dtype=torch.uint8)
     y = x.new_empty((*x.shape[:-1], packed.shape[0]))
     source, rounded = x.data_ptr(), records.data_ptr()
     rounding = (tokens, source, form, rounded)
     _launch(_round_tokens, cells, rounding, num_threads(), 4 * (columns + 3 * LANES)).run()
     products = (tokens, rounded, form, y.data_ptr())
-    own = cpu_loops.many_bytes(columns, block)
-    _launch(_linear_many, cells, products, _threads_for(packed), own).run()
+    at_once = int(cpu_loops.blocks_at_once.py_func(columns)) if by_matrix else 1
+    own = cpu_loops.many_bytes(columns, block, at_once)
+    kernel = _linear_matrix if by_matrix else _linear_many
+    _launch(kernel, cells, products, _threads_for(packed), own).run()
     return y
 
 
@@ -223,6 +236,16 @@ def has_int8_products() -> bool:
     """Whether kernels are compiled for a CPU that multiplies bytes four at a time (VNNI)."""
     features: str = cpu_target.target_context.codegen().magic_tuple()[2]
     return "+avx512vnni" in features.split(",")
+
+
+@cache
+def has_matrix_unit() -> bool:
+    """Whether this CPU multiplies tiles of bytes (AMX) and the system lets this process use it."""
+    features: str = cpu_target.target_context.codegen().magic_tuple()[2]
+    if not {"+amx-tile", "+amx-int8"} <= set(features.split(",")) or sys.platform != "linux":
+        return False
+    granted = ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    return int(granted) == 0
 
 
 def _step_block(group_size: int) -> int:

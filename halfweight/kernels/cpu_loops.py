@@ -35,10 +35,13 @@ from halfweight.kernels.tiles import (
     BLOCK_ROWS,
     LANES,
     LINE,
+    MATRIX_RECORDS,
     ROWS,
     digit_tile,
     float_tile,
+    half_row,
     int8_block,
+    matrix_block,
     round_block,
 )
 
@@ -68,6 +71,8 @@ round_1, round_2, round_3 = (round_block(parts) for parts in range(1, MAX_PARTS 
 BLOCK_TOKENS = 6
 """Records that meet 32 rows at once: a multiple of 1, 2 and 3 parts."""
 block_6 = int8_block(BLOCK_TOKENS)
+block_32, block_pairs = matrix_block(join=False), matrix_block(join=True)
+bfloat16_row, float16_row = half_row("bfloat16"), half_row("float16")
 
 
 @inline
@@ -429,10 +434,16 @@ def linear_few(pointer: Any) -> None:
 
 
 @inline
+def part_bytes(columns: Any, blocks: Any) -> Any:
+    """Bytes of a token's part for prefill: digits, steps and starts, in whole lines."""
+    return whole_lines(columns + 8 * blocks)
+
+
+@inline
 def write_parts(x: Any, columns: Any, block: Any, parts: Any, record: Any, starts: Any) -> None:
     """Round x float32 [K] to a record a part, as `int8_block` reads them; scratch [parts, 16]."""
     blocks = columns // block
-    stride = columns + 8 * blocks
+    stride = part_bytes(columns, blocks)
     for b in range(blocks):
         step = record + columns + 4 * b
         round_part(x + 4 * b * block, record + b * block, stride, starts, step, block, parts)
@@ -452,7 +463,7 @@ def round_tokens(pointer: Any) -> None:
     columns, block = cell(arguments, IN), step_block(cell(arguments, GROUP))
     parts = cell(arguments, PARTS)
     x = own_memory(arguments)
-    records = parts * (columns + 8 * (columns // block))
+    records = parts * part_bytes(columns, columns // block)
     while True:
         token = fetch_add(arguments + 8 * TICKET, 1)
         if token >= cell(arguments, TOKENS):
@@ -463,12 +474,14 @@ def round_tokens(pointer: Any) -> None:
 
 
 @inline
-def interleave_rows(linear: Any, row: Any, rows: Any, block: Any, to: Any, scales: Any) -> None:
-    """Write 32 rows (zeros past `rows`) as packed [K/4, 32, 4] and scales float32 [K/block, 32]."""
+def interleave_rows(linear: Any, row: Any, rows: Any, block: Any, to: Any, own: Any) -> None:
+    """Write 32 rows (zeros past `rows`) as packed [K/4, 32, 4] and scales float32 [K/block, 32].
+
+    `own` has room for a row's scales.
+    """
     columns = cell(linear, IN)
     blocks = columns // block
-    weights = cell(linear, PACKED) + row * columns
-    own = scales + 4 * BLOCK_ROWS * blocks
+    weights, scales = cell(linear, PACKED) + row * columns, to + BLOCK_ROWS * columns
     for r in range(BLOCK_ROWS):
         if r < rows:
             row_scales(linear, row + r, 1, block, own)
@@ -487,8 +500,9 @@ def write_token(
     """y[row : row + rows] of one token: its parts' sums [parts, 32] added, and the bias."""
     bias = cell(linear, BIAS)
     values = carray(pointer_to(sums), parts * BLOCK_ROWS, float32)
-    for i in range(BLOCK_ROWS, parts * BLOCK_ROWS):
-        values[i % BLOCK_ROWS] += values[i]
+    for part in range(1, parts):
+        for r in range(BLOCK_ROWS):
+            values[r] += values[part * BLOCK_ROWS + r]
     if bias:
         for r in range(rows):
             values[r] += load(bias + 4 * (row + r), float32)
@@ -496,14 +510,41 @@ def write_token(
         out = carray(pointer_to(y + 4 * row), rows, float32)
         for r in range(rows):
             out[r] = values[r]
+    elif rows == BLOCK_ROWS and y_format == BFLOAT16:
+        bfloat16_row(sums, y + 2 * row)
+    elif rows == BLOCK_ROWS:
+        float16_row(sums, y + 2 * row)
     else:
         for r in range(rows):
             store_number(y, row + r, y_format, values[r])
 
 
-def many_bytes(columns: int, block: int) -> int:
-    """Bytes of memory that a thread of `linear_many` needs for itself."""
-    return 4 * ((BLOCK_ROWS + 1) * (columns // block) + BLOCK_ROWS * (BLOCK_TOKENS + columns // 4))
+def many_bytes(columns: int, block: int, num_blocks: int = 1) -> int:
+    """Bytes of memory that a thread of `linear_many` or `linear_matrix` needs for itself.
+
+    `num_blocks` of 32 rows are interleaved at a time.
+    """
+    steps = columns // block
+    sums = 4 * BLOCK_ROWS * MATRIX_RECORDS
+    return sums + num_blocks * int(rows_bytes.py_func(columns, steps)) + 4 * steps
+
+
+@inline
+def rows_bytes(columns: Any, blocks: Any) -> Any:
+    """Bytes of 32 rows that are interleaved, and of their scales."""
+    return BLOCK_ROWS * (columns + 4 * blocks)
+
+
+@inline
+def write_tokens(
+    arguments: Any, row: Any, rows: Any, first: Any, tokens: Any, parts: Any, sums: Any
+) -> None:
+    """y[first : first + tokens, row : row + rows] from sums [tokens, parts, 32]."""
+    y_format = cell(arguments, X_FORMAT)
+    token_bytes = cell(arguments, OUT) * (int64(4) if y_format == FLOAT32 else int64(2))
+    for m in range(tokens):
+        at = cell(arguments, Y) + (first + m) * token_bytes
+        write_token(arguments, row, rows, sums + 4 * BLOCK_ROWS * parts * m, parts, at, y_format)
 
 
 def linear_many(pointer: Any) -> None:
@@ -512,26 +553,79 @@ def linear_many(pointer: Any) -> None:
     At least BLOCK_TOKENS records: the last ones are computed again where they do not come out even.
     """
     arguments = address_of(pointer)
-    out_features, columns = cell(arguments, OUT), cell(arguments, IN)
-    block, parts = step_block(cell(arguments, GROUP)), cell(arguments, PARTS)
-    blocks = columns // block
-    record = columns + 8 * blocks
-    scales = own_memory(arguments)
-    sums = scales + 4 * (BLOCK_ROWS + 1) * blocks
-    weights = sums + 4 * BLOCK_TOKENS * BLOCK_ROWS
-    stride, records = 4 * BLOCK_ROWS, cell(arguments, TOKENS) * parts
-    y, y_format = cell(arguments, Y), cell(arguments, X_FORMAT)
-    item = int64(4) if y_format == FLOAT32 else int64(2)
+    columns, parts = cell(arguments, IN), cell(arguments, PARTS)
+    block = step_block(cell(arguments, GROUP))
+    blocks, tokens = columns // block, BLOCK_TOKENS // parts
+    sums = own_memory(arguments)
+    weights = sums + 4 * BLOCK_ROWS * MATRIX_RECORDS
+    scales = weights + BLOCK_ROWS * columns
     while True:
         row = fetch_add(arguments + 8 * TICKET, BLOCK_ROWS)
-        if row >= out_features:
+        if row >= cell(arguments, OUT):
             break
-        rows = min(int64(BLOCK_ROWS), out_features - row)
-        interleave_rows(arguments, row, rows, block, weights, scales)
-        for wanted in range(0, records, BLOCK_TOKENS):
-            first = min(wanted, records - BLOCK_TOKENS)
-            x = cell(arguments, X) + first * record
-            block_6(x, weights, scales, blocks, block, sums, stride)
-            for m in range(0, BLOCK_TOKENS, parts):
-                at = y + item * ((first + m) // parts) * out_features
-                write_token(arguments, row, rows, sums + m * stride, parts, at, y_format)
+        rows = min(int64(BLOCK_ROWS), cell(arguments, OUT) - row)
+        own = weights + rows_bytes(columns, blocks)
+        interleave_rows(arguments, row, rows, block, weights, own)
+        for wanted in range(0, cell(arguments, TOKENS), tokens):
+            first = min(wanted, cell(arguments, TOKENS) - tokens)
+            x = cell(arguments, X) + first * parts * part_bytes(columns, blocks)
+            block_6(x, weights, scales, blocks, block, sums, 4 * BLOCK_ROWS)
+            write_tokens(arguments, row, rows, first, tokens, parts, sums)
+
+
+@inline
+def matrix_tokens(
+    arguments: Any, row: Any, weights: Any, first: Any, tokens: Any, sums: Any
+) -> None:
+    """y[first : first + tokens] of 32 interleaved rows."""
+    columns, parts = cell(arguments, IN), cell(arguments, PARTS)
+    block = step_block(cell(arguments, GROUP))
+    blocks = columns // block
+    rows = min(int64(BLOCK_ROWS), cell(arguments, OUT) - row)
+    scales = weights + BLOCK_ROWS * columns
+    x = cell(arguments, X) + first * parts * part_bytes(columns, blocks)
+    if parts == 2:
+        block_pairs(x, weights, scales, blocks, block, sums, 4 * BLOCK_ROWS)
+        write_tokens(arguments, row, rows, first, tokens, 1, sums)
+    else:
+        block_32(x, weights, scales, blocks, block, sums, 4 * BLOCK_ROWS)
+        write_tokens(arguments, row, rows, first, tokens, parts, sums)
+
+
+@inline
+def blocks_at_once(columns: Any) -> Any:
+    """Blocks of 32 rows that `linear_matrix` interleaves: what half of a usual L2 cache holds.
+
+    Tokens that a cache does not hold are read once for all of them.
+    """
+    return max(int64(1), min(int64(4), (1 << 20) // (BLOCK_ROWS * columns)))
+
+
+def linear_matrix(pointer: Any) -> None:
+    """Kernel: `linear_many` by a matrix unit; at least MATRIX_RECORDS records, and two to spare.
+
+    Where three parts leave two of 32 records over, those are multiplied and forgotten.
+    """
+    arguments = address_of(pointer)
+    columns, block = cell(arguments, IN), step_block(cell(arguments, GROUP))
+    tokens = MATRIX_RECORDS // cell(arguments, PARTS)
+    out_features, at_once = cell(arguments, OUT), blocks_at_once(columns)
+    size = rows_bytes(columns, columns // block)
+    sums = own_memory(arguments)
+    weights = sums + 4 * BLOCK_ROWS * MATRIX_RECORDS
+    while True:
+        begin = fetch_add(arguments + 8 * TICKET, BLOCK_ROWS * at_once)
+        if begin >= out_features:
+            break
+        end = min(begin + BLOCK_ROWS * at_once, out_features)
+        for row in range(begin, end, BLOCK_ROWS):
+            to, rows = (
+                weights + (row - begin) // BLOCK_ROWS * size,
+                min(int64(BLOCK_ROWS), end - row),
+            )
+            interleave_rows(arguments, row, rows, block, to, weights + at_once * size)
+        for wanted in range(0, cell(arguments, TOKENS), tokens):
+            first = min(wanted, cell(arguments, TOKENS) - tokens)
+            for row in range(begin, end, BLOCK_ROWS):
+                at = weights + (row - begin) // BLOCK_ROWS * size
+                matrix_tokens(arguments, row, at, first, tokens, sums)

@@ -31,6 +31,10 @@ ROWS = 4
 """Rows of weights that meet a few tokens at once."""
 BLOCK_ROWS = 32
 """Rows of weights that meet many tokens at once."""
+MATRIX_RECORDS = 32
+"""Rounded tokens that meet them at once in a matrix unit."""
+UNROLLED = 4
+"""Tokens whose sums are added without a jump."""
 LINE = 64
 """Bytes of a cache line, and bytes that one integer product takes of a row."""
 SMALLEST = 2.0**-100
@@ -40,6 +44,8 @@ _I8, _I32, _I64 = (ir.IntType(bits) for bits in (8, 32, 64))
 _FLOAT = ir.FloatType()
 _FLOATS = ir.VectorType(_FLOAT, LANES)
 _INTS = ir.VectorType(_I32, LANES)
+_HALVES = ir.VectorType(ir.HalfType(), LANES)
+_SHORTS = ir.VectorType(ir.IntType(16), LANES)
 _BYTES16 = ir.VectorType(_I8, LANES)
 _BYTES64 = ir.VectorType(_I8, LINE)
 _INTS64 = ir.VectorType(_I32, LINE)
@@ -55,6 +61,9 @@ def _tile(name: str, num_arguments: int, generate: Callable[..., None]) -> Any:
 
     typed = types.void(*[types.int64] * num_arguments), codegen
 
+    def of_2(typing: Any, a: Any, b: Any) -> Any:
+        return typed
+
     def of_6(typing: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
         return typed
 
@@ -64,7 +73,7 @@ def _tile(name: str, num_arguments: int, generate: Callable[..., None]) -> Any:
     def of_8(typing: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
         return typed
 
-    definition = {6: of_6, 7: of_7, 8: of_8}[num_arguments]
+    definition = {2: of_2, 6: of_6, 7: of_7, 8: of_8}[num_arguments]
     definition.__name__ = name
     return intrinsic(definition)
 
@@ -250,8 +259,9 @@ def int8_block(num_tokens: int) -> Any:
 
     A lane is a row here, so nothing is folded and four bytes of a token meet all rows at once.
     The Numba function takes the addresses of the tokens' records (int8 [K], float32 steps [K/B] and
-    int32 starts [K/B], -128 sum(x)), of packed [K/4, 32, 4] and scales float32 [K/B, 32], then K/B,
-    B, and the address of float32 [num_tokens, 32] to write with the bytes between its rows.
+    int32 starts [K/B], -128 sum(x), in whole lines), of packed [K/4, 32, 4] and scales float32
+    [K/B, 32], then K/B, B, and the address of float32 [num_tokens, 32] to write with the bytes
+    between its rows.
     """
 
     def generate(
@@ -266,7 +276,7 @@ def int8_block(num_tokens: int) -> Any:
         out_stride: Any,
     ) -> None:
         columns, group_bytes = b.mul(num_groups, group_size), b.mul(num_groups, _I64(4))
-        x_stride = b.add(columns, b.mul(num_groups, _I64(8)))
+        x_stride = _part_bytes(b, columns, num_groups)
         steps_at = b.add(x, columns)
         starts_at = b.add(steps_at, group_bytes)
         pairs = [(m, v) for m in range(num_tokens) for v in range(BLOCK_ROWS // LANES)]
@@ -306,6 +316,155 @@ def int8_block(num_tokens: int) -> Any:
     return _tile(f"int8_block_{num_tokens}", 7, generate)
 
 
+def matrix_block(join: bool) -> Any:
+    """`int8_block` for 32 records at once, by the matrix unit of a CPU that has one (AMX).
+
+    Four tiles of 16 by 16 sums; 64 columns of 16 records, as they lie, meet 16 rows, four columns
+    of each in a line. While the unit multiplies a group, the one before it is scaled and added.
+
+    With `join` two records are a token, its low and its high digit, and 16 tokens come out: 255 127
+    256 sums of bytes, 256 times, and as many again still fit an int32.
+    """
+    size, parts = MATRIX_RECORDS * BLOCK_ROWS, 2 if join else 1
+    tokens = MATRIX_RECORDS // parts
+
+    def generate(
+        _features: Any,
+        b: Any,
+        x: Any,
+        weights: Any,
+        scales: Any,
+        num_groups: Any,
+        group_size: Any,
+        out: Any,
+        out_stride: Any,
+    ) -> None:
+        columns, group_bytes = b.mul(num_groups, group_size), b.mul(num_groups, _I64(4))
+        x_stride = _part_bytes(b, columns, num_groups)
+        both = b.ptrtoint(cgutils.alloca_once(b, _I32, 2 * size), _I64)
+        _configure_tiles(b)
+        with cgutils.for_range(b, _I64(tokens)) as loop:
+            for v in range(BLOCK_ROWS // LANES):
+                row = b.add(_offset(b, out, loop.index, out_stride), _I64(4 * LANES * v))
+                b.store(ir.Constant(_FLOATS, [0.0] * LANES), _pointer(b, row, _FLOATS), align=4)
+        with cgutils.for_range(b, b.add(num_groups, _I64(1))) as groups:
+            turn = b.mul(b.and_(groups.index, _I64(1)), _I64(4 * size))
+            here, other = b.add(both, turn), b.add(both, b.sub(_I64(4 * size), turn))
+            with b.if_then(b.icmp_signed("<", groups.index, num_groups)):
+                begin = b.mul(groups.index, group_size)
+                _multiply_tiles(b, x, x_stride, weights, begin, group_size, here)
+            with b.if_then(b.icmp_signed(">", groups.index, _I64(0))):
+                at_group = b.mul(b.sub(groups.index, _I64(1)), _I64(4))
+                scales_at = b.add(scales, b.mul(at_group, _I64(BLOCK_ROWS)))
+                of_rows = [
+                    _load(b, b.add(scales_at, _I64(4 * LANES * v)), _FLOATS)
+                    for v in range(BLOCK_ROWS // LANES)
+                ]
+                with cgutils.for_range(b, _I64(tokens // UNROLLED)) as loop:
+                    for i in range(UNROLLED):
+                        token = b.add(b.mul(loop.index, _I64(UNROLLED)), _I64(i))
+                        record = b.mul(token, _I64(parts))
+                        ends = b.add(_offset(b, x, record, x_stride), b.add(columns, at_group))
+                        sums = _offset(b, other, record, _I64(4 * BLOCK_ROWS))
+                        to = _offset(b, out, token, out_stride)
+                        _add_record(b, join, ends, group_bytes, x_stride, sums, of_rows, to)
+        _tile_call(b, "tilerelease")
+
+    return _tile(f"matrix_block_{parts}", 7, generate)
+
+
+def _multiply_tiles(
+    builder: Any, x: Any, x_stride: Any, weights: Any, begin: Any, group_size: Any, sums: Any
+) -> None:
+    """sums int32 [32, 32] of the columns of a group."""
+    tiles = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for c in range(len(tiles)):
+        _tile_call(builder, "tilezero", _I8(c))
+    with cgutils.for_range(builder, builder.udiv(group_size, _I64(LINE))) as loop:
+        k = builder.add(begin, builder.mul(loop.index, _I64(LINE)))
+        rows_at = builder.add(weights, builder.mul(k, _I64(BLOCK_ROWS)))
+        for half in range(2):
+            records = _offset(builder, builder.add(x, k), LANES * half, x_stride)
+            _load_tile(builder, 4 + half, records, x_stride)
+            rows = builder.add(rows_at, _I64(LINE * half))
+            _load_tile(builder, 6 + half, rows, _I64(4 * BLOCK_ROWS))
+        for c, (m, n) in enumerate(tiles):
+            _tile_call(builder, "tdpbsud", _I8(c), _I8(4 + m), _I8(6 + n))
+    for c, (m, n) in enumerate(tiles):
+        at = builder.add(sums, _I64(4 * (LANES * BLOCK_ROWS * m + LANES * n)))
+        to = builder.inttoptr(at, _I8.as_pointer())
+        _tile_call(builder, "tilestored64", _I8(c), to, _I64(4 * BLOCK_ROWS))
+
+
+def _add_record(
+    b: Any, join: bool, ends: Any, group_bytes: Any, x_stride: Any, sums: Any, scales: Any, to: Any
+) -> None:
+    """Add a group's sums of a token to its row; `ends` are its step and, further on, its start."""
+    step = _splat(b, _load(b, ends, _FLOAT))
+    start_at = b.add(ends, group_bytes)
+    start = _load(b, start_at, _I32)
+    if join:
+        high = _load(b, b.add(start_at, x_stride), _I32)
+        start = b.add(start, b.shl(high, _I32(8)))
+    start = _splat_int(b, start)
+    for v, of_rows in enumerate(scales):
+        lane = _I64(4 * LANES * v)
+        total = b.add(_load(b, b.add(sums, lane), _INTS), start)
+        if join:
+            high = _load(b, b.add(b.add(sums, lane), _I64(4 * BLOCK_ROWS)), _INTS)
+            total = b.add(total, b.shl(high, _constant(8)))
+        cell = _pointer(b, b.add(to, lane), _FLOATS)
+        product, factor = b.sitofp(total, _FLOATS), b.fmul(of_rows, step)
+        b.store(_multiply_add(b, product, factor, b.load(cell, align=4)), cell, align=4)
+
+
+def half_row(dtype: str) -> Any:
+    """Write float32 [32] as bfloat16 or float16, rounded half to even.
+
+    The Numba function takes the addresses of what to read and where to write.
+    """
+
+    def generate(_features: Any, b: Any, values: Any, out: Any) -> None:
+        for v in range(BLOCK_ROWS // LANES):
+            value = _load(b, b.add(values, _I64(4 * LANES * v)), _FLOATS)
+            to = b.add(out, _I64(2 * LANES * v))
+            if dtype == "float16":
+                half = b.fptrunc(value, _HALVES)
+                b.store(half, _pointer(b, to, _HALVES), align=2)
+                continue
+            bits = b.bitcast(value, _INTS)
+            even = b.and_(b.lshr(bits, _constant(16)), _constant(1))
+            rounded = b.add(b.add(bits, _constant(0x7FFF)), even)
+            quiet = b.or_(bits, _constant(0x400000))
+            bits = b.select(b.fcmp_unordered("uno", value, value), quiet, rounded)
+            half = b.trunc(b.lshr(bits, _constant(16)), _SHORTS)
+            b.store(half, _pointer(b, to, _SHORTS), align=2)
+
+    return _tile(f"{dtype}_row", 2, generate)
+
+
+def _configure_tiles(builder: Any) -> None:
+    """All eight tile registers as 16 lines of 64 bytes."""
+    config = [1, *[0] * 15, *[LINE, 0] * 8, *[0] * 16, *[LANES] * 8, *[0] * 8]
+    cell = cgutils.alloca_once_value(builder, ir.Constant(_BYTES64, config))
+    _tile_call(builder, "ldtilecfg", builder.bitcast(cell, _I8.as_pointer()))
+
+
+def _tile_call(builder: Any, name: str, *values: Any) -> None:
+    _call(builder, f"llvm.x86.{name}", ir.VoidType(), *values)
+
+
+def _load_tile(builder: Any, tile: int, address: Any, stride: Any) -> None:
+    pointer = builder.inttoptr(address, _I8.as_pointer())
+    _tile_call(builder, "tileloadd64", _I8(tile), pointer, stride)
+
+
+def _part_bytes(builder: Any, columns: Any, num_groups: Any) -> Any:
+    """Bytes of a record: digits, steps and starts, in whole lines (cpu_loops.part_bytes)."""
+    used = builder.add(columns, builder.mul(num_groups, _I64(8)))
+    return builder.and_(builder.add(used, _I64(LINE - 1)), _I64(-LINE))
+
+
 def _pointer(builder: Any, address: Any, machine_type: Any) -> Any:
     return builder.inttoptr(address, machine_type.as_pointer())
 
@@ -315,7 +474,8 @@ def _load(builder: Any, address: Any, machine_type: Any) -> Any:
 
 
 def _offset(builder: Any, base: Any, index: Any, stride: Any) -> Any:
-    return builder.add(base, builder.mul(_I64(index), stride))
+    index = _I64(index) if isinstance(index, int) else index
+    return builder.add(base, builder.mul(index, stride))
 
 
 def _call(builder: Any, name: str, result: Any, *values: Any, **flags: Any) -> Any:
