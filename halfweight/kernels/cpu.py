@@ -53,6 +53,7 @@ _linear_few = Kernel(cpu_loops.linear_few)
 _round_tokens = Kernel(cpu_loops.round_tokens)
 _linear_many = Kernel(cpu_loops.linear_many)
 _linear_matrix = Kernel(cpu_loops.linear_matrix)
+_linear_bfloat16 = Kernel(cpu_loops.linear_bfloat16)
 
 
 def linear_cells(
@@ -91,6 +92,8 @@ def linear(
     parts = exact_parts(x.dtype)
     if x.numel() // x.shape[-1] <= MAX_DIRECT_TOKENS:
         return _linear_few_tokens(x, packed, scales, exponents, bias, parts)
+    if _takes_bfloat16(x, packed.shape[1] // scales.shape[1]):
+        return _linear_bfloat16_tokens(x, packed, scales, exponents, bias)
     if parts and _step_block(packed.shape[1] // scales.shape[1]):
         return _linear_many_tokens(x, packed, scales, exponents, bias, parts)
     return _linear_by_blocks(x, QuantizedTensor(packed, scales, exponents), bias)
@@ -227,8 +230,33 @@ def _linear_many_tokens(
     at_once = int(cpu_loops.blocks_at_once.py_func(columns)) if by_matrix else 1
     own = cpu_loops.many_bytes(columns, block, at_once)
     kernel = _linear_matrix if by_matrix else _linear_many
-    _launch(kernel, cells, products, _threads_for(packed), own).run()
+    _launch(kernel, cells, products, num_threads(), own).run()
     return y
+
+
+def _takes_bfloat16(x: Tensor, group_size: int) -> bool:
+    """Whether a matrix unit takes x as it is."""
+    enough = x.numel() // x.shape[-1] >= MATRIX_RECORDS
+    return enough and x.dtype == torch.bfloat16 and group_size % 32 == 0 and has_matrix_unit()
+
+
+def _linear_bfloat16_tokens(
+    x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    columns, tokens = packed.shape[1], x.numel() // packed.shape[1]
+    x, bias = x.contiguous(), None if bias is None else bias.float()
+    cells = linear_cells(packed, scales, exponents, bias, 0)
+    y = x.new_empty((*x.shape[:-1], packed.shape[0]))
+    own = _bfloat16_bytes(columns, cells[cpu_loops.GROUP])
+    rest = (tokens, x.data_ptr(), FORMATS[x.dtype], y.data_ptr())
+    _launch(_linear_bfloat16, cells, rest, num_threads(), own).run()
+    return y
+
+
+@cache
+def _bfloat16_bytes(columns: int, group_size: int) -> int:
+    at_once = int(cpu_loops.blocks_at_once.py_func(2 * columns))
+    return cpu_loops.bfloat16_bytes(columns, group_size, at_once)
 
 
 @cache
@@ -240,9 +268,12 @@ def has_int8_products() -> bool:
 
 @cache
 def has_matrix_unit() -> bool:
-    """Whether this CPU multiplies tiles of bytes (AMX) and the system lets this process use it."""
+    """Whether this CPU multiplies tiles (AMX) and the system lets this process use them."""
     features: str = cpu_target.target_context.codegen().magic_tuple()[2]
-    if not {"+amx-tile", "+amx-int8"} <= set(features.split(",")) or sys.platform != "linux":
+    if (
+        not {"+amx-tile", "+amx-int8", "+amx-bf16"} <= set(features.split(","))
+        or sys.platform != "linux"
+    ):
         return False
     granted = ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
     return int(granted) == 0

@@ -39,10 +39,11 @@ from halfweight.kernels.tiles import (
     ROWS,
     digit_tile,
     float_tile,
-    half_row,
+    half_rows,
     int8_block,
     matrix_block,
     round_block,
+    spread_row,
 )
 
 FLOAT32, BFLOAT16, FLOAT16, GRID8 = range(4)
@@ -71,8 +72,10 @@ round_1, round_2, round_3 = (round_block(parts) for parts in range(1, MAX_PARTS 
 BLOCK_TOKENS = 6
 """Records that meet 32 rows at once: a multiple of 1, 2 and 3 parts."""
 block_6 = int8_block(BLOCK_TOKENS)
-block_32, block_pairs = matrix_block(join=False), matrix_block(join=True)
-bfloat16_row, float16_row = half_row("bfloat16"), half_row("float16")
+block_32, block_pairs = matrix_block("bytes"), matrix_block("pairs")
+block_bfloat16 = matrix_block("bfloat16")
+spread = spread_row()
+bfloat16_rows, float16_rows = half_rows("bfloat16"), half_rows("float16")
 
 
 @inline
@@ -475,18 +478,35 @@ def round_tokens(pointer: Any) -> None:
 
 @inline
 def interleave_rows(linear: Any, row: Any, rows: Any, block: Any, to: Any, own: Any) -> None:
-    """Write 32 rows (zeros past `rows`) as packed [K/4, 32, 4] and scales float32 [K/block, 32].
+    """Write 32 rows as packed [K/4, 32, 4], scales float32 [K/block, 32] behind them.
 
     `own` has room for a row's scales.
     """
     columns = cell(linear, IN)
-    blocks = columns // block
-    weights, scales = cell(linear, PACKED) + row * columns, to + BLOCK_ROWS * columns
+    weights = cell(linear, PACKED) + row * columns
+    for r in range(rows):
+        for k in range(0, columns, 4):
+            store_int(to + BLOCK_ROWS * k + 4 * r, load(weights + r * columns + k, int32))
+    interleave_scales(linear, row, rows, block, to + BLOCK_ROWS * columns, own)
+
+
+@inline
+def spread_rows(linear: Any, row: Any, rows: Any, block: Any, to: Any, own: Any) -> None:
+    """`interleave_rows` as numbers q in bfloat16 [K/2, 32, 2]."""
+    columns = cell(linear, IN)
+    weights = cell(linear, PACKED) + row * columns
+    for r in range(rows):
+        spread(weights + r * columns, to + 4 * r, columns)
+    interleave_scales(linear, row, rows, block, to + 2 * BLOCK_ROWS * columns, own)
+
+
+@inline
+def interleave_scales(linear: Any, row: Any, rows: Any, block: Any, scales: Any, own: Any) -> None:
+    """Write scales float32 [K/block, 32], zeros past `rows`, whose weights are then anything."""
+    blocks = cell(linear, IN) // block
     for r in range(BLOCK_ROWS):
         if r < rows:
             row_scales(linear, row + r, 1, block, own)
-            for k in range(0, columns, 4):
-                store_int(to + BLOCK_ROWS * k + 4 * r, load(weights + r * columns + k, int32))
         power = row_power(linear, row + r) if r < rows else float32(0)
         for b in range(blocks):
             scale = load(own + 4 * b, float32) * power if r < rows else float32(0)
@@ -494,10 +514,8 @@ def interleave_rows(linear: Any, row: Any, rows: Any, block: Any, to: Any, own: 
 
 
 @inline
-def write_token(
-    linear: Any, row: Any, rows: Any, sums: Any, parts: Any, y: Any, y_format: Any
-) -> None:
-    """y[row : row + rows] of one token: its parts' sums [parts, 32] added, and the bias."""
+def add_parts(linear: Any, row: Any, rows: Any, sums: Any, parts: Any) -> None:
+    """Sums of one token [parts, 32] added into the first 32, and the bias."""
     bias = cell(linear, BIAS)
     values = carray(pointer_to(sums), parts * BLOCK_ROWS, float32)
     for part in range(1, parts):
@@ -506,17 +524,6 @@ def write_token(
     if bias:
         for r in range(rows):
             values[r] += load(bias + 4 * (row + r), float32)
-    if y_format == FLOAT32:
-        out = carray(pointer_to(y + 4 * row), rows, float32)
-        for r in range(rows):
-            out[r] = values[r]
-    elif rows == BLOCK_ROWS and y_format == BFLOAT16:
-        bfloat16_row(sums, y + 2 * row)
-    elif rows == BLOCK_ROWS:
-        float16_row(sums, y + 2 * row)
-    else:
-        for r in range(rows):
-            store_number(y, row + r, y_format, values[r])
 
 
 def many_bytes(columns: int, block: int, num_blocks: int = 1) -> int:
@@ -527,6 +534,13 @@ def many_bytes(columns: int, block: int, num_blocks: int = 1) -> int:
     steps = columns // block
     sums = 4 * BLOCK_ROWS * MATRIX_RECORDS
     return sums + num_blocks * int(rows_bytes.py_func(columns, steps)) + 4 * steps
+
+
+def bfloat16_bytes(columns: int, group_size: int, num_blocks: int) -> int:
+    """Bytes of memory that a thread of `linear_bfloat16` needs for itself."""
+    groups = columns // group_size
+    sums = 4 * BLOCK_ROWS * MATRIX_RECORDS
+    return sums + num_blocks * int(rows_bytes.py_func(2 * columns, groups)) + 4 * groups
 
 
 @inline
@@ -540,11 +554,22 @@ def write_tokens(
     arguments: Any, row: Any, rows: Any, first: Any, tokens: Any, parts: Any, sums: Any
 ) -> None:
     """y[first : first + tokens, row : row + rows] from sums [tokens, parts, 32]."""
-    y_format = cell(arguments, X_FORMAT)
-    token_bytes = cell(arguments, OUT) * (int64(4) if y_format == FLOAT32 else int64(2))
+    y_format, out_features = cell(arguments, X_FORMAT), cell(arguments, OUT)
+    stride = 4 * BLOCK_ROWS * parts
+    if parts > 1 or cell(arguments, BIAS):
+        for m in range(tokens):
+            add_parts(arguments, row, rows, sums + stride * m, parts)
+    if rows == BLOCK_ROWS and y_format != FLOAT32:
+        at = cell(arguments, Y) + 2 * (first * out_features + row)
+        if y_format == BFLOAT16:
+            bfloat16_rows(sums, at, stride, 2 * out_features, tokens)
+        else:
+            float16_rows(sums, at, stride, 2 * out_features, tokens)
+        return
     for m in range(tokens):
-        at = cell(arguments, Y) + (first + m) * token_bytes
-        write_token(arguments, row, rows, sums + 4 * BLOCK_ROWS * parts * m, parts, at, y_format)
+        for r in range(rows):
+            value = load(sums + stride * m + 4 * r, float32)
+            store_number(cell(arguments, Y), (first + m) * out_features + row + r, y_format, value)
 
 
 def linear_many(pointer: Any) -> None:
@@ -594,11 +619,12 @@ def matrix_tokens(
 
 @inline
 def blocks_at_once(columns: Any) -> Any:
-    """Blocks of 32 rows that `linear_matrix` interleaves: what half of a usual L2 cache holds.
+    """Blocks of 32 rows that `linear_matrix` interleaves before it multiplies.
 
-    Tokens that a cache does not hold are read once for all of them.
+    Tokens that a cache does not hold are then read once for all of them; the rows themselves shall
+    take no more than half of a usual L2 cache.
     """
-    return max(int64(1), min(int64(4), (1 << 20) // (BLOCK_ROWS * columns)))
+    return max(int64(1), min(int64(4), columns // 1024, (1 << 20) // (BLOCK_ROWS * columns)))
 
 
 def linear_matrix(pointer: Any) -> None:
@@ -629,3 +655,36 @@ def linear_matrix(pointer: Any) -> None:
             for row in range(begin, end, BLOCK_ROWS):
                 at = weights + (row - begin) // BLOCK_ROWS * size
                 matrix_tokens(arguments, row, at, first, tokens, sums)
+
+
+def linear_bfloat16(pointer: Any) -> None:
+    """Kernel: y [M, N] = x bfloat16 [M, K] times a linear by a matrix unit; M at least 32.
+
+    Groups of a multiple of 32. Nothing is rounded but sums: q is exact in bfloat16, and scales
+    multiply the float32 sums of a group.
+    """
+    arguments = address_of(pointer)
+    columns, group_size = cell(arguments, IN), cell(arguments, GROUP)
+    groups, num_tokens = columns // group_size, cell(arguments, TOKENS)
+    out_features, at_once = cell(arguments, OUT), blocks_at_once(2 * columns)
+    size = rows_bytes(2 * columns, groups)
+    sums = own_memory(arguments)
+    weights = sums + 4 * BLOCK_ROWS * MATRIX_RECORDS
+    own = weights + at_once * size
+    while True:
+        begin = fetch_add(arguments + 8 * TICKET, BLOCK_ROWS * at_once)
+        if begin >= out_features:
+            break
+        end = min(begin + BLOCK_ROWS * at_once, out_features)
+        for row in range(begin, end, BLOCK_ROWS):
+            to = weights + (row - begin) // BLOCK_ROWS * size
+            spread_rows(arguments, row, min(int64(BLOCK_ROWS), end - row), group_size, to, own)
+        for wanted in range(0, num_tokens, MATRIX_RECORDS):
+            first = min(wanted, num_tokens - MATRIX_RECORDS)
+            x = cell(arguments, X) + 2 * first * columns
+            for row in range(begin, end, BLOCK_ROWS):
+                at = weights + (row - begin) // BLOCK_ROWS * size
+                scales = at + 2 * BLOCK_ROWS * columns
+                block_bfloat16(x, at, scales, groups, group_size, sums, 4 * BLOCK_ROWS)
+                rows = min(int64(BLOCK_ROWS), end - row)
+                write_tokens(arguments, row, rows, first, MATRIX_RECORDS, 1, sums)

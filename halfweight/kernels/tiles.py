@@ -61,7 +61,10 @@ def _tile(name: str, num_arguments: int, generate: Callable[..., None]) -> Any:
 
     typed = types.void(*[types.int64] * num_arguments), codegen
 
-    def of_2(typing: Any, a: Any, b: Any) -> Any:
+    def of_3(typing: Any, a: Any, b: Any, c: Any) -> Any:
+        return typed
+
+    def of_5(typing: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
         return typed
 
     def of_6(typing: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
@@ -73,7 +76,7 @@ def _tile(name: str, num_arguments: int, generate: Callable[..., None]) -> Any:
     def of_8(typing: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
         return typed
 
-    definition = {2: of_2, 6: of_6, 7: of_7, 8: of_8}[num_arguments]
+    definition = {3: of_3, 5: of_5, 6: of_6, 7: of_7, 8: of_8}[num_arguments]
     definition.__name__ = name
     return intrinsic(definition)
 
@@ -316,17 +319,21 @@ def int8_block(num_tokens: int) -> Any:
     return _tile(f"int8_block_{num_tokens}", 7, generate)
 
 
-def matrix_block(join: bool) -> Any:
-    """`int8_block` for 32 records at once, by the matrix unit of a CPU that has one (AMX).
+def matrix_block(kind: str) -> Any:
+    """32 rows of weights, interleaved, times 32 records by a CPU's matrix unit (AMX).
 
-    Four tiles of 16 by 16 sums; 64 columns of 16 records, as they lie, meet 16 rows, four columns
-    of each in a line. While the unit multiplies a group, the one before it is scaled and added.
+    Four tiles of 16 by 16 sums; a line of 16 records, as they lie, meets 16 rows, four bytes of
+    each in a line. While the unit multiplies a group, the one before it is scaled and added. Kinds:
 
-    With `join` two records are a token, its low and its high digit, and 16 tokens come out: 255 127
-    256 sums of bytes, 256 times, and as many again still fit an int32.
+        bytes     records and arguments as of `int8_block`
+        pairs     two records are a token, its low and its high digit, and 16 tokens come out: 255
+                  127 256 sums of bytes, 256 times, and as many again still fit an int32
+        bfloat16  a record is a token in bfloat16 as it is, packed is [K/2, 32, 2] in bfloat16,
+                  where every weight is exact
     """
-    size, parts = MATRIX_RECORDS * BLOCK_ROWS, 2 if join else 1
+    size, parts = MATRIX_RECORDS * BLOCK_ROWS, 2 if kind == "pairs" else 1
     tokens = MATRIX_RECORDS // parts
+    column_bytes = _I64(2 if kind == "bfloat16" else 1)
 
     def generate(
         _features: Any,
@@ -339,8 +346,9 @@ def matrix_block(join: bool) -> Any:
         out: Any,
         out_stride: Any,
     ) -> None:
-        columns, group_bytes = b.mul(num_groups, group_size), b.mul(num_groups, _I64(4))
-        x_stride = _part_bytes(b, columns, num_groups)
+        group = b.mul(group_size, column_bytes)
+        columns, group_bytes = b.mul(num_groups, group), b.mul(num_groups, _I64(4))
+        x_stride = columns if kind == "bfloat16" else _part_bytes(b, columns, num_groups)
         both = b.ptrtoint(cgutils.alloca_once(b, _I32, 2 * size), _I64)
         _configure_tiles(b)
         with cgutils.for_range(b, _I64(tokens)) as loop:
@@ -351,8 +359,9 @@ def matrix_block(join: bool) -> Any:
             turn = b.mul(b.and_(groups.index, _I64(1)), _I64(4 * size))
             here, other = b.add(both, turn), b.add(both, b.sub(_I64(4 * size), turn))
             with b.if_then(b.icmp_signed("<", groups.index, num_groups)):
-                begin = b.mul(groups.index, group_size)
-                _multiply_tiles(b, x, x_stride, weights, begin, group_size, here)
+                begin = b.mul(groups.index, group)
+                product = "tdpbf16ps" if kind == "bfloat16" else "tdpbsud"
+                _multiply_tiles(b, product, x, x_stride, weights, begin, group, here)
             with b.if_then(b.icmp_signed(">", groups.index, _I64(0))):
                 at_group = b.mul(b.sub(groups.index, _I64(1)), _I64(4))
                 scales_at = b.add(scales, b.mul(at_group, _I64(BLOCK_ROWS)))
@@ -364,23 +373,34 @@ def matrix_block(join: bool) -> Any:
                     for i in range(UNROLLED):
                         token = b.add(b.mul(loop.index, _I64(UNROLLED)), _I64(i))
                         record = b.mul(token, _I64(parts))
-                        ends = b.add(_offset(b, x, record, x_stride), b.add(columns, at_group))
                         sums = _offset(b, other, record, _I64(4 * BLOCK_ROWS))
                         to = _offset(b, out, token, out_stride)
+                        if kind == "bfloat16":
+                            _add_floats(b, sums, of_rows, to)
+                            continue
+                        ends = b.add(_offset(b, x, record, x_stride), b.add(columns, at_group))
+                        join = kind == "pairs"
                         _add_record(b, join, ends, group_bytes, x_stride, sums, of_rows, to)
         _tile_call(b, "tilerelease")
 
-    return _tile(f"matrix_block_{parts}", 7, generate)
+    return _tile(f"matrix_block_{kind}", 7, generate)
 
 
 def _multiply_tiles(
-    builder: Any, x: Any, x_stride: Any, weights: Any, begin: Any, group_size: Any, sums: Any
+    builder: Any,
+    product: str,
+    x: Any,
+    x_stride: Any,
+    weights: Any,
+    begin: Any,
+    group: Any,
+    sums: Any,
 ) -> None:
-    """sums int32 [32, 32] of the columns of a group."""
+    """sums [32, 32] of a group: the bytes [begin, begin + group) of each record."""
     tiles = [(0, 0), (0, 1), (1, 0), (1, 1)]
     for c in range(len(tiles)):
         _tile_call(builder, "tilezero", _I8(c))
-    with cgutils.for_range(builder, builder.udiv(group_size, _I64(LINE))) as loop:
+    with cgutils.for_range(builder, builder.udiv(group, _I64(LINE))) as loop:
         k = builder.add(begin, builder.mul(loop.index, _I64(LINE)))
         rows_at = builder.add(weights, builder.mul(k, _I64(BLOCK_ROWS)))
         for half in range(2):
@@ -389,11 +409,20 @@ def _multiply_tiles(
             rows = builder.add(rows_at, _I64(LINE * half))
             _load_tile(builder, 6 + half, rows, _I64(4 * BLOCK_ROWS))
         for c, (m, n) in enumerate(tiles):
-            _tile_call(builder, "tdpbsud", _I8(c), _I8(4 + m), _I8(6 + n))
+            _tile_call(builder, product, _I8(c), _I8(4 + m), _I8(6 + n))
     for c, (m, n) in enumerate(tiles):
         at = builder.add(sums, _I64(4 * (LANES * BLOCK_ROWS * m + LANES * n)))
         to = builder.inttoptr(at, _I8.as_pointer())
         _tile_call(builder, "tilestored64", _I8(c), to, _I64(4 * BLOCK_ROWS))
+
+
+def _add_floats(b: Any, sums: Any, scales: Any, to: Any) -> None:
+    """Add a group's float sums of one token to its row."""
+    for v, of_rows in enumerate(scales):
+        lane = _I64(4 * LANES * v)
+        cell = _pointer(b, b.add(to, lane), _FLOATS)
+        part = _load(b, b.add(sums, lane), _FLOATS)
+        b.store(_multiply_add(b, part, of_rows, b.load(cell, align=4)), cell, align=4)
 
 
 def _add_record(
@@ -418,29 +447,57 @@ def _add_record(
         b.store(_multiply_add(b, product, factor, b.load(cell, align=4)), cell, align=4)
 
 
-def half_row(dtype: str) -> Any:
-    """Write float32 [32] as bfloat16 or float16, rounded half to even.
+def half_rows(dtype: str) -> Any:
+    """Write float32 [tokens, 32] as bfloat16 or float16, rounded half to even.
 
-    The Numba function takes the addresses of what to read and where to write.
+    The Numba function takes the addresses of what to read and where to write, the bytes between
+    tokens of either, and the number of tokens.
     """
 
-    def generate(_features: Any, b: Any, values: Any, out: Any) -> None:
-        for v in range(BLOCK_ROWS // LANES):
-            value = _load(b, b.add(values, _I64(4 * LANES * v)), _FLOATS)
-            to = b.add(out, _I64(2 * LANES * v))
-            if dtype == "float16":
-                half = b.fptrunc(value, _HALVES)
-                b.store(half, _pointer(b, to, _HALVES), align=2)
-                continue
-            bits = b.bitcast(value, _INTS)
-            even = b.and_(b.lshr(bits, _constant(16)), _constant(1))
-            rounded = b.add(b.add(bits, _constant(0x7FFF)), even)
-            quiet = b.or_(bits, _constant(0x400000))
-            bits = b.select(b.fcmp_unordered("uno", value, value), quiet, rounded)
-            half = b.trunc(b.lshr(bits, _constant(16)), _SHORTS)
-            b.store(half, _pointer(b, to, _SHORTS), align=2)
+    def generate(
+        _features: Any, b: Any, values: Any, out: Any, stride: Any, out_stride: Any, tokens: Any
+    ) -> None:
+        with cgutils.for_range(b, tokens) as loop:
+            of_token = _offset(b, values, loop.index, stride)
+            to_token = _offset(b, out, loop.index, out_stride)
+            for v in range(BLOCK_ROWS // LANES):
+                value = _load(b, b.add(of_token, _I64(4 * LANES * v)), _FLOATS)
+                to = b.add(to_token, _I64(2 * LANES * v))
+                half = b.fptrunc(value, _HALVES) if dtype == "float16" else _bfloat16(b, value)
+                b.store(half, _pointer(b, to, half.type), align=2)
 
-    return _tile(f"{dtype}_row", 2, generate)
+    return _tile(f"{dtype}_rows", 5, generate)
+
+
+def _bfloat16(builder: Any, value: Any) -> Any:
+    """Floats as the bits of bfloat16, NaN as NaN."""
+    bits = builder.bitcast(value, _INTS)
+    even = builder.and_(builder.lshr(bits, _constant(16)), _constant(1))
+    rounded = builder.add(builder.add(bits, _constant(0x7FFF)), even)
+    quiet = builder.or_(bits, _constant(0x400000))
+    bits = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+    return builder.trunc(builder.lshr(bits, _constant(16)), _SHORTS)
+
+
+def spread_row() -> Any:
+    """A row of packed weights as bfloat16 numbers q, two of 32 rows in a line: [K/2, 32, 2].
+
+    The Numba function takes the addresses of the row and of its first pair, and K, a multiple of
+    16.
+    """
+
+    def generate(_features: Any, b: Any, weights: Any, to: Any, columns: Any) -> None:
+        pairs = ir.VectorType(_I32, LANES // 2)
+        with cgutils.for_range(b, b.udiv(columns, _I64(LANES))) as loop:
+            k = b.mul(loop.index, _I64(LANES))
+            bits = b.bitcast(_weights(b, b.add(weights, k)), _INTS)
+            halves = b.bitcast(b.trunc(b.lshr(bits, _constant(16)), _SHORTS), pairs)
+            at = b.add(to, b.mul(k, _I64(2 * BLOCK_ROWS)))
+            for i in range(LANES // 2):
+                cell = _pointer(b, b.add(at, _I64(4 * BLOCK_ROWS * i)), _I32)
+                b.store(b.extract_element(halves, _I32(i)), cell, align=4)
+
+    return _tile("spread_row", 3, generate)
 
 
 def _configure_tiles(builder: Any) -> None:
