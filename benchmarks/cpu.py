@@ -223,7 +223,9 @@ def models(options: argparse.Namespace) -> dict[str, Any]:
         }
         print(rival, json.dumps(row))
     weights = sum(file.stat().st_size for file in (options.work / "int8").glob("*.safetensors"))
-    return {"int8_bytes": weights, "rivals": found}
+    from halfweight.kernels import cpu
+
+    return {"int8_bytes": weights, "matrix_unit": cpu.has_matrix_unit(), "rivals": found}
 
 
 def warm_up(work: Path) -> None:

@@ -209,3 +209,13 @@ def test_the_largest_sums_fit(dtype, sign):
     scales = torch.ones(40, 2)
     x = torch.full((40, 512), float(sign)).to(dtype)
     assert_equal_products(x, QuantizedTensor(packed, scales, None))
+
+
+def test_int8_activations_stay_exact_where_that_is_faster():
+    tensor = weight((64, 256), 64)
+    parts = (tensor.packed, tensor.scales, tensor.exponents)
+    for tokens, dtype in ((40, torch.bfloat16), (40, torch.float16), (8, torch.bfloat16)):
+        x = torch.randn(tokens, 256).to(dtype)
+        exact = kernels.linear(x, *parts, None, "cpu")
+        same = torch.equal(kernels.linear(x, *parts, None, "cpu", True), exact)
+        assert same == (cpu.has_matrix_unit() and tokens > 8 and dtype == torch.bfloat16)

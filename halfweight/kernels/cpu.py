@@ -194,8 +194,13 @@ def _linear_by_blocks(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -
 def linear_int8(
     x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """`linear` with x rounded to int8, a step for each token and block of a group (opt-in)."""
+    """`linear` with x rounded to int8, a step for each token and block of a group (opt-in).
+
+    Where a matrix unit takes bfloat16 as it is, that is faster, and x stays exact.
+    """
     group_size = packed.shape[1] // scales.shape[1]
+    if _takes_bfloat16(x, group_size):
+        return linear(x, packed, scales, exponents, bias)
     if not _step_block(group_size):
         raise UsageError(
             f"int8 activations on the CPU need groups of 64, found group size {group_size}",
