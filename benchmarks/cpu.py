@@ -139,9 +139,9 @@ from halfweight.kernels import cpu
 from halfweight import cpu_decode
 import halfweight.generate
 begin = time.perf_counter()
+many = (cpu._linear_bfloat16,) if cpu.has_matrix_unit() else (cpu._round_tokens, cpu._linear_many)
 kernels = (cpu._digit_product if cpu.has_int8_products() else cpu._float_product,
-           cpu._linear_few, cpu._round_tokens,
-           cpu._linear_bfloat16 if cpu.has_matrix_unit() else cpu._linear_many, cpu_decode._kernel())
+           cpu._linear_few, *many, cpu_decode._kernel())
 for kernel in kernels:
     kernel.compiled
 print(time.perf_counter() - begin)
