@@ -52,7 +52,7 @@ ASSUMED_OVERHEAD: dict[DeviceKind, Range] = {
 }
 """Driver's context (of a CPU: the process and its libraries) and loaded kernels. `likely` on CUDA
 is what an H100 showed, as is SLACK_DIVISOR (the line through the workloads of
-benchmarks/results/plan_accuracy.json, by the median of slopes); the rest is an assumption, wide on
+docs/notes/plan.md, by the median of slopes); the rest is an assumption, wide on
 purpose."""
 SLACK_DIVISOR = 5
 """torch's CUDA allocator reserves a fifth more than what comes and goes: blocks rounded up, or cut
