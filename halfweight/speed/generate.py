@@ -31,6 +31,8 @@ from halfweight.speed.process import from_fresh_process
 from halfweight.speed.rivals import SIXTEEN_BIT, Folders, open_model, synchronize
 
 T = TypeVar("T")
+PREFILL_REPEATS = 7
+"""Of the first token at least: a prefill is short, and a median of two is no median."""
 WARM_STEPS = 4
 """Steps before timing: compile, record, replay, and one more."""
 
@@ -159,7 +161,7 @@ def _first_token(
     prompt = random_prompts(model, 1, num_tokens)
     seconds = [
         _timed(device, lambda: decoder.prefill(prompt).argmax(dim=-1))[0]
-        for _ in range(workload.repeats + 2)
+        for _ in range(max(workload.repeats, PREFILL_REPEATS) + 2)
     ]
     return FirstTokenTime(rival, num_tokens, 1e3 * median(seconds[2:]))
 
