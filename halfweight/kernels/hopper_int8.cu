@@ -88,15 +88,7 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
             if (++stage == STAGES) { stage = 0; phase ^= 1; }
         }
         RowEnds ends = load_row_ends(p, tile_row + row_in_tile);
-        if (s.k_begin > 0) {
-            leave_partial<1, CONSUMERS>(p, b.worker * CLUSTER + b.rank, thread, total);
-            continue;
-        }
-        if (s.k_end < p.k_blocks)
-            add_partials<1, CONSUMERS>(p, b.worker + 1, schedule.last_sharer(s), CLUSTER, b.rank,
-                                       thread, total);
-        store_rows(p, m, tile_row + warp * 16, lane, ends, b.buffers + warp * STORE_TOKENS * 32,
-                   total);
+        finish_run(p, b, schedule, s, m, tile_row + warp * 16, thread, lane, ends, total);
     }
 }
 

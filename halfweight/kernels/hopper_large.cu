@@ -169,14 +169,7 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
         wgmma_wait<0>();
         __syncwarp();
         release_stage(c.empty + 8 * (c.stage == 0 ? STAGES - 1 : c.stage - 1), lane);
-        if (s.k_begin > 0) {
-            leave_partial<1, CONSUMERS>(p, b.worker * CLUSTER + b.rank, thread, acc);
-            continue;
-        }
-        if (s.k_end < p.k_blocks)
-            add_partials<1, CONSUMERS>(p, b.worker + 1, schedule.last_sharer(s), CLUSTER, b.rank,
-                                       thread, acc);
-        store_rows(p, m, tile_row + warp * 16, lane, ends, b.buffers + warp * STORE_TOKENS * 32, acc);
+        finish_run(p, b, schedule, s, m, tile_row + warp * 16, thread, lane, ends, acc);
     }
 }
 

@@ -149,6 +149,21 @@ template <int STAGE_BYTES> __device__ __forceinline__ Block begin_block(const Pr
     return b;
 }
 
+// What becomes of a run's sums: left for the block that starts the tile, or made whole and stored.
+__device__ __forceinline__ void finish_run(const Problem& p, const Block& b,
+                                           const Schedule& schedule, const Segment& s, int m,
+                                           int warp_row, int thread, int lane, const RowEnds& ends,
+                                           float (&sums)[ACC]) {
+    if (s.k_begin > 0) {
+        leave_partial<1, CONSUMERS>(p, b.worker * CLUSTER + b.rank, thread, sums);
+        return;
+    }
+    if (s.k_end < p.k_blocks)
+        add_partials<1, CONSUMERS>(p, b.worker + 1, schedule.last_sharer(s), CLUSTER, b.rank, thread,
+                                   sums);
+    store_rows(p, m, warp_row, lane, ends, b.buffers + thread / 32 * STORE_TOKENS * 32, sums);
+}
+
 // One thread feeds the ring: rows of W by bulk copies, activations by `copy_activations(stage's
 // address, m, k, barrier)`. Weights are nobody's output: those of the first stages are asked for
 // before the kernel ahead of this one has ended.
