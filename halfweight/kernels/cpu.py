@@ -1,8 +1,8 @@
 """Numba backend for CPUs: compiled at run time, no build step, cached on disk.
 
     up to 8 tokens   linear_few   reads the packed bytes once (cpu_loops.py)
-    prefill          linear_many  shares each byte among all tokens
-    prefill, AMX     linear_matrix  the same by the CPU's matrix unit
+    prefill          linear_many  shares each byte among all tokens (cpu_prefill.py)
+    prefill, AMX     linear_bfloat16, linear_matrix  the same by the CPU's matrix unit
     prefill else     blocks of rows dequantized in cache, then the vendor's matrix product
 
 With VNNI activations become integers of 15 bits (where x has 16) or 23 bits a block of their group,
@@ -25,9 +25,11 @@ from numba.core.registry import cpu_target
 from torch import Tensor
 
 from halfweight.errors import UsageError
-from halfweight.kernels import Backend, cpu_loops
+from halfweight.kernels import Backend, cpu_loops, cpu_prefill
+from halfweight.kernels.matrix_tiles import MATRIX_RECORDS
 from halfweight.kernels.threads import Arguments, CFunction, Kernel, num_threads
-from halfweight.kernels.tiles import LANES, LINE, MATRIX_RECORDS, ROWS
+from halfweight.kernels.tiles import ROWS
+from halfweight.kernels.vectors import LANES, LINE
 from halfweight.numerics import QuantizedTensor, dequantize
 
 MAX_DIRECT_TOKENS = 8
@@ -50,10 +52,10 @@ FORMATS = {
 _float_product = CFunction(cpu_loops.float_product)
 _digit_product = CFunction(cpu_loops.digit_product)
 _linear_few = Kernel(cpu_loops.linear_few)
-_round_tokens = Kernel(cpu_loops.round_tokens)
-_linear_many = Kernel(cpu_loops.linear_many)
-_linear_matrix = Kernel(cpu_loops.linear_matrix)
-_linear_bfloat16 = Kernel(cpu_loops.linear_bfloat16)
+_round_tokens = Kernel(cpu_prefill.round_tokens)
+_linear_many = Kernel(cpu_prefill.linear_many)
+_linear_matrix = Kernel(cpu_prefill.linear_matrix)
+_linear_bfloat16 = Kernel(cpu_prefill.linear_bfloat16)
 
 
 def linear_cells(
@@ -225,15 +227,15 @@ def _linear_many_tokens(
     block, form = _step_block(cells[cpu_loops.GROUP]), FORMATS[x.dtype]
     by_matrix = tokens * parts >= MATRIX_RECORDS and has_matrix_unit()
     num_records = tokens * parts + SPARE_RECORDS
-    record = int(cpu_loops.part_bytes.py_func(columns, columns // block))
+    record = int(cpu_prefill.part_bytes.py_func(columns, columns // block))
     records = torch.empty(num_records, record, dtype=torch.uint8)
     y = x.new_empty((*x.shape[:-1], packed.shape[0]))
     source, rounded = x.data_ptr(), records.data_ptr()
     rounding = (tokens, source, form, rounded)
     _launch(_round_tokens, cells, rounding, num_threads(), 4 * (columns + 3 * LANES)).run()
     products = (tokens, rounded, form, y.data_ptr())
-    at_once = int(cpu_loops.blocks_at_once.py_func(columns)) if by_matrix else 1
-    own = cpu_loops.many_bytes(columns, block, at_once)
+    at_once = int(cpu_prefill.blocks_at_once.py_func(columns)) if by_matrix else 1
+    own = cpu_prefill.many_bytes(columns, block, at_once)
     kernel = _linear_matrix if by_matrix else _linear_many
     _launch(kernel, cells, products, num_threads(), own).run()
     return y
@@ -260,8 +262,8 @@ def _linear_bfloat16_tokens(
 
 @cache
 def _bfloat16_bytes(columns: int, group_size: int) -> int:
-    at_once = int(cpu_loops.blocks_at_once.py_func(2 * columns))
-    return cpu_loops.bfloat16_bytes(columns, group_size, at_once)
+    at_once = int(cpu_prefill.blocks_at_once.py_func(2 * columns))
+    return cpu_prefill.bfloat16_bytes(columns, group_size, at_once)
 
 
 @cache

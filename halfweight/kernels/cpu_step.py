@@ -53,7 +53,8 @@ from halfweight.kernels.simd import (
     pointer_to,
     store,
 )
-from halfweight.kernels.tiles import LINE, ROWS
+from halfweight.kernels.tiles import ROWS
+from halfweight.kernels.vectors import LINE
 
 (
     COUNTERS,

@@ -24,7 +24,7 @@ from numba import types
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 
-SOURCES = ("cpu_loops", "cpu_step", "simd", "tiles")
+SOURCES = ("cpu_loops", "cpu_prefill", "cpu_step", "matrix_tiles", "simd", "tiles", "vectors")
 """Modules that kernels are made of."""
 
 
