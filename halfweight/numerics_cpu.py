@@ -18,7 +18,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from halfweight.numerics_simd import LANES, squared_error, store_group
+from halfweight.numerics_simd import CANDIDATES, LANES, squared_errors, store_group
 from halfweight.scheme import Scheme
 
 QMAX = np.float32(127)
@@ -27,7 +27,9 @@ SCALE_FACTORS = 1 + CODE_OFFSETS / np.float32(256)
 MAX_ORDERED_GROUP = 256
 MIN_EXPONENT, MAX_EXPONENT = -120, 119
 F16_REBIAS = np.float32(2.0**112)
-NONE, ONE = np.float32(0), np.float32(1)
+ONE = np.float32(1)
+NORM = CANDIDATES - 1
+"""The place of a scale of 0, whose squared error is the weights' own sum of squares."""
 
 SMALLEST_SCALE = {"float32": 2.0**-120, "bfloat16": 2.0**-120, "float16": 2.0**-14, "grid8": 0}
 LARGEST_SCALE = {"float32": 2.0**128 - 2.0**104, "bfloat16": 2.0**128 - 2.0**120}
@@ -199,6 +201,8 @@ def _quantize_rows(
     row = np.empty(columns, np.float32)
     absmax = np.empty(num_groups, np.float32)
     row_bits, most = row.view(np.uint32), absmax.view(np.uint32)
+    tried, inverses = np.zeros(CANDIDATES, np.float32), np.zeros(CANDIDATES, np.float32)
+    errors = np.empty(CANDIDATES, np.float32)
     for r in range(num_rows):
         statistics[r].bad = _decode(weights[r], is_float16, row)
         highest = np.float32(0)
@@ -212,22 +216,25 @@ def _quantize_rows(
             step = np.float32(math.ldexp(1.0, exponent))
         for g in range(num_groups):
             group = row[g * group_size : (g + 1) * group_size]
-            best_scale = best_error = np.float32(0)
             start = min(max(np.ceil(absmax[g] / step), ONE), np.float32(255))
             for c in range(num_candidates):
                 if grid:
-                    scale = min(max(start + CODE_OFFSETS[c], ONE), np.float32(255)) * step
+                    tried[c] = min(max(start + CODE_OFFSETS[c], ONE), np.float32(255)) * step
                 elif absmax[g] == 0:
-                    scale = ONE
+                    tried[c] = ONE
                 else:
                     scale = min(max(absmax[g] * SCALE_FACTORS[c], smallest), largest)
-                    scale = _round_bits(scale, dropped)
-                error = squared_error(group, ONE / scale, scale)
-                if c == 0 or error < best_error:
-                    best_scale, best_error = scale, error
+                    tried[c] = _round_bits(scale, dropped)
+                inverses[c] = ONE / tried[c]
+            squared_errors(group, inverses, tried, errors)
+            best = 0
+            for c in range(1, num_candidates):
+                if errors[c] < errors[best]:
+                    best = c
+            best_scale = tried[best]
             scales[r, g] = best_scale
             stored = packed[r, g * group_size : (g + 1) * group_size]
-            num_zeros = store_group(group, ONE / best_scale, stored)
+            num_zeros = store_group(group, inverses[best], stored)
             statistics[r].crushed_groups += _is_crushed(group, num_zeros)
-            statistics[r].squared_error += best_error
-            statistics[r].squared_norm += squared_error(group, NONE, NONE)
+            statistics[r].squared_error += errors[best]
+            statistics[r].squared_norm += errors[NORM]

@@ -17,6 +17,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
+CANDIDATES = 8
+"""Scales that are tried at once."""
 QMAX = 127.0
 OFFSET = 128
 FLOATS = ir.VectorType(ir.FloatType(), LANES)
@@ -26,21 +28,36 @@ BYTES = ir.VectorType(ir.IntType(8), LANES)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def squared_error(typing: Any, group: Any, inverse: Any, scale: Any) -> Any:
-    """Sum of (w - q s)^2 over a group of 16 i float32 weights, in the definition's order.
+def squared_errors(typing: Any, group: Any, inverses: Any, scales: Any, errors: Any) -> Any:
+    """Of CANDIDATES scales s the sum of (w - q s)^2 over a group of 16 i float32 weights.
 
-    With inverse and scale 0 it is the sum of w^2.
+    Each in the definition's order, side by side: one alone would wait for its own sums. With
+    inverse and scale 0 it is the sum of w^2.
     """
-    signature = numba.float32(group, numba.float32, numba.float32)
+    signature = numba.void(group, inverses, scales, errors)
 
     def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        inverses, scales = (_splat(builder, value) for value in arguments[1:])
-        total = cgutils.alloca_once_value(builder, ir.Constant(FLOATS, None))
+        at = [
+            cgutils.create_struct_proxy(typed)(context, builder, value).data
+            for typed, value in zip((inverses, scales, errors), arguments[1:], strict=True)
+        ]
+        cells = [[builder.gep(base, [INDEX(c)]) for c in range(CANDIDATES)] for base in at]
+        tried = [
+            tuple(_splat(builder, builder.load(cell)) for cell in pair)
+            for pair in zip(*cells[:2], strict=True)
+        ]
+        empty = ir.Constant(FLOATS, None)
+        totals = [cgutils.alloca_once_value(builder, empty) for _ in tried]
+        for total in totals:
+            builder.store(empty, total)
         with _vectors(context, builder, group, arguments[0]) as (_index, weights):
-            q = _rounded(builder, weights, inverses)
-            error = builder.fsub(weights, builder.fmul(q, scales))
-            builder.store(builder.fadd(builder.load(total), builder.fmul(error, error)), total)
-        return _folded(builder, builder.load(total))
+            for (inverse, scale), total in zip(tried, totals, strict=True):
+                q = _rounded(builder, weights, inverse)
+                error = builder.fsub(weights, builder.fmul(q, scale))
+                builder.store(builder.fadd(builder.load(total), builder.fmul(error, error)), total)
+        for total, cell in zip(totals, cells[2], strict=True):
+            builder.store(_folded(builder, builder.load(total)), cell)
+        return context.get_dummy_value()
 
     return signature, generate
 
