@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -374,7 +375,7 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
     from halfweight.generate import Decoder
 
     folder = options.work / "llama-3-8b-int8"
-    make_large(folder)
+    in_a_process(make_large, folder)
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
@@ -414,6 +415,15 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
     }
     print(json.dumps(found))
     return found
+
+
+def in_a_process(make: Callable[[Path], None], folder: Path) -> None:
+    """Make a folder in another process: what it leaves would count as resident memory."""
+    process = multiprocessing.get_context("spawn").Process(target=make, args=(folder,))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{make.__name__} ended with {process.exitcode}")
 
 
 def make_large(folder: Path) -> None:
