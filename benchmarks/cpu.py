@@ -56,7 +56,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         options.work = options.work or Path(folder)
         for part in (options.only,) if options.only else PARTS:
-            measure(part, options)
+            in_a_process(measure, part, options)
+
+
+def in_a_process(work: Callable[..., None], *arguments: object) -> None:
+    """Run a part by itself: what another leaves in memory would count as the model's."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{work.__name__} ended with {process.exitcode}")
 
 
 def measure(part: str, options: argparse.Namespace) -> None:
@@ -415,15 +424,6 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
     }
     print(json.dumps(found))
     return found
-
-
-def in_a_process(make: Callable[[Path], None], folder: Path) -> None:
-    """Make a folder in another process: what it leaves would count as resident memory."""
-    process = multiprocessing.get_context("spawn").Process(target=make, args=(folder,))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit(f"{make.__name__} ended with {process.exitcode}")
 
 
 def make_large(folder: Path) -> None:
