@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,7 @@ PACKAGES = ("torch", "triton", "transformers", "numba", "humming-kernels", "geml
 def envelope(device: torch.device, ceiling: dict[str, float]) -> dict[str, Any]:
     """Facts about this run; `ceiling` names the physical limit its figures are compared with."""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": _command(sys.argv),
         "commit": _commit(),
         "device": device_name(device),
         "python": platform.python_version(),
@@ -34,6 +35,12 @@ def write_result(name: str, envelope: dict[str, Any], results: Any, *, out: Path
     path = out / f"{name}.json"
     path.write_text(json.dumps({**envelope, "results": results}, indent=1) + "\n")
     return path
+
+
+def _command(arguments: list[str]) -> str:
+    """The command line; of a folder of this machine only its name."""
+    names = (Path(each).name if Path(each).is_absolute() else each for each in arguments)
+    return shlex.join(["python", *names])
 
 
 def device_name(device: torch.device) -> str:

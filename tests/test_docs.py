@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_cli_run import folder as int8_folder  # noqa: F401  a fixture
 
 from halfweight.cli import main
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import envelope  # noqa: E402
 import kernels  # noqa: E402
 import readme_tables  # noqa: E402
 
 DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+RESULTS = sorted((ROOT / "benchmarks/results").glob("*.json"))
 SKIPPED = ("halfweight serve", "halfweight chat", "halfweight demo", "halfweight bench")
 BLOCK = re.compile(r"```(console|python)\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
@@ -92,3 +96,15 @@ def test_the_readmes_figures_are_those_of_the_results():
 def test_the_kernels_pages_tables_are_those_of_the_results(name):
     page = (ROOT / "docs" / "kernels.md").read_text()
     assert kernels.markdown(readme_tables.results(name)["results"]) in page
+
+
+def test_a_results_command_names_no_folder_of_the_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/x.py", "--models", str(tmp_path), "int8 rows"])
+    found = envelope.envelope(torch.device("cpu"), {})["command"]
+    assert found == f"python benchmarks/x.py --models {tmp_path.name} 'int8 rows'"
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda path: path.stem)
+def test_no_stored_command_names_a_folder_of_the_machine(result):
+    command = json.loads(result.read_text())["command"]
+    assert not [word for word in shlex.split(command) if word.startswith("/")]
