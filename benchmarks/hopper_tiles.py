@@ -25,12 +25,12 @@ from envelope import RESULTS, envelope, write_result
 from kernels import SHAPES
 from torch import Tensor
 
+from halfweight.activations import MULTIPROCESSORS
 from halfweight.kernels import cuda, hopper, timing
 from halfweight.kernels.hopper import LARGE, SMALL, Config, Plan, Small, plans
 
 BATCHES = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 GROUP_SIZE = 128
-MULTIPROCESSORS = 132
 TRIES = 20_000
 SHAPE_LIST = {**SHAPES, "o": (4096, 4096)}
 

@@ -263,7 +263,7 @@ def _linear_bfloat16_tokens(
 @cache
 def _bfloat16_bytes(columns: int, group_size: int) -> int:
     at_once = int(cpu_prefill.blocks_at_once.py_func(2 * columns))
-    return cpu_prefill.bfloat16_bytes(columns, group_size, at_once)
+    return cpu_prefill.many_bytes(columns, group_size, at_once, width=2)
 
 
 @cache

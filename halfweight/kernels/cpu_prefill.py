@@ -147,21 +147,14 @@ def add_parts(linear: Any, row: Any, rows: Any, sums: Any, parts: Any) -> None:
             values[r] += load(bias + 4 * (row + r), float32)
 
 
-def many_bytes(columns: int, block: int, num_blocks: int = 1) -> int:
-    """Bytes of memory that a thread of `linear_many` or `linear_matrix` needs for itself.
+def many_bytes(columns: int, block: int, num_blocks: int = 1, width: int = 1) -> int:
+    """Bytes of memory that a thread needs for itself in the products of many tokens below.
 
-    `num_blocks` of 32 rows are interleaved at a time.
+    `num_blocks` of 32 rows are interleaved at a time, `width` bytes a weight: 2 as bfloat16.
     """
     steps = columns // block
     sums = 4 * BLOCK_ROWS * MATRIX_RECORDS
-    return sums + num_blocks * int(rows_bytes.py_func(columns, steps)) + 4 * steps
-
-
-def bfloat16_bytes(columns: int, group_size: int, num_blocks: int) -> int:
-    """Bytes of memory that a thread of `linear_bfloat16` needs for itself."""
-    groups = columns // group_size
-    sums = 4 * BLOCK_ROWS * MATRIX_RECORDS
-    return sums + num_blocks * int(rows_bytes.py_func(2 * columns, groups)) + 4 * groups
+    return sums + num_blocks * int(rows_bytes.py_func(width * columns, steps)) + 4 * steps
 
 
 @inline
@@ -260,17 +253,15 @@ def linear_matrix(pointer: Any) -> None:
     size = rows_bytes(columns, columns // block)
     sums = own_memory(arguments)
     weights = sums + 4 * BLOCK_ROWS * MATRIX_RECORDS
+    own = weights + at_once * size
     while True:
         begin = fetch_add(arguments + 8 * TICKET, BLOCK_ROWS * at_once)
         if begin >= out_features:
             break
         end = min(begin + BLOCK_ROWS * at_once, out_features)
         for row in range(begin, end, BLOCK_ROWS):
-            to, rows = (
-                weights + (row - begin) // BLOCK_ROWS * size,
-                min(int64(BLOCK_ROWS), end - row),
-            )
-            interleave_rows(arguments, row, rows, block, to, weights + at_once * size)
+            to = weights + (row - begin) // BLOCK_ROWS * size
+            interleave_rows(arguments, row, min(int64(BLOCK_ROWS), end - row), block, to, own)
         for wanted in range(0, cell(arguments, TOKENS), tokens):
             first = min(wanted, cell(arguments, TOKENS) - tokens)
             for row in range(begin, end, BLOCK_ROWS):
