@@ -15,7 +15,9 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,13 +27,14 @@ from envelope import RESULTS, envelope, write_result
 from kernels import SHAPES
 from torch import Tensor
 
-from halfweight.activations import MULTIPROCESSORS
 from halfweight.kernels import cuda, hopper, timing
-from halfweight.kernels.hopper import LARGE, SMALL, Config, Plan, Small, plans
+from halfweight.kernels import triton as portable
+from halfweight.kernels.hopper import INT8, LARGE, SMALL, Config, Int8, Plan, Small, Workers, plans
 
 BATCHES = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 GROUP_SIZE = 128
 TRIES = 20_000
+REPEATS = 10
 SHAPE_LIST = {**SHAPES, "o": (4096, 4096)}
 
 
@@ -39,14 +42,21 @@ def label(plan: Plan) -> str:
     """One name for a configuration and its schedule."""
     config = plan.config
     sizes = [str(getattr(config, f.name)) for f in fields(config) if f.name != "block_us"]
-    schedule = f"{plan.whole_waves}x{plan.num_workers}"
+    schedule = f"{plan.rows}-{plan.whole_waves}x{plan.num_workers}"
     return "-".join([type(config).__name__, *sizes, schedule])
 
 
-def all_plans(tokens: int, shape: tuple[int, int]) -> list[Plan]:
+def all_plans(tokens: int, shape: tuple[int, int], most: Workers) -> list[Plan]:
     """Every schedule of every configuration that may be chosen for such a product."""
     configs = hopper.candidates(tokens, shape[1], GROUP_SIZE)
-    return [p for c in configs for p in plans(c, tokens, *shape, MULTIPROCESSORS)]
+    return [p for c in configs for p in plans(c, tokens, *shape, most)]
+
+
+def int8_plans(tokens: int, shape: tuple[int, int], most: Workers) -> list[Plan]:
+    """The same for activations in int8."""
+    if tokens < cuda.INT8_TOKENS:
+        return []
+    return [p for c in INT8 for p in plans(c, tokens, *shape, most)]
 
 
 def measure(tokens: int, shape: tuple[int, int], device: torch.device) -> dict[str, float]:
@@ -57,26 +67,32 @@ def measure(tokens: int, shape: tuple[int, int], device: torch.device) -> dict[s
     y = torch.empty(tokens, shape[0], device=device, dtype=torch.float16)
     dense = [torch.randn(shape, device=device, dtype=torch.float16) for _ in range(copies // 2 + 1)]
     rounds = {"float16": timing.Round([lambda w=w: torch.mm(x, w.T) for w in dense], device)}
-    for plan in all_plans(tokens, shape):
-        calls = [lambda w=w, plan=plan: _launch(x, w, y, plan) for w in weights]
+    most = cuda._workers(0)
+    for plan in all_plans(tokens, shape, most) + int8_plans(tokens, shape, most):
+        rounded, steps = x, None
+        if isinstance(plan.config, Int8):
+            block, tile = cuda.INT8_BLOCK, plan.config.tokens
+            parts, steps = portable.round_activations(x, 1, block, tile, with_sums=True)
+            rounded = parts[0]
+        calls = [partial(_launch, rounded, w, y, plan, steps) for w in weights]
         rounds[label(plan)] = timing.Round(calls, device)
-    return timing.interleaved(rounds, repeats=10)
+    return timing.interleaved(rounds, repeats=REPEATS)
 
 
-def _launch(x: Tensor, weight: Any, y: Tensor, plan: Plan) -> None:
-    cuda._launch(x, weight.packed, weight.scales, weight.exponents, None, y, plan)
+def _launch(x: Tensor, weight: Any, y: Tensor, plan: Plan, steps: Tensor | None) -> None:
+    cuda._launch(x, weight.packed, weight.scales, weight.exponents, None, y, plan, steps)
 
 
 def losses(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
     """Of each product: how much slower than the best the plan is that would be chosen."""
     for row in rows:
-        times, shape = row["microseconds"], SHAPE_LIST[row["shape"]]
-        found = [p for p in all_plans(row["tokens"], shape) if label(p) in times]
-        if not found:
-            continue
-        chosen = min(found, key=lambda p: p.microseconds)
-        best = min(times[label(p)] for p in found)
-        yield f"{row['shape']} {row['tokens']}", times[label(chosen)] / best - 1
+        times, shape, most = row["microseconds"], SHAPE_LIST[row["shape"]], tuple(row["workers"])
+        for name, plans_of in (("", all_plans), (" int8", int8_plans)):
+            found = [p for p in plans_of(row["tokens"], shape, most) if label(p) in times]
+            if found:
+                chosen = min(found, key=lambda p: p.microseconds)
+                best = min(times[label(p)] for p in found)
+                yield f"{row['shape']} {row['tokens']}{name}", times[label(chosen)] / best - 1
 
 
 def penalty(rows: Sequence[Mapping[str, Any]]) -> float:
@@ -90,28 +106,49 @@ def with_times(configs: Sequence[Config], factors: Mapping[Config, float]) -> tu
     return tuple(replace(c, block_us=round(c.block_us * factors[c], 3)) for c in configs)
 
 
+@contextmanager
+def using(configs: Sequence[Config]) -> Iterator[None]:
+    """Choose among these instead."""
+    global INT8
+    before, INT8 = INT8, tuple(c for c in configs if isinstance(c, Int8))
+    small = tuple(c for c in configs if isinstance(c, Small))
+    large = tuple(c for c in configs if not isinstance(c, Int8 | Small))
+    with mock.patch.multiple(hopper, SMALL=small, LARGE=large):
+        yield
+    INT8 = before
+
+
 def fit(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> tuple[Config, ...]:
     """Stage times, near those of today, under which the choice loses the least."""
     chance = random.Random(seed)
-    best = (*SMALL, *LARGE)
+    best = (*SMALL, *LARGE, *INT8)
     least = penalty(rows)
     for _ in range(TRIES):
         factors = dict.fromkeys(best, 1.0)
         for config in chance.sample(best, 2):
             factors[config] = math.exp(chance.gauss(0, 0.05))
         tried = with_times(best, factors)
-        small = tuple(c for c in tried if isinstance(c, Small))
-        with mock.patch.multiple(hopper, SMALL=small, LARGE=tried[len(small) :]):
+        with using(tried):
             found = penalty(rows)
         if found < least:
             best, least = tried, found
     return best
 
 
+def summary(row: Mapping[str, Any], most: int = 5) -> str:
+    """The fastest plans of a product, and its speed over the vendor's 16-bit one."""
+    times = row["microseconds"]
+    fastest = sorted(times, key=lambda name: times[name])[:most]
+    lines = [f"{row['shape']} {row['tokens']}: {times['float16']:.1f} us in float16"]
+    lines += [f"  {times['float16'] / times[n]:.3f} x, {times[n]:.1f} us {n}" for n in fastest]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fit", type=Path, help="a result of this benchmark")
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPE_LIST, default=list(SHAPE_LIST))
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.fit:
@@ -122,9 +159,11 @@ def main() -> None:
         device, rows = torch.device("cuda", 0), []
         facts = envelope(device, {"read_bytes_per_second": timing.read_bandwidth(device)})
         for tokens in options.batches:
-            for name, shape in SHAPE_LIST.items():
-                times = measure(tokens, shape, device)
-                rows.append({"shape": name, "tokens": tokens, "microseconds": times})
+            for name in options.shapes:
+                times = measure(tokens, SHAPE_LIST[name], device)
+                heading = {"shape": name, "tokens": tokens, "workers": cuda._workers(0)}
+                rows.append({**heading, "microseconds": times})
+                print(summary(rows[-1]), flush=True)
                 write_result("hopper_tiles", facts, rows, out=options.out)
     for name, loss in losses(rows):
         print(f"{name}: {loss:.1%}")

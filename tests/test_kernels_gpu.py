@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from halfweight import kernels
+from halfweight.kernels import cuda, hopper
+from halfweight.kernels import triton as portable
 from halfweight.numerics import QuantizedTensor, dequantize, quantize
 from halfweight.scheme import SCALE_FORMATS, Scheme
 
@@ -171,3 +173,50 @@ def test_a_cuda_graph_replays_the_product(name):
         x.copy_(torch.randn_like(x))
         graph.replay()
         assert torch.equal(y, multiply(x, tensor, None, name))
+
+
+ON_HOPPER = "cuda" in BACKENDS
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="needs Hopper")
+@pytest.mark.parametrize("config", [*hopper.SMALL, *hopper.LARGE], ids=str)
+def test_every_plan_of_a_configuration(config):
+    """Also those that would not be chosen for such a product; each three times, on poisoned y."""
+    for shape, group_size in (((777, 4096), 128), ((6144, 4096), 64), ((2000, 1536), 256)):
+        tensor = weight(shape, group_size)
+        exact = dequantize(tensor).double().T
+        for tokens in (3, config.tokens - 1, config.tokens + 1, 700):
+            if tokens > config.tokens and isinstance(config, hopper.Small):
+                continue
+            x = torch.randn(tokens, shape[1], device=GPU).half()
+            expected = x.double() @ exact
+            for plan in hopper.plans(config, tokens, *shape, cuda._workers(0)):
+                results = [launch(x, tensor, plan) for _ in range(3)]
+                error = (results[0].double() - expected).norm() / expected.norm()
+                assert error < 1e-3, plan
+                assert all(torch.equal(y, results[0]) for y in results), plan
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="needs Hopper")
+@pytest.mark.parametrize("config", hopper.INT8, ids=str)
+def test_every_plan_for_int8_activations(config):
+    """Against the product of the very integers that the kernel is given."""
+    for shape, group_size in (((777, 4096), 128), ((6144, 4096), 256), ((2000, 1536), "row")):
+        tensor = weight(shape, group_size)
+        exact = dequantize(tensor).double().T
+        for tokens in (100, 700, 1025):
+            x = torch.randn(tokens, shape[1], device=GPU).half()
+            rounded, steps = portable.round_activations(x, 1, 128, config.tokens, with_sums=True)
+            by_token = steps[:, :tokens, 0].double().T.repeat_interleave(128, dim=1)
+            expected = (rounded[0].double() * by_token[:, : shape[1]]) @ exact
+            for plan in hopper.plans(config, tokens, *shape, cuda._workers(0)):
+                results = [launch(rounded[0], tensor, plan, steps) for _ in range(3)]
+                error = (results[0].double() - expected).norm() / expected.norm()
+                assert error < 1e-3, plan
+                assert all(torch.equal(y, results[0]) for y in results), plan
+
+
+def launch(x, tensor, plan, steps=None):
+    y = torch.full((x.shape[0], tensor.packed.shape[0]), torch.nan, device=GPU).half()
+    cuda._launch(x, tensor.packed, tensor.scales, tensor.exponents, None, y, plan, steps)
+    return y

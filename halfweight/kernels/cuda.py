@@ -33,6 +33,7 @@ from halfweight.kernels.hopper import (
     Int8,
     Large,
     Plan,
+    Workers,
     choose,
     choose_int8,
 )
@@ -44,6 +45,9 @@ INT8_BLOCK = 128
 INT8_TOKENS = 512
 """Fewer tokens with int8 activations are the Triton backend's."""
 
+PROBE = 'extern "C" __global__ void probe() {}'
+"""A kernel to ask the driver about."""
+
 Shape = tuple[int, ...]
 
 
@@ -53,7 +57,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("partials", "flags", "steps")),
         *((name, ctypes.c_int) for name in ("num_tokens", "out_features", "in_features")),
         *((name, ctypes.c_int) for name in ("group_size", "num_groups", "tiles_m", "tiles_n")),
-        *((name, ctypes.c_int) for name in ("k_blocks", "whole_waves", "num_workers")),
+        *((name, ctypes.c_int) for name in ("tile_rows", "k_blocks", "whole_waves", "num_workers")),
         ("steps_stride", ctypes.c_int),
     ]
 
@@ -78,7 +82,7 @@ def source(config: Config, groups: int, dtype: torch.dtype) -> str:
         parts.append((folder / "hopper_wgmma.cuh").read_text())
         kind = "bf16" if dtype == torch.bfloat16 else "f16"
         is_int8 = isinstance(config, Int8)
-        parts.append(_wgmma_int8(config.tokens) if is_int8 else _wgmma(config.tokens, kind))
+        parts.append(_wgmma_int8(config.rows) if is_int8 else _wgmma(config.tokens, kind))
     parts.append((folder / config.file).read_text())
     return "\n".join(parts)
 
@@ -99,18 +103,18 @@ def _wgmma(tokens: int, kind: str) -> str:
     )
 
 
-def _wgmma_int8(tokens: int) -> str:
-    """wgmma of unsigned and signed bytes, both in shared memory, for a tile of `tokens`."""
-    count = tokens // 2
+def _wgmma_int8(rows: int) -> str:
+    """wgmma of signed and unsigned bytes, both in shared memory, for a tile of `rows`."""
+    count = rows // 2
     outputs = ", ".join(f"%{i}" for i in range(count))
     constraints = ", ".join(f'"+r"(sums[{i}])' for i in range(count))
     return (
-        f"__device__ __forceinline__ void wgmma_int8(int (&sums)[{count}], unsigned long long w,"
-        " unsigned long long x, bool accumulate) {\n"
+        f"__device__ __forceinline__ void wgmma_int8(int (&sums)[{count}], unsigned long long x,"
+        " unsigned long long w, bool accumulate) {\n"
         f'asm volatile("{{.reg .pred p; setp.ne.b32 p, %{count + 2}, 0;"\n'
-        f'"wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.u8.s8 "\n'
+        f'"wgmma.mma_async.sync.aligned.m64n{rows}k32.s32.s8.u8 "\n'
         f'"{{{outputs}}}, %{count}, %{count + 1}, p;}}"\n'
-        f': {constraints} : "l"(w), "l"(x), "r"((int)accumulate));\n}}'
+        f': {constraints} : "l"(x), "l"(w), "r"((int)accumulate));\n}}'
     )
 
 
@@ -185,20 +189,21 @@ def _tensor_map(pointer: int, kind: str, sizes: Shape, strides: Shape, box: Shap
     )
 
 
-def _maps(config: Config, packed: Tensor, x: Tensor) -> tuple[Any, Any]:
-    """Tensor maps of the weights and the activations as `config` reads them."""
+def _maps(plan: Plan, packed: Tensor, x: Tensor) -> tuple[Any, Any]:
+    """Tensor maps of the weights and the activations as `plan` reads them."""
+    config = plan.config
     kind = str(x.dtype).removeprefix("torch.")
     w_at, x_at, columns = packed.data_ptr(), x.data_ptr(), x.shape[1]
     if isinstance(config, Int8):
         w_sizes, x_sizes = (packed.shape[1], packed.shape[0]), (columns, x.shape[0])
         return (
-            _tensor_map(w_at, "uint8", w_sizes, (columns,), (128, config.rows)),
+            _tensor_map(w_at, "uint8", w_sizes, (columns,), (128, plan.rows)),
             _tensor_map(x_at, "uint8", x_sizes, (columns,), (128, config.tokens // config.cluster)),
         )
     if isinstance(config, Large):
         w_sizes, x_sizes = (packed.shape[1], packed.shape[0]), (columns, x.shape[0])
         return (
-            _tensor_map(w_at, "uint8", w_sizes, (packed.shape[1],), (64, config.rows)),
+            _tensor_map(w_at, "uint8", w_sizes, (packed.shape[1],), (64, plan.rows)),
             _tensor_map(x_at, kind, x_sizes, (columns * 2,), (64, config.tokens // config.cluster)),
         )
     boxes = config.k_bytes // 128
@@ -224,6 +229,34 @@ def _workspace(device: int, stream: int) -> tuple[Tensor, Tensor]:
 @cache
 def _num_multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _workers(device: int) -> Workers:
+    """How many clusters of 1, 2, 4 and 8 blocks this GPU runs at once: chips differ in it."""
+    from cuda.bindings import driver
+
+    module = _check(driver.cuModuleLoadData(compile_cubin(PROBE)), "load")
+    kernel = _check(driver.cuModuleGetFunction(module, b"probe"), "function")
+    most = max(config.shared_bytes for config in LARGE)
+    size_attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _check(driver.cuFuncSetAttribute(kernel, size_attribute, most), "shared memory")
+
+    def count(size: int) -> int:
+        launch = driver.CUlaunchConfig()
+        launch.gridDimX, launch.gridDimY, launch.gridDimZ = size, 1, 1
+        launch.blockDimX, launch.blockDimY, launch.blockDimZ = 128, 1, 1
+        launch.sharedMemBytes = most
+        cluster = driver.CUlaunchAttribute()
+        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        value = driver.CUlaunchAttributeValue()
+        value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = size, 1, 1
+        cluster.value = value
+        launch.attrs, launch.numAttrs = [cluster], 1
+        return int(_check(driver.cuOccupancyMaxActiveClusters(kernel, launch), "occupancy"))
+
+    with torch.cuda.device(device):
+        return (count(1), count(2), count(4), count(8))
 
 
 def _start(kernel: Any, grid: int, config: Config, stream: int, *arguments: int) -> None:
@@ -264,18 +297,20 @@ def _launch(
     stream = torch.cuda.current_stream(device).cuda_stream
     partials, flags = _workspace(device, stream)
     config = plan.config
-    w_map, x_map = _maps(config, packed, x)
+    w_map, x_map = _maps(plan, packed, x)
     problem = _Problem(
         *(scales.data_ptr(), exponents.data_ptr(), 0 if bias is None else bias.data_ptr()),
         *(y.data_ptr(), partials.data_ptr(), flags.data_ptr()),
         0 if steps is None else steps.data_ptr(),
         *(num_tokens, out_features, in_features, group_size, num_groups),
-        *(plan.tiles_m, plan.tiles_n, plan.k_blocks, plan.whole_waves, plan.num_workers),
+        *(plan.tiles_m, plan.tiles_n, plan.rows, plan.k_blocks),
+        *(plan.whole_waves, plan.num_workers),
         0 if steps is None else steps.shape[1],
     )
     kernel = _kernel(config, config.groups(group_size), y.dtype, device)
     arguments = (w_map.getPtr(), x_map.getPtr(), ctypes.addressof(problem))
-    _start(kernel, plan.num_workers * config.cluster, config, stream, *arguments)
+    grid = plan.num_workers * config.cluster * config.split
+    _start(kernel, grid, config, stream, *arguments)
 
 
 def _divides_evenly(group_size: int, num_groups: int) -> bool:
@@ -309,8 +344,7 @@ def linear(
     y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     group_size = packed.shape[1] // scales.shape[1]
-    multiprocessors = _num_multiprocessors(x.device.index)
-    chosen = choose(rows.shape[0], *packed.shape, group_size, multiprocessors)
+    chosen = choose(rows.shape[0], *packed.shape, group_size, _workers(x.device.index))
     _launch(rows, packed, scales.contiguous(), exponents, bias, y, chosen)
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
@@ -334,10 +368,12 @@ def linear_int8(
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    rounded, steps = portable.round_activations(rows, 1, INT8_BLOCK, with_sums=True)
+    chosen = choose_int8(rows.shape[0], *packed.shape, _workers(x.device.index))
+    rounded, steps = portable.round_activations(
+        rows, 1, INT8_BLOCK, chosen.config.tokens, with_sums=True
+    )
     y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    chosen = choose_int8(rows.shape[0], *packed.shape, _num_multiprocessors(x.device.index))
     _launch(rounded[0], packed, scales.contiguous(), exponents, bias, y, chosen, steps)
     return y.reshape(*x.shape[:-1], packed.shape[0])
 

@@ -23,7 +23,7 @@ struct Problem {
     int* flags;
     const float* steps;
     int num_tokens, out_features, in_features, group_size, num_groups;
-    int tiles_m, tiles_n, k_blocks, whole_waves, num_workers, steps_stride;
+    int tiles_m, tiles_n, tile_rows, k_blocks, whole_waves, num_workers, steps_stride;
 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) {

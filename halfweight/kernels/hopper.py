@@ -8,12 +8,18 @@ the times of all configurations and schedules on an H100 (benchmarks/hopper_tile
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 MEMORY_BYTES_PER_US = 2_930_000
 """What all multiprocessors together can read of the weights."""
+L2_BYTES_PER_US = 6_500_000
+"""What all multiprocessors together can read of weights and activations."""
+STORE_BYTES = 2048
+"""Shared memory of a warp through which it stores results."""
+Workers = tuple[int, int, int, int]
+"""How many clusters of 1, 2, 4 and 8 blocks run at the same time, a block on a multiprocessor."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Small:
     file = "hopper_small.cu"
     entry = b"w8a16_small"
     threads = 384
-    cluster = 1
+    cluster = split = 1
     tile_us = 0.67
     even_share = 0.75
 
@@ -53,9 +59,13 @@ class Small:
         """Columns a stage: KB."""
         return 64 * self.warps_k * self.units
 
-    def stage_us(self, num_blocks: int) -> float:
+    def row_counts(self, out_features: int, tiles_m: int, workers: int) -> list[int]:
+        """Rows that a tile may have."""
+        return [self.rows]
+
+    def stage_us(self, num_blocks: int, rows: int) -> float:
         """Microseconds a stage takes while so many blocks read."""
-        return max(self.block_us, self.rows * self.k_bytes * num_blocks / MEMORY_BYTES_PER_US)
+        return max(self.block_us, rows * self.k_bytes * num_blocks / MEMORY_BYTES_PER_US)
 
     @property
     def partial_floats(self) -> int:
@@ -83,35 +93,50 @@ class Small:
 
 @dataclass(frozen=True)
 class Large:
-    """A compiled form of hopper_large.cu: tokens a tile, consumer warpgroups, stages, cluster.
+    """A compiled form of hopper_large.cu: tokens a tile, consumer warpgroups, stages of the ring.
 
-    `block_us` is how long a stage takes on an H100, measured.
+    `cluster` blocks take neighbouring rows of W and share x, or `split` blocks take one tile, each
+    a part of K. `steps` of 16 columns are converted at a time. `block_us` is how long a stage takes
+    on an H100 where memory is not the limit.
     """
 
     tokens: int
     warpgroups: int
     stages: int
-    cluster: int
     block_us: float
+    cluster: int = 1
+    split: int = 1
+    steps: int = 2
 
     file = "hopper_large.cu"
     entry = b"w8a16_large"
     k_bytes = 64
     tile_us = 0.85
     even_share = 0.61
+    collect_us = 2.0
 
     @property
     def fixup_us(self) -> float:
         """What sharing tiles costs; grows with the sums exchanged."""
         return 3.2 + 0.00032 * self.partial_floats
 
-    def stage_us(self, num_blocks: int) -> float:
-        """Microseconds a stage takes, whatever the others do."""
-        return self.block_us
+    def row_counts(self, out_features: int, tiles_m: int, workers: int) -> list[int]:
+        """Rows that a tile may have: all that fit, or the fewest that need no more waves."""
+        waves = -(-tiles_m * -(-out_features // (self.rows * self.cluster)) // workers)
+        tiles_n = max(1, waves * workers // tiles_m)
+        fewest = -(-out_features // (tiles_n * self.cluster * 16)) * 16
+        return sorted({fewest, self.rows})
+
+    def stage_us(self, num_blocks: int, rows: int) -> float:
+        """Microseconds a stage takes while so many blocks read."""
+        weights = rows * self.k_bytes
+        from_l2 = weights + self.x_bytes // self.cluster
+        in_memory = num_blocks * weights / MEMORY_BYTES_PER_US
+        return max(self.block_us, in_memory, num_blocks * from_l2 / L2_BYTES_PER_US)
 
     @property
     def rows(self) -> int:
-        """Rows of W a block takes: BN."""
+        """Rows of W that the warpgroups of a block multiply: BN."""
         return 64 * self.warpgroups
 
     @property
@@ -125,15 +150,19 @@ class Large:
         return self.rows * self.tokens
 
     @property
+    def x_bytes(self) -> int:
+        """Activations of a stage."""
+        return 2 * self.k_bytes * self.tokens
+
+    @property
     def stage_bytes(self) -> int:
         """W and x of a stage."""
-        return self.k_bytes * (self.rows + 2 * self.tokens)
+        return self.k_bytes * self.rows + self.x_bytes
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: alignment, ring, store buffers, barriers."""
-        store = 4 * self.warpgroups * min(self.tokens, 32) * 64
-        return 1024 + self.stages * (self.stage_bytes + 16) + store
+        return 1024 + self.stages * (self.stage_bytes + 16) + self.warpgroups * 4 * STORE_BYTES
 
     def groups(self, group_size: int) -> int:
         """Groups in 64 columns, where that makes another program."""
@@ -142,23 +171,37 @@ class Large:
     def defines(self, groups: int) -> dict[str, int]:
         """Compile-time names of the source."""
         return {
-            **{"MT": self.tokens, "WGS": self.warpgroups, "STAGES": self.stages},
-            **{"CLUSTER": self.cluster, "GROUPS": groups},
+            **{"TOKENS": self.tokens, "ROWS": self.rows, "WGS": self.warpgroups},
+            **{"STAGES": self.stages, "CLUSTER": self.cluster, "SPLIT": self.split},
+            **{"STEPS": self.steps, "GROUPS": groups},
         }
 
 
 @dataclass(frozen=True)
 class Int8(Large):
-    """A compiled form of hopper_int8.cu, for activations rounded in blocks of 128 columns."""
+    """A compiled form of hopper_int8.cu, for activations rounded in blocks of 128 columns.
+
+    Its warpgroups divide the tokens of a tile, not the rows.
+    """
 
     file = "hopper_int8.cu"
     entry = b"w8a8_large"
     k_bytes = 128
 
     @property
+    def rows(self) -> int:
+        """Rows of W that a block multiplies: as many as a warpgroup has registers for."""
+        return 192 if self.warpgroups == 2 else 128
+
+    @property
+    def x_bytes(self) -> int:
+        """Activations of a stage and a pair of floats for each token."""
+        return (self.k_bytes + 8) * self.tokens
+
+    @property
     def stage_bytes(self) -> int:
-        """W, x and a pair of floats for each token."""
-        return self.k_bytes * (self.rows + self.tokens) + 8 * self.tokens
+        """W, x and a 16-bit code for each row, in whole kilobytes."""
+        return -(-((self.k_bytes + 2) * self.rows + self.x_bytes) // 1024) * 1024
 
     def groups(self, group_size: int) -> int:
         """Groups are no smaller than a stage."""
@@ -180,23 +223,45 @@ SMALL = (
     Small(tokens=64, row_tiles=2, warps_n=4, warps_k=2, units=2, stages=3, block_us=1.67),
 )
 LARGE = (
-    Large(tokens=64, warpgroups=2, stages=12, cluster=1, block_us=0.416),
-    Large(tokens=128, warpgroups=2, stages=8, cluster=1, block_us=0.48),
-    Large(tokens=128, warpgroups=3, stages=7, cluster=1, block_us=0.8),
-    Large(tokens=256, warpgroups=2, stages=5, cluster=1, block_us=0.766),
-    Large(tokens=256, warpgroups=2, stages=5, cluster=2, block_us=0.752),
+    Large(tokens=64, warpgroups=2, stages=12, block_us=0.416),
+    Large(tokens=64, warpgroups=4, stages=8, block_us=0.5),
+    Large(tokens=64, warpgroups=3, stages=10, block_us=0.45, split=2),
+    Large(tokens=64, warpgroups=3, stages=10, block_us=0.45, split=4),
+    Large(tokens=64, warpgroups=4, stages=8, block_us=0.5, split=4),
+    Large(tokens=64, warpgroups=4, stages=8, block_us=0.5, split=8),
+    Large(tokens=128, warpgroups=2, stages=8, block_us=0.48),
+    Large(tokens=128, warpgroups=2, stages=8, block_us=0.48, steps=4),
+    Large(tokens=128, warpgroups=2, stages=8, block_us=0.48, split=2),
+    Large(tokens=128, warpgroups=2, stages=8, block_us=0.48, split=4),
+    Large(tokens=128, warpgroups=3, stages=7, block_us=0.6),
+    Large(tokens=128, warpgroups=3, stages=7, block_us=0.6, split=2),
+    Large(tokens=128, warpgroups=3, stages=7, block_us=0.6, split=4),
+    Large(tokens=128, warpgroups=4, stages=6, block_us=0.7),
+    Large(tokens=128, warpgroups=4, stages=6, block_us=0.7, cluster=2),
+    Large(tokens=128, warpgroups=4, stages=6, block_us=0.7, split=2),
+    Large(tokens=128, warpgroups=4, stages=6, block_us=0.7, split=4),
+    Large(tokens=128, warpgroups=4, stages=6, block_us=0.7, split=8),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.766),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.752, cluster=2),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.766, split=2),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.766, split=4),
 )
 INT8 = (
-    Int8(tokens=128, warpgroups=3, stages=4, cluster=1, block_us=1.24),
-    Int8(tokens=128, warpgroups=3, stages=4, cluster=2, block_us=1.25),
+    Int8(tokens=192, warpgroups=3, stages=4, block_us=0.8),
+    Int8(tokens=192, warpgroups=3, stages=4, block_us=0.8, cluster=2),
+    Int8(tokens=128, warpgroups=2, stages=4, block_us=0.8),
+    Int8(tokens=128, warpgroups=2, stages=4, block_us=0.8, cluster=2),
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a product is computed: tiles of `config`, the first `whole_waves` of them not shared."""
+    """How a product is computed: tiles of `rows` rows, the first `whole_waves` of them not shared
+    with another worker (a block, or a cluster of them).
+    """
 
     config: Config
+    rows: int
     tiles_m: int
     tiles_n: int
     k_blocks: int
@@ -210,54 +275,85 @@ def candidates(num_tokens: int, in_features: int, group_size: int) -> list[Confi
 
     hopper_small.cu has a single tile of tokens, so only its least that covers the batch.
     """
+    found: list[Config] = []
     covering = min((c.tokens for c in SMALL if c.tokens >= num_tokens), default=None)
     if covering is not None and group_size % 64 == 0 and in_features % 128 == 0:
-        return [c for c in SMALL if c.tokens == covering]
+        found += [c for c in SMALL if c.tokens == covering]
+        if num_tokens <= 32:
+            return found
     sizes = sorted({c.tokens for c in LARGE})
     place = next((i for i, size in enumerate(sizes) if size >= num_tokens), len(sizes) - 1)
-    return [c for c in LARGE if c.tokens in sizes[max(0, place - 1) : place + 1]]
+    return found + [c for c in LARGE if c.tokens in sizes[max(0, place - 1) : place + 1]]
 
 
 def plans(
-    config: Config, num_tokens: int, out_features: int, in_features: int, multiprocessors: int
+    config: Config, num_tokens: int, out_features: int, in_features: int, most: Workers
 ) -> list[Plan]:
-    """Schedules: whole tiles only; what is left after whole waves shared; each tile cut evenly."""
+    """Every way to deal the tiles of `config` to at most so many workers."""
     tiles_m = -(-num_tokens // config.tokens)
-    tiles_n = -(-out_features // (config.rows * config.cluster))
     k_blocks = -(-in_features // config.k_bytes)
-    tiles = tiles_m * tiles_n
-    workers = min(multiprocessors // config.cluster, tiles * k_blocks)
+    workers = most[(config.cluster * config.split).bit_length() - 1]
+    found = []
+    for rows in config.row_counts(out_features, tiles_m, workers):
+        tiles_n = -(-out_features // (rows * config.cluster))
+        schedules = _split if config.split > 1 else _schedules
+        for case in schedules(config, rows, tiles_m * tiles_n, k_blocks, workers):
+            found.append(Plan(config, rows, tiles_m, tiles_n, k_blocks, *case))
+    return found
+
+
+Schedule = tuple[int, int, float]
+"""whole_waves, num_workers and microseconds of a Plan."""
+
+
+def _split(
+    config: Config, rows: int, tiles: int, k_blocks: int, workers: int
+) -> Iterator[Schedule]:
+    """A cluster for each tile, if there are as many."""
+    if isinstance(config, Large) and tiles <= workers and k_blocks >= config.split:
+        stage_us = config.stage_us(tiles * config.split, rows)
+        blocks = -(-k_blocks // config.split)
+        yield 1, tiles, blocks * stage_us + config.tile_us + config.collect_us
+
+
+def _schedules(
+    config: Config, rows: int, tiles: int, k_blocks: int, most_workers: int
+) -> Iterator[Schedule]:
+    """Whole tiles only; what is left after whole waves shared; each tile cut evenly."""
+    workers = min(most_workers, tiles * k_blocks)
     waves, parts = -(-tiles // workers), min(workers // tiles, k_blocks)
 
     def us(num_workers: int, num_tiles: float, blocks: float) -> float:
-        return blocks * config.stage_us(num_workers * config.cluster) + num_tiles * config.tile_us
+        stage_us = config.stage_us(num_workers * config.cluster, rows)
+        return blocks * stage_us + num_tiles * config.tile_us
 
-    cases = [(waves, workers, us(min(tiles, workers), waves, waves * k_blocks))]
+    yield waves, workers, us(min(tiles, workers), waves, waves * k_blocks)
     shared = tiles / workers
     if tiles % workers:
-        cases.append(
-            (tiles // workers, workers, us(workers, shared, shared * k_blocks) + config.fixup_us)
-        )
+        shared_us = us(workers, shared, shared * k_blocks) + config.fixup_us
+        yield tiles // workers, workers, shared_us
     if parts > 1:
         even_us = us(tiles * parts, 1, -(-k_blocks // parts))
-        cases.append((0, tiles * parts, even_us + config.even_share * config.fixup_us))
-    return [Plan(config, tiles_m, tiles_n, k_blocks, *case) for case in cases]
+        yield 0, tiles * parts, even_us + config.even_share * config.fixup_us
 
 
 @lru_cache(maxsize=4096)
 def choose(
-    num_tokens: int, out_features: int, in_features: int, group_size: int, multiprocessors: int
+    num_tokens: int, out_features: int, in_features: int, group_size: int, most: Workers
 ) -> Plan:
     """The plan that should take the least time."""
     configs = candidates(num_tokens, in_features, group_size)
-    return _fastest(configs, num_tokens, out_features, in_features, multiprocessors)
+    return _fastest(configs, num_tokens, out_features, in_features, most)
 
 
 @lru_cache(maxsize=4096)
-def choose_int8(num_tokens: int, out_features: int, in_features: int, multiprocessors: int) -> Plan:
+def choose_int8(num_tokens: int, out_features: int, in_features: int, most: Workers) -> Plan:
     """The plan that should take the least time for activations in int8."""
-    return _fastest(INT8, num_tokens, out_features, in_features, multiprocessors)
+    return _fastest(INT8, num_tokens, out_features, in_features, most)
 
 
-def _fastest(configs: Sequence[Config], *sizes: int) -> Plan:
-    return min((p for c in configs for p in plans(c, *sizes)), key=lambda p: p.microseconds)
+def _fastest(
+    configs: Sequence[Config], num_tokens: int, out_features: int, in_features: int, most: Workers
+) -> Plan:
+    found = (p for c in configs for p in plans(c, num_tokens, out_features, in_features, most))
+    return min(found, key=lambda p: p.microseconds)

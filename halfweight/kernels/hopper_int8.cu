@@ -4,23 +4,33 @@
 // Stored bytes u = q + 128 are the tensor core's unsigned operand as they are, x the signed one:
 // nothing is converted. Every 128 columns the int32 sums of a tile become float32:
 //
-//     total[n, m] += code[n] (step[m] sum(u x) - 128 step[m] sum(x))
+//     total[m, n] += code[n] (step[m] sum(u x) - 128 step[m] sum(x))
 //
 // |sum(u x)| < 2^22, so adding it to the bit pattern of 12582912.0 gives 12582912.0 + sum(u x): an
 // integer addition where a conversion takes four times as long. With each step comes what takes
-// both constants off again, step (12582912 + 128 sum(x)). While one warpgroup does this, the tensor
-// cores multiply for the others.
+// both constants off again, step (12582912 + 128 sum(x)).
 //
-//   warpgroup 0      producer: W [BN, 128] bytes, x [MT, 128] bytes and MT pairs of floats a stage
-//   warpgroups 1...  consumers: 64 rows of W each
+//   warpgroup 0      producer: one thread asks for W [ROWS, 128] bytes, x [TOKENS, 128] bytes and
+//                    TOKENS pairs of floats a stage; two warps put the rows' codes beside them
+//   warpgroups 1...  consumers: 64 tokens each, so that a thread has two tokens and their steps in
+//                    registers. They take turns to queue their products: while the tensor cores
+//                    multiply for one, the others add
 //
-// Compile-time: MT, WGS, STAGES, CLUSTER, BF16. The launcher also generates `wgmma_int8(sums,
-// w descriptor, x descriptor, accumulate)`.
+// Shared memory is what limits: it is read for the products and for the codes, which are therefore
+// pairs of 16-bit numbers, four in a load.
+//
+// Compile-time: TOKENS and ROWS of a tile, WGS = TOKENS / 64, STAGES, CLUSTER, BF16. The launcher
+// also generates `wgmma_int8(sums, x descriptor, w descriptor, accumulate)`.
 
 constexpr int KB = 128;
-constexpr int W_BYTES = BN * KB;
-constexpr int X_BYTES = MT * KB;
-constexpr int STAGE_BYTES = W_BYTES + X_BYTES + MT * 8;
+constexpr int W_BYTES = ROWS * KB;
+constexpr int X_BYTES = TOKENS * KB;
+constexpr int STEPS_AT = W_BYTES + X_BYTES;
+constexpr int CODES_AT = STEPS_AT + TOKENS * 8;
+constexpr int STAGE_BYTES = (CODES_AT + ROWS * 2 + 1023) / 1024 * 1024;
+constexpr int COPIED_BYTES = CODES_AT;
+constexpr int CODE_WARPS = 2;
+constexpr int FILLERS = 1 + CODE_WARPS;
 
 __device__ __forceinline__ void copy_bytes(u32 dst, const void* source, u32 bytes, u32 bar) {
     asm volatile(
@@ -28,67 +38,167 @@ __device__ __forceinline__ void copy_bytes(u32 dst, const void* source, u32 byte
             "r"(dst), "l"(source), "r"(bytes), "r"(bar) : "memory");
 }
 
-__device__ __forceinline__ void multiply_stage(u32 w, u32 x, int (&sums)[ACC]) {
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < KB / 32; ++step)
-        wgmma_int8(sums, descriptor(w + step * 32), descriptor(x + step * 32), step > 0);
-    wgmma_commit();
-    wgmma_wait<0>();
-}
+// The group of scales of K block k.
+struct Groups {
+    int shift, last;
+    __device__ explicit Groups(const Problem& p)
+        : shift(p.num_groups > 1 ? 31 - __clz(p.group_size) : 31), last(p.num_groups - 1) {}
+    __device__ __forceinline__ int operator()(int k) const { return min(k * KB >> shift, last); }
+};
 
-// Add the sums of 128 columns; `steps` are the tile's pairs in shared memory from this lane's tokens.
-__device__ __forceinline__ void promote(u32 steps, const float (&codes)[2], const int (&sums)[ACC],
-                                        float (&total)[ACC]) {
+// Pairs of codes of neighbouring rows, in the order in which lanes want them: rows 8j + 2i and
+// 8j + 2i + 1 of a tile are for lanes of i = lane % 4, whose pairs for four j are 16 bytes.
+__device__ __forceinline__ void write_codes(const Problem& p, const Block& b) {
+    Groups group(p);
+    int thread = threadIdx.x - 64, stage = 0, phase = 0;
+    Segment s;
+    for (Schedule schedule(p, b.worker); next_run(schedule, b, s);) {
+        int m, n;
+        tile_position(p, s.tile, m, n);
+        for (int k = s.k_begin; k < s.k_end; ++k) {
+            u32 pairs[ROWS / 128 + (ROWS % 128 > 0)];
 #pragma unroll
-    for (int j = 0; j < MT / 8; ++j) {
-        uint4 pair = load16(steps + j * 64);
-        float step[2] = {__uint_as_float(pair.x), __uint_as_float(pair.z)};
-        float offset[2] = {__uint_as_float(pair.y), __uint_as_float(pair.w)};
+            for (int i = 0; i * 128 < ROWS; ++i) {
+                int row = min(first_row(p, b, n) + i * 128 + 2 * thread, p.out_features - 1);
+                int other = min(row + 1, p.out_features - 1);
+                long long at = group(k);
+                u32 low = __ldg(p.codes + row * (long long)p.num_groups + at);
+                u32 high = __ldg(p.codes + other * (long long)p.num_groups + at);
+                asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pairs[i]) : "f"((float)high), "f"((float)low));
+            }
+            barrier_wait(b.empty + 8 * stage, phase ^ 1);
+            u32 codes = b.ring + stage * STAGE_BYTES + CODES_AT;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float sum = __int_as_float(sums[4 * j + i] + 0x4b400000);
-            float product = fmaf(sum, step[i % 2], -offset[i % 2]);
-            total[4 * j + i] = fmaf(product, codes[i / 2], total[4 * j + i]);
+            for (int i = 0; i * 128 < ROWS; ++i) {
+                int pair = i * 64 + thread, j = pair / 4;
+                u32 address = codes + ((j / 4 * 4 + pair % 4) * 4 + j % 4) * 4;
+                if (2 * pair < ROWS)
+                    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(pairs[i]) : "memory");
+            }
+            __syncwarp();
+            if (thread % 32 == 0) barrier_arrive(b.full + 8 * stage);
+            if (++stage == STAGES) { stage = 0; phase ^= 1; }
         }
     }
 }
 
+__device__ __forceinline__ void multiply_stage(u32 x, u32 w, int (&sums)[ACC]) {
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < KB / 32; ++step)
+        wgmma_int8(sums, descriptor(x + step * 32), descriptor(w + step * 32), step > 0);
+    wgmma_commit();
+}
+
+// The step of a token and what takes the constants off.
+struct Step { float step, offset; };
+
+__device__ __forceinline__ Step load_step(u32 address) {
+    Step s;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(s.step), "=f"(s.offset) : "r"(address));
+    return s;
+}
+
+// Add the sums of 128 columns; `codes` is where the lane's pairs begin.
+__device__ __forceinline__ void promote(u32 codes, const Step (&steps)[2], const int (&sums)[ACC],
+                                        float (&total)[ACC]) {
+#pragma unroll
+    for (int j = 0; j < ROWS / 8; ++j) {
+        uint4 four;
+        if (j % 4 == 0) four = load16(codes + j * 16);
+        float code[2];
+        asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+            : "=f"(code[0]), "=f"(code[1]) : "r"(word(four, j % 4)));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float sum = __int_as_float(sums[4 * j + i] + 0x4b400000);
+            float product = fmaf(sum, steps[i / 2].step, -steps[i / 2].offset);
+            total[4 * j + i] = fmaf(product, code[i % 2], total[4 * j + i]);
+        }
+    }
+}
+
+// Tokens `token` to token + 15 of all the tile's rows, gathered to 64 bytes in the warp's buffer.
+__device__ __forceinline__ void store_tokens(const Problem& p, int token, int first_row, int lane,
+                                             u16* buffer, const float (&total)[ACC]) {
+    int end = min(p.out_features, first_row + p.tile_rows);
+    bool whole = p.out_features % 8 == 0;
+    u32 base = shared_address(buffer);
+#pragma unroll
+    for (int j = 0; j < ROWS / 8; ++j) {
+        u32 packed[2];
+        float scale[2], offset[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            int n = min(first_row + 8 * j + 2 * (lane % 4) + e, p.out_features - 1);
+            scale[e] = ldexpf(1.0f, p.exponents[n]);
+            offset[e] = p.bias ? to_float(p.bias[n]) : 0.0f;
+        }
+        for (int h = 0; h < 2; ++h)
+            packed[h] = pack(total[4 * j + 2 * h] * scale[0] + offset[0],
+                             total[4 * j + 2 * h + 1] * scale[1] + offset[1]);
+        int row = lane % 16;
+        asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(
+                         base + row * 64 + ((j % 4 ^ row / 2 % 4) << 4)),
+                     "r"(packed[0]), "r"(packed[1]) : "memory");
+        if (j % 4 < 3) continue;
+        __syncwarp();
+#pragma unroll
+        for (int i = lane; i < 64; i += 32) {
+            int at = token + i / 4, n = first_row + (j - 3 + i % 4) * 8;
+            if (at >= p.num_tokens) continue;
+            u16* target = p.y + (long long)at * p.out_features + n;
+            const u16* source = buffer + i / 4 * 32 + (i % 4 ^ i / 8 % 4) * 8;
+            if (whole && n + 8 <= end) {
+                *(uint4*)target = *(const uint4*)source;
+            } else {
+                for (int e = 0; e < 8; ++e)
+                    if (n + e < end) target[e] = source[e];
+            }
+        }
+        __syncwarp();
+    }
+}
+
+// A warpgroup waits until it is its turn to queue products, and passes the turn on.
+__device__ __forceinline__ void take_turn(int warpgroup) {
+    asm volatile("bar.sync %0, 256;" ::"r"(2 + warpgroup) : "memory");
+}
+__device__ __forceinline__ void pass_turn(int warpgroup) {
+    asm volatile("bar.arrive %0, 256;" ::"r"(2 + (warpgroup + 1) % WGS) : "memory");
+}
+
 __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
     int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
-    int row_in_tile = warp * 16 + lane / 4, group_shift = 31;
-    if (p.num_groups > 1) group_shift = 31 - __clz(p.group_size);
+    int warpgroup = warp / 4, token_in_tile = warp * 16 + lane / 4;
     Schedule schedule(p, b.worker);
     Segment s;
     int stage = 0, phase = 0;
-    while (schedule.pop(s)) {
+    if (warpgroup == WGS - 1) pass_turn(warpgroup);
+    while (next_run(schedule, b, s)) {
         int m, n;
         tile_position(p, s.tile, m, n);
-        int tile_row = (n * CLUSTER + b.rank) * BN;
-        const u8* codes[2];
-        for (int h = 0; h < 2; ++h) {
-            int row = min(tile_row + row_in_tile + 8 * h, p.out_features - 1);
-            codes[h] = p.codes + (long long)row * p.num_groups;
-        }
-        auto group = [&](int k) { return min(k * KB >> group_shift, p.num_groups - 1); };
-        u8 next[2] = {__ldg(codes[0] + group(s.k_begin)), __ldg(codes[1] + group(s.k_begin))};
         float total[ACC];
 #pragma unroll
         for (int i = 0; i < ACC; ++i) total[i] = 0.0f;
         for (int k = s.k_begin; k < s.k_end; ++k) {
-            float code[2] = {(float)next[0], (float)next[1]};
-            for (int h = 0; h < 2; ++h) next[h] = __ldg(codes[h] + group(k + 1));
-            u32 w = b.ring + stage * STAGE_BYTES, x = w + W_BYTES;
+            u32 base = b.ring + stage * STAGE_BYTES;
             barrier_wait(b.full + 8 * stage, phase);
             int sums[ACC];
-            multiply_stage(w + warp / 4 * 64 * KB, x, sums);
-            promote(x + X_BYTES + lane % 4 * 16, code, sums, total);
+            take_turn(warpgroup);
+            multiply_stage(base + W_BYTES + warpgroup * 64 * KB, base, sums);
+            pass_turn(warpgroup);
+            u32 steps_at = base + STEPS_AT + token_in_tile * 8;
+            Step steps[2] = {load_step(steps_at), load_step(steps_at + 64)};
+            wgmma_wait<0>();
+            promote(base + CODES_AT + lane % 4 * 16, steps, sums, total);
             __syncwarp();
             release_stage(b.empty + 8 * stage, lane);
             if (++stage == STAGES) { stage = 0; phase ^= 1; }
         }
-        RowEnds ends = load_row_ends(p, tile_row + row_in_tile);
-        finish_run(p, b, schedule, s, m, tile_row + warp * 16, thread, lane, ends, total);
+        if (!finish_shared(p, b, schedule, s, thread, total)) continue;
+        u16* buffer = b.buffers + warp * (STORE_BYTES / 2);
+        store_tokens(p, m * TOKENS + warp * 16, first_row(p, b, n), lane, buffer, total);
     }
 }
 
@@ -99,15 +209,16 @@ __cluster_dims__(CLUSTER, 1, 1)
 w8a8_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map,
            const __grid_constant__ Problem p) {
     extern __shared__ u8 raw[];
-    Block block = begin_block<STAGE_BYTES>(p, raw);
+    Block block = begin_block<STAGE_BYTES, FILLERS>(p, raw);
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
         auto copy = [&](u32 stage, int m, int k, u32 bar) {
-            copy_x(stage + W_BYTES, &x_map, k * KB, m * MT, block.rank, bar);
-            const float* steps = p.steps + 2 * ((long long)k * p.steps_stride + m * MT);
-            copy_bytes(stage + W_BYTES + X_BYTES, steps, MT * 8, bar);
+            copy_x(stage + W_BYTES, &x_map, k * KB, m * TOKENS, block.rank, bar);
+            const float* steps = p.steps + 2 * ((long long)k * p.steps_stride + m * TOKENS);
+            copy_bytes(stage + STEPS_AT, steps, TOKENS * 8, bar);
         };
-        if (threadIdx.x == 0) produce<KB, STAGE_BYTES>(&w_map, p, block, copy);
+        if (threadIdx.x == 0) produce<KB, STAGE_BYTES, COPIED_BYTES>(&w_map, p, block, copy);
+        if (threadIdx.x >= 64) write_codes(p, block);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
         consume(p, block);

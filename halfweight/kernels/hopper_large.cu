@@ -6,25 +6,22 @@
 // in memory. A lane reads just the two bytes that each register of a fragment wants: more loads than
 // hopper_small.cu makes, but they hide behind the tensor cores, and x needs no other order.
 //
-//   warpgroup 0      producer: bulk tensor copies of W [BN, KB] bytes and x [MT, KB] into a ring
-//   warpgroups 1...  consumers: 64 rows of W each; the next 64 columns are converted between the
-//                    issue of one step of 16 columns and the next, so that the tensor cores never
-//                    wait for a conversion
+//   warpgroup 0      producer: bulk tensor copies of W [ROWS, KB] bytes and x [TOKENS, KB] into a ring
+//   warpgroups 1...  consumers: 64 rows of W each; the next STEPS steps of 16 columns are converted
+//                    while the tensor cores multiply these
 //
 // A weight enters as q * code, an integer of at most 15 bits rounded once to the 16-bit type; the
 // row's power of two is applied to the float32 sum. Nothing overflows whatever the scales are.
 //
-// Where L2 is the limit, the two blocks of a cluster take neighbouring rows of W and each fetches
-// half of the x that both multiply.
-//
-// Compile-time: MT tokens a tile, WGS consumer warpgroups, STAGES, CLUSTER (1 or 2), GROUPS (scales
-// in 64 columns: 1 or 2), BF16. The launcher also generates `wgmma(acc, a0..a3, descriptor,
+// Compile-time: TOKENS and ROWS of a tile, WGS = ROWS / 64, STAGES, CLUSTER, SPLIT, STEPS (2 or 4, of
+// the 4 in a K block), GROUPS (scales in 64 columns: 1 or 2), BF16. The launcher also generates `wgmma(acc, a0..a3, descriptor,
 // accumulate)`.
 
 constexpr int KB = 64;
-constexpr int W_BYTES = BN * KB;
-constexpr int X_BYTES = MT * KB * 2;
+constexpr int W_BYTES = ROWS * KB;
+constexpr int X_BYTES = TOKENS * KB * 2;
 constexpr int STAGE_BYTES = W_BYTES + X_BYTES;
+constexpr int PIECES = 4 / STEPS;
 
 __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
     u32 r;
@@ -56,8 +53,9 @@ struct Cursor {
     }
 };
 
-// The pairs of bytes that a lane's fragments of 64 columns want: [step][register].
-typedef u32 Raw[4][4];
+// The pairs of bytes that a lane's fragments of a piece want: [step][register]; and the fragments.
+typedef u32 Raw[STEPS][4];
+typedef u32 Fragments[STEPS][4];
 
 __device__ __forceinline__ u32 byte_pair(u32 address) {
     u16 v;
@@ -65,31 +63,33 @@ __device__ __forceinline__ u32 byte_pair(u32 address) {
     return v;
 }
 
-// Wait for a stage and read from it. `line` is the lane's row and pair, `swizzle` its row's.
-__device__ __forceinline__ void read_stage(const Cursor& c, u32 line, u32 swizzle, Raw& raw) {
-    barrier_wait(c.full + 8 * c.stage, c.phase);
+// Read piece PIECE of the stage. `line` is the lane's row and pair, `swizzle` its row's.
+template <int PIECE>
+__device__ __forceinline__ void read_piece(const Cursor& c, u32 line, u32 swizzle, Raw& raw) {
     u32 address = c.ring + c.stage * STAGE_BYTES + line;
 #pragma unroll
-    for (int step = 0; step < 4; ++step)
+    for (int step = 0; step < STEPS; ++step)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            raw[step][i] = byte_pair(address + ((step << 4) ^ swizzle) + i % 2 * 8 * KB + i / 2 * 8);
+            raw[step][i] = byte_pair(address + (((PIECE * STEPS + step) << 4) ^ swizzle) +
+                                     i % 2 * 8 * KB + i / 2 * 8);
 }
 
-template <int STEP>
-__device__ __forceinline__ void convert(const Raw& raw, const u32 (&codes)[GROUPS][2],
-                                        u32 (&a)[4][4]) {
+template <int PIECE>
+__device__ __forceinline__ void convert(const Raw& raw, const u32 (&codes)[GROUPS][2], Fragments& a) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        a[STEP][i] = multiply(to_16bit<true>(raw[STEP][i]), codes[STEP * GROUPS / 4][i % 2]);
+    for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            a[step][i] = multiply(to_16bit<true>(raw[step][i]),
+                                  codes[(PIECE * STEPS + step) * GROUPS / 4][i % 2]);
 }
 
-// Queue the products of steps [BEGIN, END) of a K block; a step is 16 columns.
-template <int BEGIN, int END>
-__device__ __forceinline__ void issue(u32 x, const u32 (&a)[4][4], float (&acc)[ACC], bool fresh) {
+// Queue the products of a piece with its columns of x.
+__device__ __forceinline__ void issue(u32 x, const Fragments& a, float (&acc)[ACC], bool fresh) {
     wgmma_fence();
 #pragma unroll
-    for (int i = BEGIN; i < END; ++i)
+    for (int i = 0; i < STEPS; ++i)
         wgmma(acc, a[i][0], a[i][1], a[i][2], a[i][3], descriptor(x + i * 32), i > 0 || !fresh);
     wgmma_commit();
 }
@@ -103,34 +103,104 @@ __device__ __forceinline__ void to_pairs(const u32 (&codes)[GROUPS][2], u32 (&pa
     }
 }
 
-// Multiply one K block from `a`; while the tensor cores do, fill `next` for the block after it. With
-// small tiles all steps are queued at once; with large ones a step lasts as long as a conversion.
-__device__ __forceinline__ void step_block(Cursor& c, const Segment& s, int k, u32 line,
-                                           u32 swizzle, int lane, u32 (&codes)[GROUPS][2],
-                                           const u32 (&a)[4][4], u32 (&next)[4][4],
-                                           float (&acc)[ACC]) {
-    constexpr int FIRST = MT < 256 ? 4 : 1;
-    u32 x = c.ring + c.stage * STAGE_BYTES + W_BYTES;
+// Multiply piece PIECE of K block k from `a`; while the tensor cores do, fill `next` for the piece
+// after it, if this run has one.
+template <int PIECE>
+__device__ __forceinline__ void multiply_piece(Cursor& c, const Segment& s, int k, u32 line,
+                                               u32 swizzle, int lane, u32 (&codes)[GROUPS][2],
+                                               u32 (&pairs)[GROUPS][2], const Fragments& a,
+                                               Fragments& next, float (&acc)[ACC]) {
+    constexpr int NEXT = (PIECE + 1) % PIECES;
     int previous = c.stage == 0 ? STAGES - 1 : c.stage - 1;
-    issue<0, FIRST>(x, a, acc, k == s.k_begin);
-    c.advance();
+    issue(c.ring + c.stage * STAGE_BYTES + W_BYTES + PIECE * STEPS * 32, a, acc,
+          PIECE == 0 && k == s.k_begin);
     Raw raw = {};
-    u32 pairs[GROUPS][2];
-    to_pairs(codes, pairs);
-    if (k + 1 < s.k_end) read_stage(c, line, swizzle, raw);
-    c.load_codes(k + 2, codes);
+    if (NEXT == 0) {
+        c.advance();
+        to_pairs(codes, pairs);
+        if (k + 1 < s.k_end) {
+            barrier_wait(c.full + 8 * c.stage, c.phase);
+            read_piece<NEXT>(c, line, swizzle, raw);
+        }
+        c.load_codes(k + 2, codes);
+    } else {
+        read_piece<NEXT>(c, line, swizzle, raw);
+    }
     wgmma_wait<1>();
-    if (k > s.k_begin) {
+    if (PIECE == 0 && k > s.k_begin) {
         __syncwarp();
         release_stage(c.empty + 8 * previous, lane);
     }
-    convert<0>(raw, pairs, next);
-    if (FIRST < 2) issue<1, 2>(x, a, acc, false);
-    convert<1>(raw, pairs, next);
-    if (FIRST < 2) issue<2, 3>(x, a, acc, false);
-    convert<2>(raw, pairs, next);
-    if (FIRST < 2) issue<3, 4>(x, a, acc, false);
-    convert<3>(raw, pairs, next);
+    convert<NEXT>(raw, pairs, next);
+}
+
+// What two rows' sums are multiplied with and added to at the end.
+struct RowEnds { float scale[2], offset[2]; };
+
+__device__ __forceinline__ RowEnds load_row_ends(const Problem& p, int row) {
+    RowEnds ends;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        int n = min(row + 8 * r, p.out_features - 1);
+        ends.scale[r] = ldexpf(1.0f, p.exponents[n]);
+        ends.offset[r] = p.bias ? to_float(p.bias[n]) : 0.0f;
+    }
+    return ends;
+}
+
+// Rows `row` to row + 15 of COUNT * 2 tokens, turned to rows of y in two buffers of the warp.
+template <int COUNT>
+__device__ __forceinline__ void store_rows(const Problem& p, int first_token, int row, int lane,
+                                           const RowEnds& ends, u16* buffers,
+                                           const float (&sums)[COUNT]) {
+    constexpr int CHUNK = COUNT < 16 ? COUNT * 2 : 32;
+    bool whole = p.out_features % 8 == 0;
+#pragma unroll
+    for (int base = 0; base < COUNT * 2; base += CHUNK) {
+        u16* buffer = buffers + base / CHUNK % 2 * CHUNK * 16;
+        u32 address = shared_address(buffer) + lane % 8 * 32 + lane / 8 % 2 * 16;
+#pragma unroll
+        for (int j = 0; j < CHUNK / 8; ++j) {
+            const float* c = sums + (base / 8 + j) * 4;
+            u32 low = pack(c[0] * ends.scale[0] + ends.offset[0], c[1] * ends.scale[0] + ends.offset[0]);
+            u32 high = pack(c[2] * ends.scale[1] + ends.offset[1], c[3] * ends.scale[1] + ends.offset[1]);
+            asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::
+                         "r"(address + j * 256), "r"(low), "r"(high) : "memory");
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = lane; i < CHUNK * 2; i += 32) {
+            int token = first_token + base + i / 2, n = row + i % 2 * 8;
+            if (token >= p.num_tokens) continue;
+            u16* target = p.y + (long long)token * p.out_features + n;
+            const u16* source = buffer + i * 8;
+            if (whole && n + 8 <= p.out_features) {
+                *(uint4*)target = *(const uint4*)source;
+            } else {
+                for (int e = 0; e < 8; ++e)
+                    if (n + e < p.out_features) target[e] = source[e];
+            }
+        }
+    }
+}
+
+// What becomes of a run's sums: collected by the cluster, or left for the block that starts the
+// tile, or made whole; and stored.
+__device__ __forceinline__ void finish_run(const Problem& p, const Block& b,
+                                           const Schedule& schedule, const Segment& s, int m,
+                                           int warp_row, int thread, int lane, const RowEnds& ends,
+                                           float (&sums)[ACC]) {
+    u16* buffers = b.buffers + thread / 32 * (STORE_BYTES / 2);
+    bool has_rows = thread / 32 * 16 < p.tile_rows;
+#if SPLIT > 1
+    float own[OWN];
+    collect(b, thread, sums, own);
+    if (has_rows)
+        store_rows(p, m * TOKENS + b.rank * (OWN * 2), warp_row, lane, ends, buffers, own);
+#else
+    if (finish_shared(p, b, schedule, s, thread, sums) && has_rows)
+        store_rows(p, m * TOKENS, warp_row, lane, ends, buffers, sums);
+#endif
 }
 
 __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
@@ -141,29 +211,29 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
     u32 line = row_in_tile * KB + lane % 4 * 2, swizzle = (row_in_tile >> 1 & 3) << 4;
     Schedule schedule(p, b.worker);
     Segment s;
-    while (schedule.pop(s)) {
+    while (next_run(schedule, b, s)) {
         int m, n;
         tile_position(p, s.tile, m, n);
-        int tile_row = (n * CLUSTER + b.rank) * BN;
+        int tile_row = first_row(p, b, n);
         float acc[ACC];
-        u32 even[4][4], odd[4][4], codes[GROUPS][2], pairs[GROUPS][2];
+        Fragments even, odd;
+        Raw raw;
+        u32 codes[GROUPS][2], pairs[GROUPS][2];
         for (int h = 0; h < 2; ++h) {
             int row = min(tile_row + row_in_tile + 8 * h, p.out_features - 1);
             c.codes[h] = p.codes + (long long)row * p.num_groups;
         }
         c.load_codes(s.k_begin, codes);
-        Raw raw;
-        read_stage(c, line, swizzle, raw);
+        barrier_wait(c.full + 8 * c.stage, c.phase);
+        read_piece<0>(c, line, swizzle, raw);
         to_pairs(codes, pairs);
         convert<0>(raw, pairs, even);
-        convert<1>(raw, pairs, even);
-        convert<2>(raw, pairs, even);
-        convert<3>(raw, pairs, even);
         c.load_codes(s.k_begin + 1, codes);
-        for (int k = s.k_begin; k < s.k_end; k += 2) {
-            step_block(c, s, k, line, swizzle, lane, codes, even, odd, acc);
-            if (k + 1 == s.k_end) break;
-            step_block(c, s, k + 1, line, swizzle, lane, codes, odd, even, acc);
+        for (int k = s.k_begin; k < s.k_end; k += 2 / PIECES) {
+            multiply_piece<0>(c, s, k, line, swizzle, lane, codes, pairs, even, odd, acc);
+            int second = k + (PIECES == 1);
+            if (second == s.k_end) break;
+            multiply_piece<PIECES - 1>(c, s, second, line, swizzle, lane, codes, pairs, odd, even, acc);
         }
         RowEnds ends = load_row_ends(p, tile_row + row_in_tile);
         wgmma_wait<0>();
@@ -174,19 +244,20 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
-#if CLUSTER > 1
-__cluster_dims__(CLUSTER, 1, 1)
+#if CLUSTER * SPLIT > 1
+__cluster_dims__(CLUSTER * SPLIT, 1, 1)
 #endif
 w8a16_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map,
             const __grid_constant__ Problem p) {
     extern __shared__ u8 raw[];
-    Block block = begin_block<STAGE_BYTES>(p, raw);
+    Block block = begin_block<STAGE_BYTES, 1>(p, raw);
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
         auto copy = [&](u32 stage, int m, int k, u32 bar) {
-            copy_x(stage + W_BYTES, &x_map, k * KB, m * MT, block.rank, bar);
+            copy_x(stage + W_BYTES, &x_map, k * KB, m * TOKENS, block.rank, bar);
         };
-        if (threadIdx.x == 0) produce<KB, STAGE_BYTES>(&w_map, p, block, copy);
+        if (threadIdx.x == 0) produce<KB, STAGE_BYTES, STAGE_BYTES>(&w_map, p, block, copy);
+        meet_collectors();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
         consume(p, block);

@@ -176,15 +176,19 @@ def _round_activations(p: _Product, parts: int) -> tuple[Tensor, Tensor, int]:
 
 
 def round_activations(
-    x: Tensor, parts: int, block_k: int, with_sums: bool = False
+    x: Tensor,
+    parts: int,
+    block_k: int,
+    tile_tokens: int = MAX_TILE_TOKENS,
+    with_sums: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """int8 [parts, M, K] and float32 steps [blocks of K, padded M], with sums pairs [.., .., 2].
 
-    M is padded to a multiple of MAX_TILE_TOKENS; a pair is the step and what hopper_int8.cu takes.
+    M is padded to whole tiles; a pair is the step and what hopper_int8.cu takes.
     """
     tokens, in_features = x.shape
     blocks = -(-in_features // block_k)
-    padded = -(-tokens // MAX_TILE_TOKENS) * MAX_TILE_TOKENS
+    padded = -(-tokens // tile_tokens) * tile_tokens
     rounded = x.new_empty((parts, tokens, in_features), dtype=torch.int8)
     steps = x.new_empty((blocks, padded, *(2,) * with_sums), dtype=torch.float32)
     together = min(ROUND_VALUES // block_k, _power_of_two(blocks))
