@@ -81,41 +81,67 @@ def source(config: Config, groups: int, dtype: torch.dtype) -> str:
     if isinstance(config, Large):
         parts.append((folder / "hopper_wgmma.cuh").read_text())
         kind = "bf16" if dtype == torch.bfloat16 else "f16"
-        is_int8 = isinstance(config, Int8)
-        parts.append(_wgmma_int8(config.rows) if is_int8 else _wgmma(config.tokens, kind))
+        parts.append(_wgmma_int8(config) if isinstance(config, Int8) else _wgmma(config, kind))
     parts.append((folder / config.file).read_text())
     return "\n".join(parts)
 
 
-def _wgmma(tokens: int, kind: str) -> str:
-    """wgmma with the first operand in registers, for a tile of `tokens`."""
-    count = tokens // 2
-    outputs = ", ".join(f"%{i}" for i in range(count))
-    a, rest = ", ".join(f"%{count + i}" for i in range(4)), count + 4
-    constraints = ", ".join(f'"+f"(acc[{i}])' for i in range(count))
-    return (
-        f"__device__ __forceinline__ void wgmma(float (&acc)[{count}], unsigned a0, unsigned a1,"
-        " unsigned a2, unsigned a3, unsigned long long b, bool accumulate) {\n"
-        f'asm volatile("{{.reg .pred p; setp.ne.b32 p, %{rest + 1}, 0;"\n'
-        f'"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind} "\n'
-        f'"{{{outputs}}}, {{{a}}}, %{rest}, p, 1, 1, 0;}}"\n'
-        f': {constraints} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"((int)accumulate));\n}}'
+DESCRIPTOR_HIGH = 0x40000040
+"""The high word of every operand's descriptor: see hopper_wgmma.cuh."""
+
+
+def _wgmma(config: Large, kind: str) -> str:
+    """`wgmma_half`: queue products of 32 columns, W from registers, x from shared memory."""
+    sums, steps = config.tokens // 2, 2
+    at = sums + 4 * steps
+    lines = []
+    for i in range(steps):
+        a = ", ".join(f"%{sums + 4 * i + j}" for j in range(4))
+        lines += [
+            f"add.u32 low, %{at}, {2 * i}; mov.b64 x, {{low, {DESCRIPTOR_HIGH}}};",
+            f"wgmma.mma_async.sync.aligned.m64n{config.tokens}k16.f32.{kind}.{kind} "
+            f"{{{_places(sums)}}}, {{{a}}}, x, yes, 1, 1, 0;",
+        ]
+    registers = "".join(f', "r"(a[{i}][{j}])' for i in range(steps) for j in range(4))
+    return _queue(
+        f"wgmma_half(float (&acc)[{sums}], const unsigned (&a)[{steps}][4], unsigned x)",
+        ".reg .b64 x; .reg .b32 low; .reg .pred yes; setp.eq.u32 yes, 0, 0;",
+        lines,
+        ", ".join(f'"+f"(acc[{i}])' for i in range(sums)) + " : " + registers[2:] + ', "r"(x)',
     )
 
 
-def _wgmma_int8(rows: int) -> str:
-    """wgmma of signed and unsigned bytes, both in shared memory, for a tile of `rows`."""
-    count = rows // 2
-    outputs = ", ".join(f"%{i}" for i in range(count))
-    constraints = ", ".join(f'"+r"(sums[{i}])' for i in range(count))
-    return (
-        f"__device__ __forceinline__ void wgmma_int8(int (&sums)[{count}], unsigned long long x,"
-        " unsigned long long w, bool accumulate) {\n"
-        f'asm volatile("{{.reg .pred p; setp.ne.b32 p, %{count + 2}, 0;"\n'
-        f'"wgmma.mma_async.sync.aligned.m64n{rows}k32.s32.s8.u8 "\n'
-        f'"{{{outputs}}}, %{count}, %{count + 1}, p;}}"\n'
-        f': {constraints} : "l"(x), "l"(w), "r"((int)accumulate));\n}}'
+def _wgmma_int8(config: Int8) -> str:
+    """`wgmma_stage`: queue the products of 128 columns, signed and unsigned bytes, from zero."""
+    sums = config.rows // 2
+    lines = []
+    for i in range(config.k_bytes // 32):
+        for name, place in (("x", sums), ("w", sums + 1)):
+            lines.append(
+                f"add.u32 low, %{place}, {2 * i}; mov.b64 {name}, {{low, {DESCRIPTOR_HIGH}}};"
+            )
+        lines.append(
+            f"wgmma.mma_async.sync.aligned.m64n{config.rows}k32.s32.s8.u8 "
+            f"{{{_places(sums)}}}, x, w, {'yes' if i else 'no'};"
+        )
+    return _queue(
+        f"wgmma_stage(int (&sums)[{sums}], unsigned x, unsigned w)",
+        ".reg .b64 x, w; .reg .b32 low; .reg .pred yes, no;"
+        " setp.eq.u32 yes, 0, 0; setp.ne.u32 no, 0, 0;",
+        lines,
+        ", ".join(f'"+r"(sums[{i}])' for i in range(sums)) + ' : "r"(x), "r"(w)',
     )
+
+
+def _places(count: int) -> str:
+    return ", ".join(f"%{i}" for i in range(count))
+
+
+def _queue(signature: str, declarations: str, lines: list[str], operands: str) -> str:
+    """A device function that queues one group of products."""
+    fence, commit = "wgmma.fence.sync.aligned;", "wgmma.commit_group.sync.aligned;"
+    text = "\n".join(f'"{line}\\n"' for line in ["{", declarations, fence, *lines, commit, "}"])
+    return f"__device__ __forceinline__ void {signature} {{\nasm volatile({text} : {operands});\n}}"
 
 
 def compile_cubin(text: str) -> bytes:

@@ -77,21 +77,23 @@ __device__ __forceinline__ uint4 load16(u32 address) {
     return v;
 }
 
-// Two stored bytes q + 128 of a word -> two 16-bit q, exactly. LOW: bytes 0 and 1, else 2 and 3.
-template <bool LOW> __device__ __forceinline__ u32 to_16bit(u32 word) {
+// Two stored bytes q + 128 of a word -> two 16-bit q, exactly. `selector` says which bytes, as
+// __byte_perm does, and leaves one of the other operand beside each.
+__device__ __forceinline__ u32 to_16bit(u32 word, u32 selector) {
     u32 r;
 #if BF16
     // 0x43uu is 128 + (u & 127) with bit 7 in the exponent's last place: take it out of one
     // operand and put its complement in the other, and the difference is u - 128.
-    u32 v = __byte_perm(word, 0x43434343u, LOW ? 0x4140 : 0x4342);
+    u32 v = __byte_perm(word, 0x43434343u, selector);
     asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(r)
         : "r"(v & 0xff7fff7fu), "r"((v ^ 0x00800080u) & 0xff80ff80u));
 #else
-    u32 v = __byte_perm(word, 0x64646464u, LOW ? 0x4140 : 0x4342);  // 0x64uu is 1024 + u
+    u32 v = __byte_perm(word, 0x64646464u, selector);  // 0x64uu is 1024 + u
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(0x64806480u));
 #endif
     return r;
 }
+enum : u32 { LOW_BYTES = 0x4140, HIGH_BYTES = 0x4342 };
 __device__ __forceinline__ u32 word(const uint4& v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }

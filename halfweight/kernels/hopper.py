@@ -16,7 +16,7 @@ MEMORY_BYTES_PER_US = 2_930_000
 """What all multiprocessors together can read of the weights."""
 L2_BYTES_PER_US = 6_500_000
 """What all multiprocessors together can read of weights and activations."""
-STORE_BYTES = 2048
+STORE_BYTES = 1024
 """Shared memory of a warp through which it stores results."""
 Workers = tuple[int, int, int, int]
 """How many clusters of 1, 2, 4 and 8 blocks run at the same time, a block on a multiprocessor."""
@@ -96,8 +96,7 @@ class Large:
     """A compiled form of hopper_large.cu: tokens a tile, consumer warpgroups, stages of the ring.
 
     `cluster` blocks take neighbouring rows of W and share x, or `split` blocks take one tile, each
-    a part of K. `steps` of 16 columns are converted at a time. `block_us` is how long a stage takes
-    on an H100 where memory is not the limit.
+    a part of K. `block_us` is how long a stage takes on an H100 where memory is not the limit.
     """
 
     tokens: int
@@ -106,7 +105,6 @@ class Large:
     block_us: float
     cluster: int = 1
     split: int = 1
-    steps: int = 2
 
     file = "hopper_large.cu"
     entry = b"w8a16_large"
@@ -156,13 +154,13 @@ class Large:
 
     @property
     def stage_bytes(self) -> int:
-        """W and x of a stage."""
-        return self.k_bytes * self.rows + self.x_bytes
+        """W and x of a stage, its barriers, and padding to a whole kilobyte."""
+        return self.k_bytes * self.rows + self.x_bytes + 1024
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: alignment, ring, store buffers, barriers."""
-        return 1024 + self.stages * (self.stage_bytes + 16) + self.warpgroups * 4 * STORE_BYTES
+        """Dynamic shared memory: alignment, ring, store buffers."""
+        return 1024 + self.stages * self.stage_bytes + self.warpgroups * 4 * STORE_BYTES
 
     def groups(self, group_size: int) -> int:
         """Groups in 64 columns, where that makes another program."""
@@ -173,7 +171,7 @@ class Large:
         return {
             **{"TOKENS": self.tokens, "ROWS": self.rows, "WGS": self.warpgroups},
             **{"STAGES": self.stages, "CLUSTER": self.cluster, "SPLIT": self.split},
-            **{"STEPS": self.steps, "GROUPS": groups},
+            "GROUPS": groups,
         }
 
 
@@ -200,8 +198,8 @@ class Int8(Large):
 
     @property
     def stage_bytes(self) -> int:
-        """W, x and a 16-bit code for each row, in whole kilobytes."""
-        return -(-((self.k_bytes + 2) * self.rows + self.x_bytes) // 1024) * 1024
+        """W, x, a 16-bit code for each row and the barriers, in whole kilobytes."""
+        return -(-((self.k_bytes + 2) * self.rows + self.x_bytes + 16) // 1024) * 1024
 
     def groups(self, group_size: int) -> int:
         """Groups are no smaller than a stage."""
@@ -230,7 +228,6 @@ LARGE = (
     Large(tokens=64, warpgroups=4, stages=8, block_us=0.5, split=4),
     Large(tokens=64, warpgroups=4, stages=8, block_us=0.5, split=8),
     Large(tokens=128, warpgroups=2, stages=8, block_us=0.48),
-    Large(tokens=128, warpgroups=2, stages=8, block_us=0.48, steps=4),
     Large(tokens=128, warpgroups=2, stages=8, block_us=0.48, split=2),
     Large(tokens=128, warpgroups=2, stages=8, block_us=0.48, split=4),
     Large(tokens=128, warpgroups=3, stages=7, block_us=0.6),

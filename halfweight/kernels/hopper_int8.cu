@@ -11,7 +11,8 @@
 // both constants off again, step (12582912 + 128 sum(x)).
 //
 //   warpgroup 0      producer: one thread asks for W [ROWS, 128] bytes, x [TOKENS, 128] bytes and
-//                    TOKENS pairs of floats a stage; two warps put the rows' codes beside them
+//                    TOKENS pairs of floats a stage; three warps, each for every third stage, so
+//                    that they have time to wait for memory, put the rows' codes beside them
 //   warpgroups 1...  consumers: 64 tokens each, so that a thread has two tokens and their steps in
 //                    registers. They take turns to queue their products: while the tensor cores
 //                    multiply for one, the others add
@@ -20,17 +21,17 @@
 // pairs of 16-bit numbers, four in a load.
 //
 // Compile-time: TOKENS and ROWS of a tile, WGS = TOKENS / 64, STAGES, CLUSTER, BF16. The launcher
-// also generates `wgmma_int8(sums, x descriptor, w descriptor, accumulate)`.
+// also generates `wgmma_stage(sums, x, w)`.
 
 constexpr int KB = 128;
 constexpr int W_BYTES = ROWS * KB;
 constexpr int X_BYTES = TOKENS * KB;
 constexpr int STEPS_AT = W_BYTES + X_BYTES;
 constexpr int CODES_AT = STEPS_AT + TOKENS * 8;
-constexpr int STAGE_BYTES = (CODES_AT + ROWS * 2 + 1023) / 1024 * 1024;
+constexpr int STAGE_BYTES = (CODES_AT + ROWS * 2 + 16 + 1023) / 1024 * 1024;
+typedef Place<STAGE_BYTES> Here;
 constexpr int COPIED_BYTES = CODES_AT;
-constexpr int CODE_WARPS = 2;
-constexpr int FILLERS = 1 + CODE_WARPS;
+constexpr int CODE_WARPS = 3;
 
 __device__ __forceinline__ void copy_bytes(u32 dst, const void* source, u32 bytes, u32 bar) {
     asm volatile(
@@ -49,45 +50,39 @@ struct Groups {
 // Pairs of codes of neighbouring rows, in the order in which lanes want them: rows 8j + 2i and
 // 8j + 2i + 1 of a tile are for lanes of i = lane % 4, whose pairs for four j are 16 bytes.
 __device__ __forceinline__ void write_codes(const Problem& p, const Block& b) {
+    constexpr int PAIRS = ROWS / 64;
     Groups group(p);
-    int thread = threadIdx.x - 64, stage = 0, phase = 0;
+    int warp = threadIdx.x / 32 - 1, lane = threadIdx.x % 32, turn = 0;
     Segment s;
+    Here place(b);
     for (Schedule schedule(p, b.worker); next_run(schedule, b, s);) {
         int m, n;
         tile_position(p, s.tile, m, n);
-        for (int k = s.k_begin; k < s.k_end; ++k) {
-            u32 pairs[ROWS / 128 + (ROWS % 128 > 0)];
+        int row = first_row(p, b, n) + 2 * lane, last = p.out_features - 1;
+        for (int k = s.k_begin; k < s.k_end; ++k, place.advance()) {
+            if (turn == warp) {
+                const u8* codes = p.codes + group(k);
+                u32 low[PAIRS], high[PAIRS];
 #pragma unroll
-            for (int i = 0; i * 128 < ROWS; ++i) {
-                int row = min(first_row(p, b, n) + i * 128 + 2 * thread, p.out_features - 1);
-                int other = min(row + 1, p.out_features - 1);
-                long long at = group(k);
-                u32 low = __ldg(p.codes + row * (long long)p.num_groups + at);
-                u32 high = __ldg(p.codes + other * (long long)p.num_groups + at);
-                asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pairs[i]) : "f"((float)high), "f"((float)low));
-            }
-            barrier_wait(b.empty + 8 * stage, phase ^ 1);
-            u32 codes = b.ring + stage * STAGE_BYTES + CODES_AT;
+                for (int i = 0; i < PAIRS; ++i) {
+                    low[i] = __ldg(codes + (long long)min(row + i * 64, last) * p.num_groups);
+                    high[i] = __ldg(codes + (long long)min(row + i * 64 + 1, last) * p.num_groups);
+                }
+                barrier_wait(place.empty(), place.phase ^ 1);
+                u32 address = place.stage + CODES_AT;
+                address += lane / 16 * 64 + lane % 4 * 16 + lane / 4 % 4 * 4;
 #pragma unroll
-            for (int i = 0; i * 128 < ROWS; ++i) {
-                int pair = i * 64 + thread, j = pair / 4;
-                u32 address = codes + ((j / 4 * 4 + pair % 4) * 4 + j % 4) * 4;
-                if (2 * pair < ROWS)
-                    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(pairs[i]) : "memory");
+                for (int i = 0; i < PAIRS; ++i)
+                    asm volatile(
+                        "{.reg .b32 r; cvt.rn.f16x2.f32 r, %1, %2; st.shared.u32 [%0], r;}" ::"r"(
+                            address + i * 128),
+                        "f"((float)high[i]), "f"((float)low[i]) : "memory");
+                __syncwarp();
+                if (lane == 0) barrier_arrive(place.full());
             }
-            __syncwarp();
-            if (thread % 32 == 0) barrier_arrive(b.full + 8 * stage);
-            if (++stage == STAGES) { stage = 0; phase ^= 1; }
+            if (++turn == CODE_WARPS) turn = 0;
         }
     }
-}
-
-__device__ __forceinline__ void multiply_stage(u32 x, u32 w, int (&sums)[ACC]) {
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < KB / 32; ++step)
-        wgmma_int8(sums, descriptor(x + step * 32), descriptor(w + step * 32), step > 0);
-    wgmma_commit();
 }
 
 // The step of a token and what takes the constants off.
@@ -173,7 +168,7 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
     int warpgroup = warp / 4, token_in_tile = warp * 16 + lane / 4;
     Schedule schedule(p, b.worker);
     Segment s;
-    int stage = 0, phase = 0;
+    Here place(b);
     if (warpgroup == WGS - 1) pass_turn(warpgroup);
     while (next_run(schedule, b, s)) {
         int m, n;
@@ -181,20 +176,19 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
         float total[ACC];
 #pragma unroll
         for (int i = 0; i < ACC; ++i) total[i] = 0.0f;
-        for (int k = s.k_begin; k < s.k_end; ++k) {
-            u32 base = b.ring + stage * STAGE_BYTES;
-            barrier_wait(b.full + 8 * stage, phase);
+        for (int k = s.k_begin; k < s.k_end; ++k, place.advance()) {
+            u32 base = place.stage;
+            barrier_wait(place.full(), place.phase);
             int sums[ACC];
             take_turn(warpgroup);
-            multiply_stage(base + W_BYTES + warpgroup * 64 * KB, base, sums);
+            wgmma_stage(sums, (base + W_BYTES >> 4) + DESCRIPTOR_LOW + warpgroup * 4 * KB, (base >> 4) + DESCRIPTOR_LOW);
             pass_turn(warpgroup);
             u32 steps_at = base + STEPS_AT + token_in_tile * 8;
             Step steps[2] = {load_step(steps_at), load_step(steps_at + 64)};
             wgmma_wait<0>();
             promote(base + CODES_AT + lane % 4 * 16, steps, sums, total);
             __syncwarp();
-            release_stage(b.empty + 8 * stage, lane);
-            if (++stage == STAGES) { stage = 0; phase ^= 1; }
+            release_stage(place.empty(), lane);
         }
         if (!finish_shared(p, b, schedule, s, thread, total)) continue;
         u16* buffer = b.buffers + warp * (STORE_BYTES / 2);
@@ -209,7 +203,7 @@ __cluster_dims__(CLUSTER, 1, 1)
 w8a8_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map,
            const __grid_constant__ Problem p) {
     extern __shared__ u8 raw[];
-    Block block = begin_block<STAGE_BYTES, FILLERS>(p, raw);
+    Block block = begin_block<STAGE_BYTES, 2>(p, raw);
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
         auto copy = [&](u32 stage, int m, int k, u32 bar) {
@@ -218,7 +212,7 @@ w8a8_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
             copy_bytes(stage + STEPS_AT, steps, TOKENS * 8, bar);
         };
         if (threadIdx.x == 0) produce<KB, STAGE_BYTES, COPIED_BYTES>(&w_map, p, block, copy);
-        if (threadIdx.x >= 64) write_codes(p, block);
+        if (threadIdx.x >= 32) write_codes(p, block);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
         consume(p, block);

@@ -7,21 +7,21 @@
 // hopper_small.cu makes, but they hide behind the tensor cores, and x needs no other order.
 //
 //   warpgroup 0      producer: bulk tensor copies of W [ROWS, KB] bytes and x [TOKENS, KB] into a ring
-//   warpgroups 1...  consumers: 64 rows of W each; the next STEPS steps of 16 columns are converted
-//                    while the tensor cores multiply these
+//   warpgroups 1...  consumers: 64 rows of W each; half of the next 64 columns is converted while
+//                    the tensor cores multiply the half before
 //
 // A weight enters as q * code, an integer of at most 15 bits rounded once to the 16-bit type; the
 // row's power of two is applied to the float32 sum. Nothing overflows whatever the scales are.
 //
-// Compile-time: TOKENS and ROWS of a tile, WGS = ROWS / 64, STAGES, CLUSTER, SPLIT, STEPS (2 or 4, of
-// the 4 in a K block), GROUPS (scales in 64 columns: 1 or 2), BF16. The launcher also generates `wgmma(acc, a0..a3, descriptor,
-// accumulate)`.
+// Compile-time: TOKENS and ROWS of a tile, WGS = ROWS / 64, STAGES, CLUSTER, SPLIT, GROUPS
+// (scales in 64 columns: 1 or 2), BF16. The launcher also generates `wgmma_half(acc, a, x)`.
 
 constexpr int KB = 64;
 constexpr int W_BYTES = ROWS * KB;
 constexpr int X_BYTES = TOKENS * KB * 2;
-constexpr int STAGE_BYTES = W_BYTES + X_BYTES;
-constexpr int PIECES = 4 / STEPS;
+constexpr int STAGE_BYTES = W_BYTES + X_BYTES + 1024;
+typedef Place<STAGE_BYTES> Here;
+constexpr int STEPS = 2;
 
 __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
     u32 r;
@@ -33,27 +33,41 @@ __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
     return r;
 }
 
-// The position of a consumer in the ring and in its rows' codes.
-struct Cursor {
-    u32 ring, full, empty;
+// The scales of a lane's two rows: `pairs` for the columns being converted, ready to multiply, and
+// the codes that come after them, asked for a group ahead.
+struct Scales {
     const u8* codes[2];
-    int group_shift, last_group;
-    int stage, phase;
+    u32 pairs[GROUPS][2], next[GROUPS][2];
+    int shift;  // K blocks a group, as a power of two; never reached where a row has one scale
 
-    __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) { stage = 0; phase ^= 1; }
+    __device__ __forceinline__ Scales(const Problem& p, int row, int k) {
+        shift = p.num_groups == 1 ? 30 : GROUPS == 2 ? 0 : 31 - __clz(p.group_size / KB);
+        for (int h = 0; h < 2; ++h)
+            codes[h] = p.codes + (long long)min(row + 8 * h, p.out_features - 1) * p.num_groups;
+        ask(p, k >> shift);
+        take(p, k >> shift);
     }
-    __device__ __forceinline__ void load_codes(int k, u32 (&loaded)[GROUPS][2]) const {
+    __device__ __forceinline__ void ask(const Problem& p, int group) {
 #pragma unroll
-        for (int g = 0; g < GROUPS; ++g) {
-            int group = min((k * KB + g * (KB / GROUPS)) >> group_shift, last_group);
-            loaded[g][0] = __ldg(codes[0] + group);
-            loaded[g][1] = __ldg(codes[1] + group);
+        for (int g = 0; g < GROUPS; ++g)
+            for (int h = 0; h < 2; ++h)
+                next[g][h] = __ldg(codes[h] + min(group * GROUPS + g, p.num_groups - 1));
+    }
+    __device__ __forceinline__ void take(const Problem& p, int group) {
+#pragma unroll
+        for (int i = 0; i < GROUPS * 2; ++i) {
+            float code = (float)next[i / 2][i % 2];
+            pairs[i / 2][i % 2] = pack(code, code);
         }
+        ask(p, group + 1);
+    }
+    // K block k comes next.
+    __device__ __forceinline__ void reach(const Problem& p, int k) {
+        if (k >> shift << shift == k) take(p, k >> shift);
     }
 };
 
-// The pairs of bytes that a lane's fragments of a piece want: [step][register]; and the fragments.
+// The pairs of bytes that a lane's fragments of 32 columns want: [step][register]; the fragments.
 typedef u32 Raw[STEPS][4];
 typedef u32 Fragments[STEPS][4];
 
@@ -63,75 +77,64 @@ __device__ __forceinline__ u32 byte_pair(u32 address) {
     return v;
 }
 
-// Read piece PIECE of the stage. `line` is the lane's row and pair, `swizzle` its row's.
-template <int PIECE>
-__device__ __forceinline__ void read_piece(const Cursor& c, u32 line, u32 swizzle, Raw& raw) {
-    u32 address = c.ring + c.stage * STAGE_BYTES + line;
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            raw[step][i] = byte_pair(address + (((PIECE * STEPS + step) << 4) ^ swizzle) +
-                                     i % 2 * 8 * KB + i / 2 * 8);
-}
+// What a consumer carries from block to block: its place in the ring, its lane's place in a stage,
+// and the stage that is read but not yet released.
+struct Consumer {
+    Here here;
+    u32 line, held, selector;
+    int lane;
 
-template <int PIECE>
-__device__ __forceinline__ void convert(const Raw& raw, const u32 (&codes)[GROUPS][2], Fragments& a) {
+    // Read half HALF of the stage.
+    template <int HALF> __device__ __forceinline__ void read(Raw& raw) const {
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step)
+        for (int step = 0; step < STEPS; ++step) {
+            u32 address = here.stage + line ^ (HALF * STEPS + step) << 4;
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            a[step][i] = multiply(to_16bit<true>(raw[step][i]),
-                                  codes[(PIECE * STEPS + step) * GROUPS / 4][i % 2]);
-}
-
-// Queue the products of a piece with its columns of x.
-__device__ __forceinline__ void issue(u32 x, const Fragments& a, float (&acc)[ACC], bool fresh) {
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i)
-        wgmma(acc, a[i][0], a[i][1], a[i][2], a[i][3], descriptor(x + i * 32), i > 0 || !fresh);
-    wgmma_commit();
-}
-
-// Codes as pairs of 16-bit numbers, ready to multiply.
-__device__ __forceinline__ void to_pairs(const u32 (&codes)[GROUPS][2], u32 (&pairs)[GROUPS][2]) {
-#pragma unroll
-    for (int i = 0; i < GROUPS * 2; ++i) {
-        float code = (float)codes[i / 2][i % 2];
-        pairs[i / 2][i % 2] = pack(code, code);
-    }
-}
-
-// Multiply piece PIECE of K block k from `a`; while the tensor cores do, fill `next` for the piece
-// after it, if this run has one.
-template <int PIECE>
-__device__ __forceinline__ void multiply_piece(Cursor& c, const Segment& s, int k, u32 line,
-                                               u32 swizzle, int lane, u32 (&codes)[GROUPS][2],
-                                               u32 (&pairs)[GROUPS][2], const Fragments& a,
-                                               Fragments& next, float (&acc)[ACC]) {
-    constexpr int NEXT = (PIECE + 1) % PIECES;
-    int previous = c.stage == 0 ? STAGES - 1 : c.stage - 1;
-    issue(c.ring + c.stage * STAGE_BYTES + W_BYTES + PIECE * STEPS * 32, a, acc,
-          PIECE == 0 && k == s.k_begin);
-    Raw raw = {};
-    if (NEXT == 0) {
-        c.advance();
-        to_pairs(codes, pairs);
-        if (k + 1 < s.k_end) {
-            barrier_wait(c.full + 8 * c.stage, c.phase);
-            read_piece<NEXT>(c, line, swizzle, raw);
+            for (int i = 0; i < 4; ++i) raw[step][i] = byte_pair(address + i % 2 * 8 * KB + i / 2 * 8);
         }
-        c.load_codes(k + 2, codes);
-    } else {
-        read_piece<NEXT>(c, line, swizzle, raw);
     }
+    template <int HALF>
+    __device__ __forceinline__ void convert(const Raw& raw, const Scales& scales, Fragments& a) const {
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                a[step][i] = multiply(to_16bit(raw[step][i], selector), scales.pairs[HALF * (GROUPS - 1)][i % 2]);
+    }
+    // Where the descriptor of half HALF of the stage's x begins.
+    template <int HALF> __device__ __forceinline__ u32 x() const {
+        return (here.stage >> 4) + (W_BYTES / 16 + DESCRIPTOR_LOW + HALF * STEPS * 2);
+    }
+    __device__ __forceinline__ void release() {
+        if (held) release_stage(held + STAGE_BYTES - 8, lane);
+        held = 0;
+    }
+};
+
+// Multiply the first half of a K block from `a`; meanwhile fill `next` for the second.
+__device__ __forceinline__ void multiply_first(Consumer& c, const Scales& scales, const Fragments& a,
+                                               Fragments& next, float (&acc)[ACC]) {
+    wgmma_half(acc, a, c.x<0>());
+    Raw raw;
+    c.read<1>(raw);
     wgmma_wait<1>();
-    if (PIECE == 0 && k > s.k_begin) {
-        __syncwarp();
-        release_stage(c.empty + 8 * previous, lane);
-    }
-    convert<NEXT>(raw, pairs, next);
+    c.release();
+    c.convert<1>(raw, scales, next);
+}
+
+// Multiply the second half of K block k from `a`; meanwhile fill `next` for the block after it.
+__device__ __forceinline__ void multiply_second(const Problem& p, Consumer& c, Scales& scales, int k,
+                                                const Fragments& a, Fragments& next,
+                                                float (&acc)[ACC]) {
+    wgmma_half(acc, a, c.x<1>());
+    c.held = c.here.stage;
+    c.here.advance();
+    scales.reach(p, k + 1);
+    Raw raw;
+    barrier_wait(c.here.full(), c.here.phase);
+    c.read<0>(raw);
+    wgmma_wait<1>();
+    c.convert<0>(raw, scales, next);
 }
 
 // What two rows' sums are multiplied with and added to at the end.
@@ -148,17 +151,16 @@ __device__ __forceinline__ RowEnds load_row_ends(const Problem& p, int row) {
     return ends;
 }
 
-// Rows `row` to row + 15 of COUNT * 2 tokens, turned to rows of y in two buffers of the warp.
+// Rows `row` to row + 15 of COUNT * 2 tokens, turned to rows of y in the warp's buffer.
 template <int COUNT>
 __device__ __forceinline__ void store_rows(const Problem& p, int first_token, int row, int lane,
-                                           const RowEnds& ends, u16* buffers,
+                                           const RowEnds& ends, u16* buffer,
                                            const float (&sums)[COUNT]) {
     constexpr int CHUNK = COUNT < 16 ? COUNT * 2 : 32;
     bool whole = p.out_features % 8 == 0;
+    u32 address = shared_address(buffer) + lane % 8 * 32 + lane / 8 % 2 * 16;
 #pragma unroll
     for (int base = 0; base < COUNT * 2; base += CHUNK) {
-        u16* buffer = buffers + base / CHUNK % 2 * CHUNK * 16;
-        u32 address = shared_address(buffer) + lane % 8 * 32 + lane / 8 % 2 * 16;
 #pragma unroll
         for (int j = 0; j < CHUNK / 8; ++j) {
             const float* c = sums + (base / 8 + j) * 4;
@@ -181,6 +183,7 @@ __device__ __forceinline__ void store_rows(const Problem& p, int first_token, in
                     if (n + e < p.out_features) target[e] = source[e];
             }
         }
+        __syncwarp();
     }
 }
 
@@ -190,25 +193,25 @@ __device__ __forceinline__ void finish_run(const Problem& p, const Block& b,
                                            const Schedule& schedule, const Segment& s, int m,
                                            int warp_row, int thread, int lane, const RowEnds& ends,
                                            float (&sums)[ACC]) {
-    u16* buffers = b.buffers + thread / 32 * (STORE_BYTES / 2);
+    u16* buffer = b.buffers + thread / 32 * (STORE_BYTES / 2);
     bool has_rows = thread / 32 * 16 < p.tile_rows;
 #if SPLIT > 1
     float own[OWN];
     collect(b, thread, sums, own);
     if (has_rows)
-        store_rows(p, m * TOKENS + b.rank * (OWN * 2), warp_row, lane, ends, buffers, own);
+        store_rows(p, m * TOKENS + b.rank * (OWN * 2), warp_row, lane, ends, buffer, own);
 #else
     if (finish_shared(p, b, schedule, s, thread, sums) && has_rows)
-        store_rows(p, m * TOKENS, warp_row, lane, ends, buffers, sums);
+        store_rows(p, m * TOKENS, warp_row, lane, ends, buffer, sums);
 #endif
 }
 
 __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
-    int group_shift = p.num_groups == 1 ? 31 : 31 - __clz(p.group_size);
-    Cursor c = {b.ring, b.full, b.empty, {}, group_shift, p.num_groups - 1, 0, 0};
     int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
     int row_in_tile = warp * 16 + lane / 4;
-    u32 line = row_in_tile * KB + lane % 4 * 2, swizzle = (row_in_tile >> 1 & 3) << 4;
+    u32 line = row_in_tile * KB + lane % 4 * 2 + (row_in_tile >> 1 & 3) * 16;
+    // threadIdx.y is 0, which the compiler does not know: it would load the selector each time.
+    Consumer c = {Here(b), line, 0, LOW_BYTES + threadIdx.y, lane};
     Schedule schedule(p, b.worker);
     Segment s;
     while (next_run(schedule, b, s)) {
@@ -216,29 +219,25 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
         tile_position(p, s.tile, m, n);
         int tile_row = first_row(p, b, n);
         float acc[ACC];
-        Fragments even, odd;
+#pragma unroll
+        for (int i = 0; i < ACC; ++i) acc[i] = 0.0f;
+        Fragments first, second;
         Raw raw;
-        u32 codes[GROUPS][2], pairs[GROUPS][2];
-        for (int h = 0; h < 2; ++h) {
-            int row = min(tile_row + row_in_tile + 8 * h, p.out_features - 1);
-            c.codes[h] = p.codes + (long long)row * p.num_groups;
+        Scales scales(p, tile_row + row_in_tile, s.k_begin);
+        barrier_wait(c.here.full(), c.here.phase);
+        c.read<0>(raw);
+        c.convert<0>(raw, scales, first);
+        for (int k = s.k_begin; k + 1 < s.k_end; ++k) {
+            multiply_first(c, scales, first, second, acc);
+            multiply_second(p, c, scales, k, second, first, acc);
         }
-        c.load_codes(s.k_begin, codes);
-        barrier_wait(c.full + 8 * c.stage, c.phase);
-        read_piece<0>(c, line, swizzle, raw);
-        to_pairs(codes, pairs);
-        convert<0>(raw, pairs, even);
-        c.load_codes(s.k_begin + 1, codes);
-        for (int k = s.k_begin; k < s.k_end; k += 2 / PIECES) {
-            multiply_piece<0>(c, s, k, line, swizzle, lane, codes, pairs, even, odd, acc);
-            int second = k + (PIECES == 1);
-            if (second == s.k_end) break;
-            multiply_piece<PIECES - 1>(c, s, second, line, swizzle, lane, codes, pairs, odd, even, acc);
-        }
+        multiply_first(c, scales, first, second, acc);
+        wgmma_half(acc, second, c.x<1>());
+        c.held = c.here.stage;
+        c.here.advance();
         RowEnds ends = load_row_ends(p, tile_row + row_in_tile);
         wgmma_wait<0>();
-        __syncwarp();
-        release_stage(c.empty + 8 * (c.stage == 0 ? STAGES - 1 : c.stage - 1), lane);
+        c.release();
         finish_run(p, b, schedule, s, m, tile_row + warp * 16, thread, lane, ends, acc);
     }
 }

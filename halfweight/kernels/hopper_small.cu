@@ -111,10 +111,10 @@ __device__ __forceinline__ void multiply(u32 w, u32 x, int fragment_row, int qua
         uint4 upper = load16(w + t * 2048 + chunk), lower = load16(w + t * 2048 + 1024 + chunk);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            a[t][i][0] = to_16bit<true>(word(upper, i));
-            a[t][i][1] = to_16bit<true>(word(lower, i));
-            a[t][i][2] = to_16bit<false>(word(upper, i));
-            a[t][i][3] = to_16bit<false>(word(lower, i));
+            a[t][i][0] = to_16bit(word(upper, i), LOW_BYTES);
+            a[t][i][1] = to_16bit(word(lower, i), LOW_BYTES);
+            a[t][i][2] = to_16bit(word(upper, i), HIGH_BYTES);
+            a[t][i][3] = to_16bit(word(lower, i), HIGH_BYTES);
         }
     }
 #pragma unroll

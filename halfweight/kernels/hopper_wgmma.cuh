@@ -12,7 +12,7 @@
 constexpr int ACC = TOKENS * ROWS / (128 * WGS);
 constexpr int OWN = ACC / SPLIT;
 constexpr int CONSUMERS = 128 * WGS;
-constexpr int STORE_BYTES = 2048;
+constexpr int STORE_BYTES = 1024;
 constexpr int PRODUCER_REGISTERS = WGS == 2 ? 40 : 32;
 constexpr int CONSUMER_REGISTERS = WGS == 2 ? 232 : WGS == 3 ? 160 : 112;
 
@@ -66,10 +66,9 @@ template <int N> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// A K-major operand in 128-byte swizzled rows: eight rows make an atom of 1,024 bytes.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-    return (u64)((address >> 4) & 0x3fff) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
+// A K-major operand in 128-byte swizzled rows: eight rows make an atom of 1,024 bytes. The low word
+// of its descriptor also has the address / 16, the high word is always the same.
+constexpr u32 DESCRIPTOR_LOW = 1 << 16;
 
 // Tiles in columns of 8 token tiles, so that the workers of one wave share x and W in L2.
 __device__ __forceinline__ void tile_position(const Problem& p, int tile, int& m, int& n) {
@@ -80,25 +79,42 @@ __device__ __forceinline__ void tile_position(const Problem& p, int tile, int& m
     n = inside / height;
 }
 
-// The ring of stages of a block and its place in the grid.
+// The ring of stages of a block and its place in the grid. A stage ends with its two barriers: full
+// when FILLERS have arrived and what was copied has, empty when all consuming warps have read it.
 struct Block {
-    u32 ring, full, empty;
+    u32 ring;
     u16* buffers;
     int worker, rank;
 };
 
-// A stage is full when FILLERS have arrived and what was copied has.
+// A place in the ring.
+template <int STAGE_BYTES> struct Place {
+    u32 stage;
+    int left, phase;
+
+    __device__ explicit Place(const Block& b) : stage(b.ring), left(STAGES), phase(0) {}
+    __device__ __forceinline__ u32 full() const { return stage + STAGE_BYTES - 16; }
+    __device__ __forceinline__ u32 empty() const { return stage + STAGE_BYTES - 8; }
+    __device__ __forceinline__ void advance() {
+        stage += STAGE_BYTES;
+        if (--left == 0) {
+            stage -= STAGES * STAGE_BYTES;
+            left = STAGES;
+            phase ^= 1;
+        }
+    }
+};
+
 template <int STAGE_BYTES, int FILLERS>
 __device__ __forceinline__ Block begin_block(const Problem& p, u8* raw) {
     u8* base = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
-    u8* after = base + STAGES * STAGE_BYTES;
-    u32 full = shared_address(after) + 4 * WGS * STORE_BYTES;
     int worker = p.num_workers - 1 - (int)(blockIdx.x / (CLUSTER * SPLIT));
-    Block b = {shared_address(base), full, full + 8 * STAGES, (u16*)after, worker, (int)cluster_rank()};
+    Block b = {shared_address(base), (u16*)(base + STAGES * STAGE_BYTES), worker, (int)cluster_rank()};
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; ++i) {
-            barrier_init(b.full + 8 * i, FILLERS);
-            barrier_init(b.empty + 8 * i, 4 * WGS * CLUSTER);
+        Place<STAGE_BYTES> place(b);
+        for (int i = 0; i < STAGES; ++i, place.advance()) {
+            barrier_init(place.full(), FILLERS);
+            barrier_init(place.empty(), 4 * WGS * CLUSTER);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -180,30 +196,30 @@ __device__ __forceinline__ bool finish_shared(const Problem& p, const Block& b,
 template <int KB, int STAGE_BYTES, int COPIED_BYTES, typename Copy>
 __device__ __forceinline__ void produce(const TensorMap* w_map, const Problem& p, const Block& b,
                                         Copy copy_activations) {
-    auto copy_weights = [&](int stage, int n, int k) {
-        barrier_expect(b.full + 8 * stage, COPIED_BYTES - (ROWS - p.tile_rows) * KB);
-        copy_tile(b.ring + stage * STAGE_BYTES, w_map, k * KB, first_row(p, b, n),
-                  b.full + 8 * stage);
+    auto copy_weights = [&](const Place<STAGE_BYTES>& place, int n, int k) {
+        barrier_expect(place.full(), COPIED_BYTES - (ROWS - p.tile_rows) * KB);
+        copy_tile(place.stage, w_map, k * KB, first_row(p, b, n), place.full());
     };
     Segment s;
     int m, n, early = 0;
+    Place<STAGE_BYTES> place(b);
     for (Schedule first(p, b.worker); early < STAGES && next_run(first, b, s);) {
         tile_position(p, s.tile, m, n);
-        for (int k = s.k_begin; k < s.k_end && early < STAGES; ++k) copy_weights(early++, n, k);
+        for (int k = s.k_begin; k < s.k_end && early < STAGES; ++k, ++early, place.advance())
+            copy_weights(place, n, k);
     }
     wait_for_previous_kernel();
-    int stage = 0, phase = 0;
+    place = Place<STAGE_BYTES>(b);
     for (Schedule schedule(p, b.worker); next_run(schedule, b, s);) {
         tile_position(p, s.tile, m, n);
-        for (int k = s.k_begin; k < s.k_end; ++k) {
+        for (int k = s.k_begin; k < s.k_end; ++k, place.advance()) {
             if (early > 0) {
                 --early;
             } else {
-                barrier_wait(b.empty + 8 * stage, phase ^ 1);
-                copy_weights(stage, n, k);
+                barrier_wait(place.empty(), place.phase ^ 1);
+                copy_weights(place, n, k);
             }
-            copy_activations(b.ring + stage * STAGE_BYTES, m, k, b.full + 8 * stage);
-            if (++stage == STAGES) { stage = 0; phase ^= 1; }
+            copy_activations(place.stage, m, k, place.full());
         }
     }
 }
