@@ -19,7 +19,8 @@
 constexpr int KB = 64;
 constexpr int W_BYTES = ROWS * KB;
 constexpr int X_BYTES = TOKENS * KB * 2;
-constexpr int STAGE_BYTES = W_BYTES + X_BYTES + 1024;
+constexpr int COPIED_BYTES = W_BYTES + X_BYTES;
+constexpr int STAGE_BYTES = COPIED_BYTES + 1024;
 typedef Place<STAGE_BYTES> Here;
 constexpr int STEPS = 2;
 
@@ -255,7 +256,7 @@ w8a16_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
         auto copy = [&](u32 stage, int m, int k, u32 bar) {
             copy_x(stage + W_BYTES, &x_map, k * KB, m * TOKENS, block.rank, bar);
         };
-        if (threadIdx.x == 0) produce<KB, STAGE_BYTES, STAGE_BYTES>(&w_map, p, block, copy);
+        if (threadIdx.x == 0) produce<KB, STAGE_BYTES, COPIED_BYTES>(&w_map, p, block, copy);
         meet_collectors();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
