@@ -77,18 +77,18 @@ __device__ __forceinline__ uint4 load16(u32 address) {
     return v;
 }
 
-// Two stored bytes q + 128 of a word -> two 16-bit q, exactly. `selector` says which bytes, as
-// __byte_perm does, and leaves one of the other operand beside each.
+// Two stored bytes q + 128 of a word -> two 16-bit q, exactly. `selector` says which bytes.
 __device__ __forceinline__ u32 to_16bit(u32 word, u32 selector) {
-    u32 r;
+    u32 r, v;
 #if BF16
     // 0x43uu is 128 + (u & 127) with bit 7 in the exponent's last place: take it out of one
     // operand and put its complement in the other, and the difference is u - 128.
-    u32 v = __byte_perm(word, 0x43434343u, selector);
+    asm("prmt.b32 %0, %1, 0x43434343, %2;" : "=r"(v) : "r"(word), "r"(selector));
     asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(r)
         : "r"(v & 0xff7fff7fu), "r"((v ^ 0x00800080u) & 0xff80ff80u));
 #else
-    u32 v = __byte_perm(word, 0x64646464u, selector);  // 0x64uu is 1024 + u
+    // 0x64uu is 1024 + u
+    asm("prmt.b32 %0, %1, 0x64646464, %2;" : "=r"(v) : "r"(word), "r"(selector));
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(0x64806480u));
 #endif
     return r;

@@ -182,6 +182,8 @@ class Int8(Large):
     Its warpgroups divide the tokens of a tile, not the rows.
     """
 
+    turns: int = 1
+
     file = "hopper_int8.cu"
     entry = b"w8a8_large"
     k_bytes = 128
@@ -198,12 +200,16 @@ class Int8(Large):
 
     @property
     def stage_bytes(self) -> int:
-        """W, x, a 16-bit code for each row and the barriers, in whole kilobytes."""
-        return -(-((self.k_bytes + 2) * self.rows + self.x_bytes + 16) // 1024) * 1024
+        """W, x, a float for each row and the barriers, in whole kilobytes."""
+        return -(-((self.k_bytes + 4) * self.rows + self.x_bytes + 16) // 1024) * 1024
 
     def groups(self, group_size: int) -> int:
         """Groups are no smaller than a stage."""
         return 1
+
+    def defines(self, groups: int) -> dict[str, int]:
+        """Compile-time names of the source."""
+        return {**super().defines(groups), "TURNS": self.turns}
 
 
 Config = Small | Large
@@ -248,6 +254,8 @@ INT8 = (
     Int8(tokens=192, warpgroups=3, stages=4, block_us=0.8, cluster=2),
     Int8(tokens=128, warpgroups=2, stages=4, block_us=0.8),
     Int8(tokens=128, warpgroups=2, stages=4, block_us=0.8, cluster=2),
+    Int8(tokens=192, warpgroups=3, stages=4, block_us=0.8, cluster=2, turns=0),
+    Int8(tokens=128, warpgroups=2, stages=4, block_us=0.8, cluster=2, turns=0),
 )
 
 

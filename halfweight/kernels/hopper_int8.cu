@@ -17,9 +17,6 @@
 //                    registers. They take turns to queue their products: while the tensor cores
 //                    multiply for one, the others add
 //
-// Shared memory is what limits: it is read for the products and for the codes, which are therefore
-// pairs of 16-bit numbers, four in a load.
-//
 // Compile-time: TOKENS and ROWS of a tile, WGS = TOKENS / 64, STAGES, CLUSTER, BF16. The launcher
 // also generates `wgmma_stage(sums, x, w)`.
 
@@ -28,7 +25,7 @@ constexpr int W_BYTES = ROWS * KB;
 constexpr int X_BYTES = TOKENS * KB;
 constexpr int STEPS_AT = W_BYTES + X_BYTES;
 constexpr int CODES_AT = STEPS_AT + TOKENS * 8;
-constexpr int STAGE_BYTES = (CODES_AT + ROWS * 2 + 16 + 1023) / 1024 * 1024;
+constexpr int STAGE_BYTES = (CODES_AT + ROWS * 4 + 16 + 1023) / 1024 * 1024;
 typedef Place<STAGE_BYTES> Here;
 constexpr int COPIED_BYTES = CODES_AT;
 constexpr int CODE_WARPS = 3;
@@ -47,8 +44,8 @@ struct Groups {
     __device__ __forceinline__ int operator()(int k) const { return min(k * KB >> shift, last); }
 };
 
-// Pairs of codes of neighbouring rows, in the order in which lanes want them: rows 8j + 2i and
-// 8j + 2i + 1 of a tile are for lanes of i = lane % 4, whose pairs for four j are 16 bytes.
+// Codes as floats, in the order in which lanes want them: rows 8j + 2i and 8j + 2i + 1 of a tile are
+// for lanes of i = lane % 4, whose pairs for two j are 16 bytes.
 __device__ __forceinline__ void write_codes(const Problem& p, const Block& b) {
     constexpr int PAIRS = ROWS / 64;
     Groups group(p);
@@ -70,13 +67,11 @@ __device__ __forceinline__ void write_codes(const Problem& p, const Block& b) {
                 }
                 barrier_wait(place.empty(), place.phase ^ 1);
                 u32 address = place.stage + CODES_AT;
-                address += lane / 16 * 64 + lane % 4 * 16 + lane / 4 % 4 * 4;
+                address += lane / 8 * 64 + lane % 4 * 16 + lane / 4 % 2 * 8;
 #pragma unroll
                 for (int i = 0; i < PAIRS; ++i)
-                    asm volatile(
-                        "{.reg .b32 r; cvt.rn.f16x2.f32 r, %1, %2; st.shared.u32 [%0], r;}" ::"r"(
-                            address + i * 128),
-                        "f"((float)high[i]), "f"((float)low[i]) : "memory");
+                    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address + i * 256),
+                                 "f"((float)low[i]), "f"((float)high[i]) : "memory");
                 __syncwarp();
                 if (lane == 0) barrier_arrive(place.full());
             }
@@ -98,17 +93,14 @@ __device__ __forceinline__ Step load_step(u32 address) {
 __device__ __forceinline__ void promote(u32 codes, const Step (&steps)[2], const int (&sums)[ACC],
                                         float (&total)[ACC]) {
 #pragma unroll
-    for (int j = 0; j < ROWS / 8; ++j) {
-        uint4 four;
-        if (j % 4 == 0) four = load16(codes + j * 16);
-        float code[2];
-        asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
-            : "=f"(code[0]), "=f"(code[1]) : "r"(word(four, j % 4)));
+    for (int j = 0; j < ROWS / 8; j += 2) {
+        uint4 pairs = load16(codes + j * 32);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < 8; ++i) {
             float sum = __int_as_float(sums[4 * j + i] + 0x4b400000);
-            float product = fmaf(sum, steps[i / 2].step, -steps[i / 2].offset);
-            total[4 * j + i] = fmaf(product, code[i % 2], total[4 * j + i]);
+            float product = fmaf(sum, steps[i / 2 % 2].step, -steps[i / 2 % 2].offset);
+            float code = __uint_as_float(word(pairs, i / 4 * 2 + i % 2));
+            total[4 * j + i] = fmaf(product, code, total[4 * j + i]);
         }
     }
 }
@@ -180,9 +172,9 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
             u32 base = place.stage;
             barrier_wait(place.full(), place.phase);
             int sums[ACC];
-            take_turn(warpgroup);
+            if (TURNS) take_turn(warpgroup);
             wgmma_stage(sums, (base + W_BYTES >> 4) + DESCRIPTOR_LOW + warpgroup * 4 * KB, (base >> 4) + DESCRIPTOR_LOW);
-            pass_turn(warpgroup);
+            if (TURNS) pass_turn(warpgroup);
             u32 steps_at = base + STEPS_AT + token_in_tile * 8;
             Step steps[2] = {load_step(steps_at), load_step(steps_at + 64)};
             wgmma_wait<0>();

@@ -23,6 +23,8 @@ constexpr int COPIED_BYTES = W_BYTES + X_BYTES;
 constexpr int STAGE_BYTES = COPIED_BYTES + 1024;
 typedef Place<STAGE_BYTES> Here;
 constexpr int STEPS = 2;
+// Four warpgroups hide each other's conversions, and have no registers for another half.
+constexpr int AHEAD = WGS == 4 ? 0 : 1;
 
 __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
     u32 r;
@@ -118,7 +120,7 @@ __device__ __forceinline__ void multiply_first(Consumer& c, const Scales& scales
     wgmma_half(acc, a, c.x<0>());
     Raw raw;
     c.read<1>(raw);
-    wgmma_wait<1>();
+    wgmma_wait<AHEAD>();
     c.release();
     c.convert<1>(raw, scales, next);
 }
@@ -134,7 +136,7 @@ __device__ __forceinline__ void multiply_second(const Problem& p, Consumer& c, S
     Raw raw;
     barrier_wait(c.here.full(), c.here.phase);
     c.read<0>(raw);
-    wgmma_wait<1>();
+    wgmma_wait<AHEAD>();
     c.convert<0>(raw, scales, next);
 }
 
@@ -207,12 +209,19 @@ __device__ __forceinline__ void finish_run(const Problem& p, const Block& b,
 #endif
 }
 
+// The selector as a number in a register: the compiler would load a constant each time.
+__device__ __forceinline__ u32 kept_selector(u16* buffer, int lane) {
+    volatile u32* mine = (u32*)buffer + lane;
+    *mine = LOW_BYTES;
+    return *mine;
+}
+
 __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
     int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
     int row_in_tile = warp * 16 + lane / 4;
     u32 line = row_in_tile * KB + lane % 4 * 2 + (row_in_tile >> 1 & 3) * 16;
-    // threadIdx.y is 0, which the compiler does not know: it would load the selector each time.
-    Consumer c = {Here(b), line, 0, LOW_BYTES + threadIdx.y, lane};
+    u32 selector = kept_selector(b.buffers + warp * (STORE_BYTES / 2), lane);
+    Consumer c = {Here(b), line, 0, selector, lane};
     Schedule schedule(p, b.worker);
     Segment s;
     while (next_run(schedule, b, s)) {
@@ -222,7 +231,8 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
         float acc[ACC];
 #pragma unroll
         for (int i = 0; i < ACC; ++i) acc[i] = 0.0f;
-        Fragments first, second;
+        Fragments first, other;
+        Fragments& second = AHEAD ? other : first;
         Raw raw;
         Scales scales(p, tile_row + row_in_tile, s.k_begin);
         barrier_wait(c.here.full(), c.here.phase);
