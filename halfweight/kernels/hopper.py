@@ -105,6 +105,8 @@ class Large:
     block_us: float
     cluster: int = 1
     split: int = 1
+    ahead: int = 1
+    column: int = 8
 
     file = "hopper_large.cu"
     entry = b"w8a16_large"
@@ -172,6 +174,8 @@ class Large:
             **{"TOKENS": self.tokens, "ROWS": self.rows, "WGS": self.warpgroups},
             **{"STAGES": self.stages, "CLUSTER": self.cluster, "SPLIT": self.split},
             "GROUPS": groups,
+            "AHEAD": self.ahead,
+            "COLUMN": self.column,
         }
 
 
@@ -240,12 +244,18 @@ LARGE = (
     Large(tokens=128, warpgroups=3, stages=7, block_us=0.6, split=2),
     Large(tokens=128, warpgroups=3, stages=7, block_us=0.6, split=4),
     Large(tokens=128, warpgroups=4, stages=6, block_us=0.7),
+    Large(tokens=128, warpgroups=4, stages=6, block_us=0.7, ahead=0),
+    Large(tokens=64, warpgroups=4, stages=8, block_us=0.5, ahead=0),
     Large(tokens=128, warpgroups=4, stages=6, block_us=0.7, cluster=2),
     Large(tokens=128, warpgroups=4, stages=6, block_us=0.7, split=2),
     Large(tokens=128, warpgroups=4, stages=6, block_us=0.7, split=4),
     Large(tokens=128, warpgroups=4, stages=6, block_us=0.7, split=8),
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.766),
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.752, cluster=2),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.752, column=4),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.752, column=16),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.752, column=2),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.752, column=4, cluster=2),
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.766, split=2),
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.766, split=4),
 )
@@ -254,8 +264,9 @@ INT8 = (
     Int8(tokens=192, warpgroups=3, stages=4, block_us=0.8, cluster=2),
     Int8(tokens=128, warpgroups=2, stages=4, block_us=0.8),
     Int8(tokens=128, warpgroups=2, stages=4, block_us=0.8, cluster=2),
-    Int8(tokens=192, warpgroups=3, stages=4, block_us=0.8, cluster=2, turns=0),
-    Int8(tokens=128, warpgroups=2, stages=4, block_us=0.8, cluster=2, turns=0),
+    Int8(tokens=128, warpgroups=2, stages=5, block_us=0.8, cluster=2, turns=0),
+    Int8(tokens=128, warpgroups=2, stages=5, block_us=0.8, cluster=2, column=16),
+    Int8(tokens=128, warpgroups=2, stages=5, block_us=0.8, cluster=2),
 )
 
 

@@ -14,8 +14,8 @@
 //                    TOKENS pairs of floats a stage; three warps, each for every third stage, so
 //                    that they have time to wait for memory, put the rows' codes beside them
 //   warpgroups 1...  consumers: 64 tokens each, so that a thread has two tokens and their steps in
-//                    registers. They take turns to queue their products: while the tensor cores
-//                    multiply for one, the others add
+//                    registers. They take turns at the tensor cores: while one multiplies, the
+//                    others add
 //
 // Compile-time: TOKENS and ROWS of a tile, WGS = TOKENS / 64, STAGES, CLUSTER, BF16. The launcher
 // also generates `wgmma_stage(sums, x, w)`.
@@ -174,10 +174,10 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
             int sums[ACC];
             if (TURNS) take_turn(warpgroup);
             wgmma_stage(sums, (base + W_BYTES >> 4) + DESCRIPTOR_LOW + warpgroup * 4 * KB, (base >> 4) + DESCRIPTOR_LOW);
-            if (TURNS) pass_turn(warpgroup);
             u32 steps_at = base + STEPS_AT + token_in_tile * 8;
             Step steps[2] = {load_step(steps_at), load_step(steps_at + 64)};
             wgmma_wait<0>();
+            if (TURNS) pass_turn(warpgroup);
             promote(base + CODES_AT + lane % 4 * 16, steps, sums, total);
             __syncwarp();
             release_stage(place.empty(), lane);

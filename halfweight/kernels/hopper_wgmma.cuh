@@ -72,10 +72,10 @@ constexpr u32 DESCRIPTOR_LOW = 1 << 16;
 
 // Tiles in columns of 8 token tiles, so that the workers of one wave share x and W in L2.
 __device__ __forceinline__ void tile_position(const Problem& p, int tile, int& m, int& n) {
-    int column = tile / (8 * p.tiles_n);
-    int height = min(8, p.tiles_m - column * 8);
-    int inside = tile - column * 8 * p.tiles_n;
-    m = column * 8 + inside % height;
+    int column = tile / (COLUMN * p.tiles_n);
+    int height = min(COLUMN, p.tiles_m - column * COLUMN);
+    int inside = tile - column * COLUMN * p.tiles_n;
+    m = column * COLUMN + inside % height;
     n = inside / height;
 }
 

@@ -15,7 +15,8 @@ atomics, same bits always.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -40,6 +41,8 @@ ROUND_VALUES = 2048
 MAX_TILE_TOKENS = 256
 WORKSPACE_BYTES = 32 << 20
 """16-bit weights that exist at a time during prefill: a block that stays in the L2 cache."""
+WHOLE_TILES = 256
+"""Rows of such a block are a multiple of it: the vendor's products of other sizes are far slower."""
 
 
 @dataclass(frozen=True)
@@ -208,20 +211,37 @@ def round_activations(
 def _dequantize(p: _Product, config: Config) -> None:
     """Blocks of W in x's dtype, each gone through the vendor's product before the next."""
     _, out_features, in_features, _ = p.sizes
-    step = max(16, WORKSPACE_BYTES // (in_features * p.x.element_size()))
+    step = WORKSPACE_BYTES // (in_features * p.x.element_size())
+    step = max(16, step // WHOLE_TILES * WHOLE_TILES)
     block = p.x.new_empty((min(step, out_features), in_features))
-    for begin in range(0, out_features, step):
-        rows = slice(begin, begin + step)
-        part = block[: min(step, out_features - begin)]
-        _gather(
-            *(None, p.packed[rows], p.scales if p.scale_stride == 0 else p.scales[rows]),
-            *(None if p.exponents is None else p.exponents[rows], part),
-        )
-        y = p.y[:, rows]
-        if p.bias is None:
-            torch.mm(p.x, part.T, out=y)
-        else:
-            torch.addmm(p.bias[rows], p.x, part.T, out=y)
+    with _sums_in_float32():
+        for begin in range(0, out_features, step):
+            rows = slice(begin, begin + step)
+            part = block[: min(step, out_features - begin)]
+            _gather(
+                *(None, p.packed[rows], p.scales if p.scale_stride == 0 else p.scales[rows]),
+                *(None if p.exponents is None else p.exponents[rows], part),
+            )
+            y = p.y[:, rows]
+            if p.bias is None:
+                torch.mm(p.x, part.T, out=y)
+            else:
+                torch.addmm(p.bias[rows], p.x, part.T, out=y)
+
+
+@contextmanager
+def _sums_in_float32() -> Iterator[None]:
+    """The vendor's products add the parts of a split K in float32, not in 16 bits, meanwhile."""
+    settings: Any = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = [getattr(settings, name) for name in names]
+    for name in names:
+        setattr(settings, name, False)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(settings, name, value)
 
 
 def _gather(
