@@ -112,8 +112,10 @@ def _wgmma(config: Large, kind: str) -> str:
 
 
 def _wgmma_int8(config: Int8) -> str:
-    """`wgmma_stage`: queue the products of 128 columns, signed and unsigned bytes, from zero."""
-    sums = config.rows // 2
+    """`wgmma_half`: queue the products of 128 columns and half the rows, of signed and unsigned
+    bytes, from zero.
+    """
+    sums = config.rows // 4
     lines = []
     for i in range(config.k_bytes // 32):
         for name, place in (("x", sums), ("w", sums + 1)):
@@ -121,11 +123,11 @@ def _wgmma_int8(config: Int8) -> str:
                 f"add.u32 low, %{place}, {2 * i}; mov.b64 {name}, {{low, {DESCRIPTOR_HIGH}}};"
             )
         lines.append(
-            f"wgmma.mma_async.sync.aligned.m64n{config.rows}k32.s32.s8.u8 "
+            f"wgmma.mma_async.sync.aligned.m64n{config.rows // 2}k32.s32.s8.u8 "
             f"{{{_places(sums)}}}, x, w, {'yes' if i else 'no'};"
         )
     return _queue(
-        f"wgmma_stage(int (&sums)[{sums}], unsigned x, unsigned w)",
+        f"wgmma_half(int (&sums)[{sums}], unsigned x, unsigned w)",
         ".reg .b64 x, w; .reg .b32 low; .reg .pred yes, no;"
         " setp.eq.u32 yes, 0, 0; setp.ne.u32 no, 0, 0;",
         lines,

@@ -186,7 +186,7 @@ class Int8(Large):
     Its warpgroups divide the tokens of a tile, not the rows.
     """
 
-    turns: int = 1
+    unroll: int = 2
 
     file = "hopper_int8.cu"
     entry = b"w8a8_large"
@@ -204,8 +204,8 @@ class Int8(Large):
 
     @property
     def stage_bytes(self) -> int:
-        """W, x, a float for each row and the barriers, in whole kilobytes."""
-        return -(-((self.k_bytes + 4) * self.rows + self.x_bytes + 16) // 1024) * 1024
+        """W, x, a 16-bit code for each row and the barriers, in whole kilobytes."""
+        return -(-((self.k_bytes + 2) * self.rows + self.x_bytes + 16) // 1024) * 1024
 
     def groups(self, group_size: int) -> int:
         """Groups are no smaller than a stage."""
@@ -213,7 +213,7 @@ class Int8(Large):
 
     def defines(self, groups: int) -> dict[str, int]:
         """Compile-time names of the source."""
-        return {**super().defines(groups), "TURNS": self.turns}
+        return {**super().defines(groups), "UNROLL": self.unroll}
 
 
 Config = Small | Large
@@ -260,13 +260,11 @@ LARGE = (
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.766, split=4),
 )
 INT8 = (
-    Int8(tokens=192, warpgroups=3, stages=4, block_us=0.8),
-    Int8(tokens=192, warpgroups=3, stages=4, block_us=0.8, cluster=2),
-    Int8(tokens=128, warpgroups=2, stages=4, block_us=0.8),
-    Int8(tokens=128, warpgroups=2, stages=4, block_us=0.8, cluster=2),
-    Int8(tokens=128, warpgroups=2, stages=5, block_us=0.8, cluster=2, turns=0),
-    Int8(tokens=128, warpgroups=2, stages=5, block_us=0.8, cluster=2, column=16),
+    Int8(tokens=128, warpgroups=2, stages=5, block_us=0.8),
     Int8(tokens=128, warpgroups=2, stages=5, block_us=0.8, cluster=2),
+    Int8(tokens=128, warpgroups=2, stages=5, block_us=0.8, cluster=2, unroll=1),
+    Int8(tokens=128, warpgroups=2, stages=5, block_us=0.8, cluster=2, unroll=4),
+    Int8(tokens=192, warpgroups=3, stages=5, block_us=0.8, cluster=2),
 )
 
 

@@ -14,21 +14,22 @@
 //                    TOKENS pairs of floats a stage; three warps, each for every third stage, so
 //                    that they have time to wait for memory, put the rows' codes beside them
 //   warpgroups 1...  consumers: 64 tokens each, so that a thread has two tokens and their steps in
-//                    registers. They take turns at the tensor cores: while one multiplies, the
-//                    others add
+//                    registers. The rows of a tile are multiplied in two halves with sums of their
+//                    own: while the tensor cores multiply one half, the other's sums are added
 //
 // Compile-time: TOKENS and ROWS of a tile, WGS = TOKENS / 64, STAGES, CLUSTER, BF16. The launcher
-// also generates `wgmma_stage(sums, x, w)`.
+// also generates `wgmma_half(sums, x, w)`.
 
 constexpr int KB = 128;
 constexpr int W_BYTES = ROWS * KB;
 constexpr int X_BYTES = TOKENS * KB;
 constexpr int STEPS_AT = W_BYTES + X_BYTES;
 constexpr int CODES_AT = STEPS_AT + TOKENS * 8;
-constexpr int STAGE_BYTES = (CODES_AT + ROWS * 4 + 16 + 1023) / 1024 * 1024;
+constexpr int STAGE_BYTES = (CODES_AT + ROWS * 2 + 16 + 1023) / 1024 * 1024;
 typedef Place<STAGE_BYTES> Here;
 constexpr int COPIED_BYTES = CODES_AT;
 constexpr int CODE_WARPS = 3;
+constexpr int HALF = ACC / 2;
 
 __device__ __forceinline__ void copy_bytes(u32 dst, const void* source, u32 bytes, u32 bar) {
     asm volatile(
@@ -44,8 +45,8 @@ struct Groups {
     __device__ __forceinline__ int operator()(int k) const { return min(k * KB >> shift, last); }
 };
 
-// Codes as floats, in the order in which lanes want them: rows 8j + 2i and 8j + 2i + 1 of a tile are
-// for lanes of i = lane % 4, whose pairs for two j are 16 bytes.
+// Pairs of codes of neighbouring rows, in the order in which lanes want them: rows 8j + 2i and
+// 8j + 2i + 1 of a tile are for lanes of i = lane % 4, whose pairs for four j are 16 bytes.
 __device__ __forceinline__ void write_codes(const Problem& p, const Block& b) {
     constexpr int PAIRS = ROWS / 64;
     Groups group(p);
@@ -67,11 +68,13 @@ __device__ __forceinline__ void write_codes(const Problem& p, const Block& b) {
                 }
                 barrier_wait(place.empty(), place.phase ^ 1);
                 u32 address = place.stage + CODES_AT;
-                address += lane / 8 * 64 + lane % 4 * 16 + lane / 4 % 2 * 8;
+                address += lane / 16 * 64 + lane % 4 * 16 + lane / 4 % 4 * 4;
 #pragma unroll
                 for (int i = 0; i < PAIRS; ++i)
-                    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address + i * 256),
-                                 "f"((float)low[i]), "f"((float)high[i]) : "memory");
+                    asm volatile(
+                        "{.reg .b32 r; cvt.rn.f16x2.f32 r, %1, %2; st.shared.u32 [%0], r;}" ::"r"(
+                            address + i * 128),
+                        "f"((float)high[i]), "f"((float)low[i]) : "memory");
                 __syncwarp();
                 if (lane == 0) barrier_arrive(place.full());
             }
@@ -89,18 +92,21 @@ __device__ __forceinline__ Step load_step(u32 address) {
     return s;
 }
 
-// Add the sums of 128 columns; `codes` is where the lane's pairs begin.
-__device__ __forceinline__ void promote(u32 codes, const Step (&steps)[2], const int (&sums)[ACC],
-                                        float (&total)[ACC]) {
+// Add the sums of a half and 128 columns; `codes` is where the lane's pairs begin.
+__device__ __forceinline__ void promote(u32 codes, const Step (&steps)[2], const int (&sums)[HALF],
+                                        float* total) {
 #pragma unroll
-    for (int j = 0; j < ROWS / 8; j += 2) {
-        uint4 pairs = load16(codes + j * 32);
+    for (int j = 0; j < HALF / 4; ++j) {
+        uint4 four;
+        if (j % 4 == 0) four = load16(codes + j * 16);
+        float code[2];
+        asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+            : "=f"(code[0]), "=f"(code[1]) : "r"(word(four, j % 4)));
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < 4; ++i) {
             float sum = __int_as_float(sums[4 * j + i] + 0x4b400000);
-            float product = fmaf(sum, steps[i / 2 % 2].step, -steps[i / 2 % 2].offset);
-            float code = __uint_as_float(word(pairs, i / 4 * 2 + i % 2));
-            total[4 * j + i] = fmaf(product, code, total[4 * j + i]);
+            float product = fmaf(sum, steps[i / 2].step, -steps[i / 2].offset);
+            total[4 * j + i] = fmaf(product, code[i % 2], total[4 * j + i]);
         }
     }
 }
@@ -147,41 +153,66 @@ __device__ __forceinline__ void store_tokens(const Problem& p, int token, int fi
     }
 }
 
-// A warpgroup waits until it is its turn to queue products, and passes the turn on.
-__device__ __forceinline__ void take_turn(int warpgroup) {
-    asm volatile("bar.sync %0, 256;" ::"r"(2 + warpgroup) : "memory");
-}
-__device__ __forceinline__ void pass_turn(int warpgroup) {
-    asm volatile("bar.arrive %0, 256;" ::"r"(2 + (warpgroup + 1) % WGS) : "memory");
+// What a consumer carries from block to block.
+struct Consumer {
+    Here here;
+    int warpgroup, lane, token_in_tile;
+
+    template <int SECOND> __device__ __forceinline__ void multiply(int (&sums)[HALF]) const {
+        wgmma_half(sums, (here.stage + W_BYTES >> 4) + DESCRIPTOR_LOW + warpgroup * 4 * KB,
+                   (here.stage >> 4) + DESCRIPTOR_LOW + SECOND * ROWS / 2 * KB / 16);
+    }
+    __device__ __forceinline__ void load_steps(Step (&steps)[2]) const {
+        u32 address = here.stage + STEPS_AT + token_in_tile * 8;
+        steps[0] = load_step(address);
+        steps[1] = load_step(address + 64);
+    }
+    __device__ __forceinline__ u32 codes() const { return here.stage + CODES_AT + lane % 4 * 16; }
+};
+
+// Multiply and add BLOCKS blocks of K, two halves each: while the tensor cores multiply one half, the
+// other's sums are added. Nothing is in flight at the end, or ptxas would serialize all products.
+template <int BLOCKS>
+__device__ __forceinline__ void step_blocks(Consumer& c, int (&first)[HALF], int (&second)[HALF],
+                                            float (&total)[ACC]) {
+    barrier_wait(c.here.full(), c.here.phase);
+    c.multiply<0>(first);
+#pragma unroll
+    for (int i = 0; i < BLOCKS; ++i) {
+        Step steps[2];
+        c.multiply<1>(second);
+        c.load_steps(steps);
+        wgmma_wait<1>();
+        u32 codes = c.codes(), empty = c.here.empty();
+        promote(codes, steps, first, total);
+        c.here.advance();
+        if (i + 1 < BLOCKS) {
+            barrier_wait(c.here.full(), c.here.phase);
+            c.multiply<0>(first);
+            wgmma_wait<1>();
+        } else {
+            wgmma_wait<0>();
+        }
+        promote(codes + HALF * 4, steps, second, total + HALF);
+        __syncwarp();
+        release_stage(empty, c.lane);
+    }
 }
 
 __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
     int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
-    int warpgroup = warp / 4, token_in_tile = warp * 16 + lane / 4;
+    Consumer c = {Here(b), warp / 4, lane, warp * 16 + lane / 4};
     Schedule schedule(p, b.worker);
     Segment s;
-    Here place(b);
-    if (warpgroup == WGS - 1) pass_turn(warpgroup);
     while (next_run(schedule, b, s)) {
-        int m, n;
+        int m, n, first[HALF], second[HALF];
         tile_position(p, s.tile, m, n);
         float total[ACC];
 #pragma unroll
         for (int i = 0; i < ACC; ++i) total[i] = 0.0f;
-        for (int k = s.k_begin; k < s.k_end; ++k, place.advance()) {
-            u32 base = place.stage;
-            barrier_wait(place.full(), place.phase);
-            int sums[ACC];
-            if (TURNS) take_turn(warpgroup);
-            wgmma_stage(sums, (base + W_BYTES >> 4) + DESCRIPTOR_LOW + warpgroup * 4 * KB, (base >> 4) + DESCRIPTOR_LOW);
-            u32 steps_at = base + STEPS_AT + token_in_tile * 8;
-            Step steps[2] = {load_step(steps_at), load_step(steps_at + 64)};
-            wgmma_wait<0>();
-            if (TURNS) pass_turn(warpgroup);
-            promote(base + CODES_AT + lane % 4 * 16, steps, sums, total);
-            __syncwarp();
-            release_stage(place.empty(), lane);
-        }
+        int k = s.k_begin;
+        for (; k + UNROLL <= s.k_end; k += UNROLL) step_blocks<UNROLL>(c, first, second, total);
+        for (; k < s.k_end; ++k) step_blocks<1>(c, first, second, total);
         if (!finish_shared(p, b, schedule, s, thread, total)) continue;
         u16* buffer = b.buffers + warp * (STORE_BYTES / 2);
         store_tokens(p, m * TOKENS + warp * 16, first_row(p, b, n), lane, buffer, total);

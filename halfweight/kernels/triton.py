@@ -42,7 +42,7 @@ MAX_TILE_TOKENS = 256
 WORKSPACE_BYTES = 32 << 20
 """16-bit weights that exist at a time during prefill: a block that stays in the L2 cache."""
 WHOLE_TILES = 256
-"""Rows of such a block are a multiple of it: the vendor's products of other sizes are far slower."""
+"""Rows of such a block: a multiple, as the vendor's products of other sizes are far slower."""
 
 
 @dataclass(frozen=True)
