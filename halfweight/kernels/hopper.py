@@ -105,8 +105,6 @@ class Large:
     block_us: float
     cluster: int = 1
     split: int = 1
-    ahead: int = 1
-    column: int = 8
 
     file = "hopper_large.cu"
     entry = b"w8a16_large"
@@ -174,8 +172,6 @@ class Large:
             **{"TOKENS": self.tokens, "ROWS": self.rows, "WGS": self.warpgroups},
             **{"STAGES": self.stages, "CLUSTER": self.cluster, "SPLIT": self.split},
             "GROUPS": groups,
-            "AHEAD": self.ahead,
-            "COLUMN": self.column,
         }
 
 
@@ -186,8 +182,6 @@ class Int8(Large):
     Its warpgroups divide the tokens of a tile, not the rows.
     """
 
-    unroll: int = 2
-
     file = "hopper_int8.cu"
     entry = b"w8a8_large"
     k_bytes = 128
@@ -195,7 +189,7 @@ class Int8(Large):
     @property
     def rows(self) -> int:
         """Rows of W that a block multiplies: as many as a warpgroup has registers for."""
-        return 192 if self.warpgroups == 2 else 128
+        return 192
 
     @property
     def x_bytes(self) -> int:
@@ -204,16 +198,12 @@ class Int8(Large):
 
     @property
     def stage_bytes(self) -> int:
-        """W, x, a 16-bit code for each row and the barriers, in whole kilobytes."""
-        return -(-((self.k_bytes + 2) * self.rows + self.x_bytes + 16) // 1024) * 1024
+        """W, x, a float for each row and the barriers, in whole kilobytes."""
+        return -(-((self.k_bytes + 4) * self.rows + self.x_bytes + 16) // 1024) * 1024
 
     def groups(self, group_size: int) -> int:
         """Groups are no smaller than a stage."""
         return 1
-
-    def defines(self, groups: int) -> dict[str, int]:
-        """Compile-time names of the source."""
-        return {**super().defines(groups), "UNROLL": self.unroll}
 
 
 Config = Small | Large
@@ -231,40 +221,23 @@ SMALL = (
     Small(tokens=64, row_tiles=2, warps_n=4, warps_k=2, units=2, stages=3, block_us=1.67),
 )
 LARGE = (
-    Large(tokens=64, warpgroups=2, stages=12, block_us=0.416),
-    Large(tokens=64, warpgroups=4, stages=8, block_us=0.5),
-    Large(tokens=64, warpgroups=3, stages=10, block_us=0.45, split=2),
-    Large(tokens=64, warpgroups=3, stages=10, block_us=0.45, split=4),
-    Large(tokens=64, warpgroups=4, stages=8, block_us=0.5, split=4),
-    Large(tokens=64, warpgroups=4, stages=8, block_us=0.5, split=8),
-    Large(tokens=128, warpgroups=2, stages=8, block_us=0.48),
-    Large(tokens=128, warpgroups=2, stages=8, block_us=0.48, split=2),
-    Large(tokens=128, warpgroups=2, stages=8, block_us=0.48, split=4),
-    Large(tokens=128, warpgroups=3, stages=7, block_us=0.6),
-    Large(tokens=128, warpgroups=3, stages=7, block_us=0.6, split=2),
-    Large(tokens=128, warpgroups=3, stages=7, block_us=0.6, split=4),
-    Large(tokens=128, warpgroups=4, stages=6, block_us=0.7),
-    Large(tokens=128, warpgroups=4, stages=6, block_us=0.7, ahead=0),
-    Large(tokens=64, warpgroups=4, stages=8, block_us=0.5, ahead=0),
-    Large(tokens=128, warpgroups=4, stages=6, block_us=0.7, cluster=2),
-    Large(tokens=128, warpgroups=4, stages=6, block_us=0.7, split=2),
-    Large(tokens=128, warpgroups=4, stages=6, block_us=0.7, split=4),
-    Large(tokens=128, warpgroups=4, stages=6, block_us=0.7, split=8),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.766),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.752, cluster=2),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.752, column=4),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.752, column=16),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.752, column=2),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.752, column=4, cluster=2),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.766, split=2),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.766, split=4),
+    Large(tokens=64, warpgroups=2, stages=12, block_us=0.38),
+    Large(tokens=64, warpgroups=4, stages=8, block_us=0.66),
+    Large(tokens=64, warpgroups=3, stages=10, block_us=0.5, split=4),
+    Large(tokens=64, warpgroups=4, stages=8, block_us=0.66, split=4),
+    Large(tokens=128, warpgroups=2, stages=8, block_us=0.5),
+    Large(tokens=128, warpgroups=2, stages=8, block_us=0.5, split=2),
+    Large(tokens=128, warpgroups=3, stages=7, block_us=0.75, split=2),
+    Large(tokens=128, warpgroups=3, stages=7, block_us=0.75, split=4),
+    Large(tokens=128, warpgroups=4, stages=6, block_us=0.95),
+    Large(tokens=128, warpgroups=4, stages=6, block_us=0.95, split=2),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.75),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.75, cluster=2),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.75, split=2),
 )
 INT8 = (
-    Int8(tokens=128, warpgroups=2, stages=5, block_us=0.8),
-    Int8(tokens=128, warpgroups=2, stages=5, block_us=0.8, cluster=2),
-    Int8(tokens=128, warpgroups=2, stages=5, block_us=0.8, cluster=2, unroll=1),
-    Int8(tokens=128, warpgroups=2, stages=5, block_us=0.8, cluster=2, unroll=4),
-    Int8(tokens=192, warpgroups=3, stages=5, block_us=0.8, cluster=2),
+    Int8(tokens=128, warpgroups=2, stages=5, block_us=1.0),
+    Int8(tokens=128, warpgroups=2, stages=5, block_us=1.0, cluster=2),
 )
 
 

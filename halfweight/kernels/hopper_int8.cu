@@ -25,7 +25,7 @@ constexpr int W_BYTES = ROWS * KB;
 constexpr int X_BYTES = TOKENS * KB;
 constexpr int STEPS_AT = W_BYTES + X_BYTES;
 constexpr int CODES_AT = STEPS_AT + TOKENS * 8;
-constexpr int STAGE_BYTES = (CODES_AT + ROWS * 2 + 16 + 1023) / 1024 * 1024;
+constexpr int STAGE_BYTES = (CODES_AT + ROWS * 4 + 16 + 1023) / 1024 * 1024;
 typedef Place<STAGE_BYTES> Here;
 constexpr int COPIED_BYTES = CODES_AT;
 constexpr int CODE_WARPS = 3;
@@ -45,8 +45,8 @@ struct Groups {
     __device__ __forceinline__ int operator()(int k) const { return min(k * KB >> shift, last); }
 };
 
-// Pairs of codes of neighbouring rows, in the order in which lanes want them: rows 8j + 2i and
-// 8j + 2i + 1 of a tile are for lanes of i = lane % 4, whose pairs for four j are 16 bytes.
+// Codes as floats, in the order in which lanes want them: rows 8j + 2i and 8j + 2i + 1 of a tile are
+// for lanes of i = lane % 4, whose pairs for two j are 16 bytes.
 __device__ __forceinline__ void write_codes(const Problem& p, const Block& b) {
     constexpr int PAIRS = ROWS / 64;
     Groups group(p);
@@ -68,13 +68,11 @@ __device__ __forceinline__ void write_codes(const Problem& p, const Block& b) {
                 }
                 barrier_wait(place.empty(), place.phase ^ 1);
                 u32 address = place.stage + CODES_AT;
-                address += lane / 16 * 64 + lane % 4 * 16 + lane / 4 % 4 * 4;
+                address += lane / 8 * 64 + lane % 4 * 16 + lane / 4 % 2 * 8;
 #pragma unroll
                 for (int i = 0; i < PAIRS; ++i)
-                    asm volatile(
-                        "{.reg .b32 r; cvt.rn.f16x2.f32 r, %1, %2; st.shared.u32 [%0], r;}" ::"r"(
-                            address + i * 128),
-                        "f"((float)high[i]), "f"((float)low[i]) : "memory");
+                    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address + i * 256),
+                                 "f"((float)low[i]), "f"((float)high[i]) : "memory");
                 __syncwarp();
                 if (lane == 0) barrier_arrive(place.full());
             }
@@ -96,17 +94,14 @@ __device__ __forceinline__ Step load_step(u32 address) {
 __device__ __forceinline__ void promote(u32 codes, const Step (&steps)[2], const int (&sums)[HALF],
                                         float* total) {
 #pragma unroll
-    for (int j = 0; j < HALF / 4; ++j) {
-        uint4 four;
-        if (j % 4 == 0) four = load16(codes + j * 16);
-        float code[2];
-        asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
-            : "=f"(code[0]), "=f"(code[1]) : "r"(word(four, j % 4)));
+    for (int j = 0; j < HALF / 4; j += 2) {
+        uint4 pairs = load16(codes + j * 32);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < 8; ++i) {
             float sum = __int_as_float(sums[4 * j + i] + 0x4b400000);
-            float product = fmaf(sum, steps[i / 2].step, -steps[i / 2].offset);
-            total[4 * j + i] = fmaf(product, code[i % 2], total[4 * j + i]);
+            float product = fmaf(sum, steps[i / 2 % 2].step, -steps[i / 2 % 2].offset);
+            float code = __uint_as_float(word(pairs, i / 4 * 2 + i % 2));
+            total[4 * j + i] = fmaf(product, code, total[4 * j + i]);
         }
     }
 }
@@ -170,33 +165,22 @@ struct Consumer {
     __device__ __forceinline__ u32 codes() const { return here.stage + CODES_AT + lane % 4 * 16; }
 };
 
-// Multiply and add BLOCKS blocks of K, two halves each: while the tensor cores multiply one half, the
-// other's sums are added. Nothing is in flight at the end, or ptxas would serialize all products.
-template <int BLOCKS>
-__device__ __forceinline__ void step_blocks(Consumer& c, int (&first)[HALF], int (&second)[HALF],
-                                            float (&total)[ACC]) {
+// Multiply and add a block of K: while the tensor cores multiply the second half, the first's sums
+// are added. Nothing is in flight at the end, or ptxas would serialize all products.
+__device__ __forceinline__ void add_block(Consumer& c, float (&total)[ACC]) {
+    int first[HALF], second[HALF];
+    Step steps[2];
     barrier_wait(c.here.full(), c.here.phase);
     c.multiply<0>(first);
-#pragma unroll
-    for (int i = 0; i < BLOCKS; ++i) {
-        Step steps[2];
-        c.multiply<1>(second);
-        c.load_steps(steps);
-        wgmma_wait<1>();
-        u32 codes = c.codes(), empty = c.here.empty();
-        promote(codes, steps, first, total);
-        c.here.advance();
-        if (i + 1 < BLOCKS) {
-            barrier_wait(c.here.full(), c.here.phase);
-            c.multiply<0>(first);
-            wgmma_wait<1>();
-        } else {
-            wgmma_wait<0>();
-        }
-        promote(codes + HALF * 4, steps, second, total + HALF);
-        __syncwarp();
-        release_stage(empty, c.lane);
-    }
+    c.multiply<1>(second);
+    c.load_steps(steps);
+    wgmma_wait<1>();
+    promote(c.codes(), steps, first, total);
+    wgmma_wait<0>();
+    promote(c.codes() + HALF * 8, steps, second, total + HALF);
+    __syncwarp();
+    release_stage(c.here.empty(), c.lane);
+    c.here.advance();
 }
 
 __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
@@ -205,14 +189,12 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
     Schedule schedule(p, b.worker);
     Segment s;
     while (next_run(schedule, b, s)) {
-        int m, n, first[HALF], second[HALF];
+        int m, n;
         tile_position(p, s.tile, m, n);
         float total[ACC];
 #pragma unroll
         for (int i = 0; i < ACC; ++i) total[i] = 0.0f;
-        int k = s.k_begin;
-        for (; k + UNROLL <= s.k_end; k += UNROLL) step_blocks<UNROLL>(c, first, second, total);
-        for (; k < s.k_end; ++k) step_blocks<1>(c, first, second, total);
+        for (int k = s.k_begin; k < s.k_end; ++k) add_block(c, total);
         if (!finish_shared(p, b, schedule, s, thread, total)) continue;
         u16* buffer = b.buffers + warp * (STORE_BYTES / 2);
         store_tokens(p, m * TOKENS + warp * 16, first_row(p, b, n), lane, buffer, total);

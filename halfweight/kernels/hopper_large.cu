@@ -24,9 +24,7 @@ constexpr int STAGE_BYTES = COPIED_BYTES + 1024;
 typedef Place<STAGE_BYTES> Here;
 constexpr int STEPS = 2;
 // Four warpgroups hide each other's conversions, and have no registers for another half.
-#ifndef AHEAD
-#define AHEAD 1
-#endif
+constexpr int AHEAD = WGS == 4 ? 0 : 1;
 
 __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
     u32 r;

@@ -71,6 +71,7 @@ template <int N> __device__ __forceinline__ void wgmma_wait() {
 constexpr u32 DESCRIPTOR_LOW = 1 << 16;
 
 // Tiles in columns of 8 token tiles, so that the workers of one wave share x and W in L2.
+constexpr int COLUMN = 8;
 __device__ __forceinline__ void tile_position(const Problem& p, int tile, int& m, int& n) {
     int column = tile / (COLUMN * p.tiles_n);
     int height = min(COLUMN, p.tiles_m - column * COLUMN);
