@@ -31,7 +31,7 @@ from halfweight.kernels import cuda, hopper, timing
 from halfweight.kernels import triton as portable
 from halfweight.kernels.hopper import INT8, LARGE, SMALL, Config, Int8, Plan, Small, Workers, plans
 
-BATCHES = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+BATCHES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 GROUP_SIZE = 128
 TRIES = 20_000
 REPEATS = 10
