@@ -2,7 +2,8 @@
 
 Prompts go through the model CHUNK_TOKENS at a time (all sequences together), by SDPA with a mask.
 What prefill holds at its worst moment is either inside attention (mask in two forms, keys and
-values repeated for grouped heads), inside the MLP (three of its widths) or inside a norm.
+values repeated for grouped heads), inside the MLP (three of its widths) or inside a norm. Where our
+own kernels read the prompt of a sequence alone, attention has neither mask nor repetitions.
 
 A decode step is recorded as a CUDA graph, whose memory stays. Before recording, torch gives all
 that prefill left back to the driver, so the two never exist together: the peak holds the larger.
@@ -54,11 +55,31 @@ class Moments:
         return max(self.mlp, self.norm, self.attention)
 
 
-def prefill_bytes(a: Architecture, workload: Workload) -> int:
-    """The most that reading the prompts holds, their tokens included; vLLM's are its own affair."""
+def prefill_bytes(a: Architecture, workload: Workload, own_step: bool = False) -> int:
+    """The most that reading the prompts holds, their tokens included; vLLM's are its own affair.
+
+    `own_step` is whether gpu_decode.py takes the model: it reads the prompt of a sequence alone.
+    """
     tokens = workload.batch * workload.context
     held = 0 if workload.runtime == "vllm" else TOKEN_BYTES * tokens
+    if own_step and workload.batch == 1 and workload.kv_dtype == "16bit":
+        return held + own_prefill_bytes(a, workload)
     return held + prefill_moments(a, workload).peak
+
+
+def own_prefill_bytes(a: Architecture, workload: Workload) -> int:
+    """The most tensors alive in GpuStep.prefill: in the MLP or in attention, where there is no mask
+    and nothing is repeated; and the tables of the step.
+    """
+    tokens, queries = min(workload.context, CHUNK_TOKENS), a.heads * a.head_dim
+    mlp = 3 * a.hidden + 3 * a.intermediate
+    attention = 3 * a.hidden + 3 * queries + 2 * a.kv_heads * a.head_dim
+    return 2 * tokens * max(mlp, attention) + step_tables_bytes(a, workload)
+
+
+def step_tables_bytes(a: Architecture, workload: Workload) -> int:
+    """Cosines and sines of a GpuStep, float32, half a head each."""
+    return 4 * workload.context * a.head_dim
 
 
 def prefill_moments(a: Architecture, workload: Workload) -> Moments:
@@ -132,24 +153,23 @@ def decode_bytes(a: Architecture, workload: Workload, weights: Weights, own_step
     if not own_step:
         forward = forward_moments(a, 1, workload).peak + logits_bytes(a, workload.batch)
         return forward + workspace_bytes(workload, weights)
-    tables = 4 * workload.context * a.head_dim  # cosines and sines, float32, half a head each
+    tables = step_tables_bytes(a, workload)
     return tables + _partial_sums_bytes() + step_bytes(a, workload)
 
 
 def step_bytes(a: Architecture, workload: Workload) -> int:
     """The most tensors alive in one GpuStep of gpu_decode.py: in attention or after the head.
 
-    Gate and up of a layer live until the next one's. Attention reads the cache as it lies, so an
-    INT8 cache is never dequantized. The MLP's moment is below the head's in any model whose
-    vocabulary is no smaller than its MLP is wide.
+    Attention reads the cache as it lies, so an INT8 cache is never dequantized. The MLP's moment is
+    below the head's in any model whose vocabulary is no smaller than its MLP is wide.
     """
     batch, heads = workload.batch, a.heads
-    queries, width = heads * a.head_dim, a.intermediate
+    queries = heads * a.head_dim
     qkv = queries + 2 * a.kv_heads * a.head_dim
     programs = batch * a.kv_heads
     wanted = PROGRAMS_A_PROCESSOR * MULTIPROCESSORS // programs
     splits = max(1, min(wanted, -(-workload.context // SPLIT_TOKENS)))
     partials = 4 * batch * heads * splits * (a.head_dim + 2)
-    attention = 2 * batch * (2 * a.hidden + 2 * queries + qkv + 2 * width) + partials
-    head = 2 * batch * (3 * a.hidden + queries + 2 * width) + logits_bytes(a, batch)
+    attention = 2 * batch * (3 * a.hidden + qkv + queries) + partials
+    head = 2 * batch * 3 * a.hidden + logits_bytes(a, batch)
     return max(attention, head)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from halfweight.device_memory import available_bytes
 from halfweight.errors import UsageError
 from halfweight.experts import has_experts
 from halfweight.kv_cache import Int8Cache
+
+if TYPE_CHECKING:
+    from halfweight.gpu_decode import GpuStep
 
 Step = Literal["eager", "graph", "compiled", "kernel"]
 KvCache = Literal["16bit", "int8"]
@@ -106,6 +109,7 @@ class Decoder:
         self._slot = torch.zeros(1, dtype=torch.int32, device=model.device)
         self._starts = torch.zeros(batch_size, dtype=torch.int32, device=model.device)
         self.step = step
+        self._reader: GpuStep | None = None
         self._step = self._choose if step == "kernel" else _make_step(self._one_token, step)
 
     @torch.inference_mode()
@@ -117,9 +121,13 @@ class Decoder:
         self._mask[:, : ids.shape[1]] = mask
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         step = max(1, CHUNK_TOKENS // len(prompts))
+        reader = self._prompt_reader()
         for begin in range(0, ids.shape[1], step):
             part = slice(begin, begin + step)
-            logits = self._forward(ids[:, part], positions[:, part])
+            if reader is not None:
+                logits = reader.prefill(ids[:, part], begin)
+            else:
+                logits = self._forward(ids[:, part], positions[:, part])
         self._positions.copy_(positions[:, -1:])
         self._slot.fill_(ids.shape[1] - 1)
         self._starts.copy_((mask == 0).sum(dim=1))
@@ -134,17 +142,25 @@ class Decoder:
         logits: Tensor = self._step()
         return logits
 
+    def _prompt_reader(self) -> GpuStep | None:
+        """Our kernels for a prompt alone on CUDA, if the steps after it are theirs; else None."""
+        if self.step != "kernel" or len(self._ids) > 1 or not self._ids.is_cuda:
+            return None
+        if self._reader is None and type(self._cache) is StaticCache:
+            self._reader = self._gpu_step()
+        return self._reader
+
     def _choose(self) -> Tensor:
         """The first step, when the cache exists: by our kernels if the model has such a step."""
         on_cuda = self._ids.is_cuda
-        fast = self._gpu_step() if on_cuda else self._cpu_step()
+        fast = self._reader or (self._gpu_step() if on_cuda else self._cpu_step())
         if fast is None:
             self.step = "graph" if on_cuda and not has_experts(self._model) else "eager"
         call = self._one_token if fast is None else fast
         self._step = _Graph(call) if on_cuda and self.step != "eager" else call
         return self._step()
 
-    def _gpu_step(self) -> Callable[[], Tensor] | None:
+    def _gpu_step(self) -> GpuStep | None:
         from halfweight.gpu_decode import step_for
 
         return step_for(self._model, self._cache, self._ids, self._slot, self._starts)

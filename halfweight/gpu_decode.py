@@ -3,17 +3,24 @@
 Models whose layers are Llama's take it at any batch size, with either cache. The projections that
 share an input (q, k, v; gate, up) are one product: their weights lie one behind the other in memory
 (`stack`), which costs nothing where the loader has put them so.
+
+The prompt of a single sequence goes the same way, with torch's causal attention over the cache as
+it lies: no mask, and no keys and values repeated for grouped heads.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel, StaticCache
 
 from halfweight.kernels.launch import device_info, launch
@@ -46,6 +53,10 @@ class _Layer:
     down: QuantizedLinear
 
 
+Attend = Callable[[_Layer, Any, Tensor], Tensor]
+"""Attention of a layer with its cache, of projected queries, keys and values [tokens, ...]."""
+
+
 def unsupported(model: PreTrainedModel) -> str | None:
     """Why `model` has no step of this kind, or None."""
     reason = difference(model)
@@ -74,13 +85,15 @@ class GpuStep:
     def __init__(
         self, model: PreTrainedModel, cache: StaticCache, ids: Tensor, slot: Tensor, starts: Tensor
     ) -> None:
-        """Stacks the model's projections, once for each model."""
+        """Stacks the model's projections, once for each model; makes a cache that is not there."""
         self._model, self._cache = model, cache
         self._ids, self._slot, self._starts = ids, slot, starts
         self._layers = _layers_of(model)
         body = model.model
         self._epsilon = float(body.norm.variance_epsilon)
         self._attention = body.layers[0].self_attn
+        sizes = (model.config.num_key_value_heads, self._attention.head_dim)
+        cache.early_initialization(len(ids), *sizes, body.norm.weight.dtype, ids.device)
         max_length = cache.layers[0].keys.shape[2]
         positions = torch.arange(max_length, device=ids.device)[None]
         tables = body.rotary_emb(torch.empty(1, device=ids.device), positions)
@@ -90,16 +103,31 @@ class GpuStep:
     @torch.inference_mode()
     def __call__(self) -> Tensor:
         """Logits of the next token of every sequence."""
-        batch = len(self._ids)
-        hidden = self._model.get_input_embeddings()(self._ids).view(batch, -1)
+        hidden, delta = self._through_layers(self._ids, self._attend)
+        return self._logits(hidden, delta)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, begin: int) -> Tensor:
+        """Read tokens [1, T] of a sequence alone, from place `begin` on; logits [1, V] of the last.
+
+        The cache, which is not int8, holds all tokens before `begin`.
+        """
+        hidden, delta = self._through_layers(ids, partial(self._attend_all, begin))
+        return self._logits(hidden[-1:], delta[-1:])
+
+    def _through_layers(self, ids: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """Hidden states [tokens, H] of ids and what the last layer adds to them."""
+        hidden: Tensor = self._model.get_input_embeddings()(ids).view(ids.numel(), -1)
         delta = None
         for layer, cached in zip(self._layers, self._cache.layers, strict=True):
-            attended = self._attend(
-                layer, cached, layer.qkv(self._norm(hidden, delta, layer.input_norm))
-            )
-            delta = layer.o(attended)
-            gate_up = layer.gate_up(self._norm(hidden, delta, layer.post_norm))
-            delta = layer.down(_gated(gate_up))
+            normed = self._norm(hidden, delta, layer.input_norm)
+            delta = layer.o(attend(layer, cached, layer.qkv(normed)))
+            normed = self._norm(hidden, delta, layer.post_norm)
+            delta = layer.down(_gated(layer.gate_up(normed)))
+        assert delta is not None
+        return hidden, delta
+
+    def _logits(self, hidden: Tensor, delta: Tensor) -> Tensor:
         last = self._norm(hidden, delta, self._model.model.norm.weight)
         logits: Tensor = self._model.get_output_embeddings()(last).float()
         return logits
@@ -119,6 +147,38 @@ class GpuStep:
             num_warps=8,
         )
         return out
+
+    def _attend_all(self, begin: int, layer: _Layer, cached: Any, qkv: Tensor) -> Tensor:
+        """Causal attention of new tokens at places begin, begin + 1, ... of the only sequence."""
+        (_, kv_heads, max_length, head_size), tokens = cached.keys.shape, len(qkv)
+        heads, end = qkv.shape[1] // head_size - 2 * kv_heads, begin + tokens
+        queries = qkv.new_empty(1, tokens, heads, head_size)
+        launch(
+            "rotate_into_cache",
+            (tokens, 1),
+            tokens,
+            (
+                *(qkv, layer.q_norm, layer.k_norm, queries, cached.keys, cached.values),
+                *(self._cos, self._sin, begin, max_length, self._epsilon),
+            ),
+            HEADS=heads,
+            KV_HEADS=kv_heads,
+            HEAD_SIZE=head_size,
+            Q_ROWS=_power_of_two(heads),
+            KV_ROWS=_power_of_two(kv_heads),
+            HAS_NORM=layer.q_norm is not None,
+            num_warps=8,
+        )
+        out = scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            cached.keys[:, :, :end],
+            cached.values[:, :, :end],
+            attn_mask=causal_lower_right(tokens, end) if begin else None,
+            is_causal=begin == 0,
+            scale=float(self._attention.scaling),
+            enable_gqa=heads > kv_heads,
+        )
+        return out.transpose(1, 2).reshape(tokens, heads * head_size)
 
     def _attend(self, layer: _Layer, cached: Any, qkv: Tensor) -> Tensor:
         keys, values = cached.keys, cached.values
@@ -167,7 +227,7 @@ class GpuStep:
 def step_for(
     model: PreTrainedModel, cache: Any, ids: Tensor, slot: Tensor, starts: Tensor
 ) -> GpuStep | None:
-    """The fast step for a filled cache, or None where the model or cache has none."""
+    """The fast step for a cache, or None where the model or cache has none."""
     reason = unsupported(model)
     if reason is None and type(cache) not in (StaticCache, Int8Cache):
         reason = f"its cache is a {type(cache).__name__}"

@@ -291,10 +291,12 @@ def passing_parts(model: Model, workload: Workload, weights: Weights) -> list[Pa
     less than prefill and nothing is recorded.
     """
     a = model.architecture
-    prefill = prefill_bytes(a, workload)
+    on_gpu = workload.device == "cuda"
+    ours = on_gpu and weights == "int8" and workload.runtime == "halfweight"
+    own_step = ours and model.has_own_step
+    prefill = prefill_bytes(a, workload, own_step)
     workspace = decode = 0
-    if workload.device == "cuda":
-        own_step = weights == "int8" and workload.runtime == "halfweight" and model.has_own_step
+    if on_gpu:
         workspace = workspace_bytes(workload, weights)
         decode = decode_bytes(a, workload, weights, own_step)
     sizes = (logits_bytes(a, workload.batch), prefill, max(0, decode - prefill), workspace)

@@ -17,12 +17,23 @@ CONSTANTS = {
     "add_norm": {"SIZE": 4096, "BLOCK": 4096, "HAS_DELTA": True},
     "gated_silu": {"SIZE": 14336, "BLOCK": 1024},
     "merge_splits": {"HEAD_SIZE": 128, "SPLITS": 66, "ROWS": 128},
+    "rotate_into_cache": {
+        **{name: HEADS[name] for name in ("HEADS", "KV_HEADS", "HEAD_SIZE")},
+        **{"Q_ROWS": 32, "KV_ROWS": 8, "HAS_NORM": True},
+    },
     "attend": {**HEADS, "SPLITS": 6, "HAS_NORM": True, "INT8": False},
     "attend int8": {**HEADS, "SPLITS": 1, "HAS_NORM": False, "INT8": True},
 }
 FLOAT32 = ("cos_table", "sin_table", "partials", "stats")
 INT32 = ("slot_at", "starts")
-NUMBERS = {"B": "i32", "max_length": "i32", "scaling": "fp32", "epsilon": "fp32"}
+NUMBERS = {
+    "B": "i32",
+    "T": "i32",
+    "begin": "i32",
+    "max_length": "i32",
+    "scaling": "fp32",
+    "epsilon": "fp32",
+}
 
 
 def type_of(name, constants):
@@ -34,7 +45,7 @@ def type_of(name, constants):
         return "*fp32"
     if name in INT32:
         return "*i32"
-    return "*i8" if name in ("keys", "values") and constants["INT8"] else "*fp16"
+    return "*i8" if name in ("keys", "values") and constants.get("INT8") else "*fp16"
 
 
 def shared_bytes(kernel, capability):

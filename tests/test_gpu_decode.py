@@ -14,6 +14,7 @@ from test_cpu_decode import FAMILY, quantized
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import halfweight
+from halfweight import generate as generation
 from halfweight import gpu_decode
 from halfweight.generate import Decoder, generate
 from halfweight.gpu_decode import GpuStep, step_for, unsupported
@@ -114,6 +115,38 @@ def test_sixteen_bit_activations_and_both_caches(tmp_path, monkeypatch, kv_cache
         assert (difference > 0).float().mean() < 0.2
 
 
+@pytest.mark.parametrize("family", ["llama-bias", "qwen3"])
+@pytest.mark.parametrize("chunk", [7, 3, 1])
+def test_a_prompt_alone_is_read_like_the_models_forward(tmp_path, family, chunk):
+    model = model_of(tmp_path, family, torch.float32)
+    prompt = PROMPTS[1]
+    plain = Decoder(model, 1, 24)
+    expected = plain.prefill([prompt])
+    cache, ids = StaticCache(model.config, max_cache_len=24), torch.tensor([prompt], device=DEVICE)
+    none = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    step = GpuStep(model, cache, ids[:, :1], none, none)
+    for begin in range(0, len(prompt), chunk):
+        logits = step.prefill(ids[:, begin : begin + chunk], begin)
+    assert error(logits, expected) < 5e-6
+    for mine, theirs in zip(cache.layers, plain._cache.layers, strict=True):
+        assert error(mine.keys, theirs.keys) < 5e-6
+        assert error(mine.values, theirs.values) < 5e-6
+        assert not mine.keys[:, :, len(prompt) :].any()
+
+
+def test_only_a_prompt_alone_with_a_16_bit_cache_has_a_reader(tmp_path, monkeypatch):
+    model = model_of(tmp_path, "llama", torch.float32)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for batch, options, found in (
+        (1, {"step": "kernel"}, True),
+        (2, {"step": "kernel"}, False),
+        (1, {"step": "graph"}, False),
+        (1, {"step": "kernel", "kv_cache": "int8"}, False),
+    ):
+        reader = Decoder(model, batch, 24, **options)._prompt_reader()
+        assert isinstance(reader, GpuStep) == found
+
+
 def test_generate_says_the_same_by_either_step(tmp_path, monkeypatch):
     model = model_of(tmp_path, "llama", torch.float32)
     expected = generate(model, PROMPTS, max_new_tokens=4, step="eager")
@@ -208,9 +241,35 @@ def test_recorded_steps_equal_the_models_forward(tmp_path, batch, dtype, kv_cach
     recorded, plain = (
         Decoder(model, batch, 720, kv_cache=kv_cache, step=step) for step in ("kernel", "eager")
     )
-    assert error(recorded.prefill(prompts), plain.prefill(prompts)) == 0
+    least = {torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    found, expected = recorded.prefill(prompts), plain.prefill(prompts)
+    assert error(found, expected) <= (least if batch == 1 and kv_cache == "16bit" else 0)
     for _ in range(6):
         tokens = torch.randint(0, 1000, (batch,), device=DEVICE)
         found, expected = recorded.advance(tokens), plain.advance(tokens)
-        assert error(found, expected) < {torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+        assert error(found, expected) < least
     assert recorded.step == "kernel"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_long_prompt_alone_in_chunks(tmp_path, monkeypatch, dtype):
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=1000,
+        max_position_embeddings=2048,
+    )
+    model = quantized(tmp_path, config, dtype).to(DEVICE)
+    prompt = torch.randint(0, 1000, (1500,)).tolist()
+    monkeypatch.setattr(generation, "CHUNK_TOKENS", 600)
+    recorded, plain = (Decoder(model, 1, 1504, step=step) for step in ("kernel", "eager"))
+    least = {torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    for _ in range(2):
+        assert error(recorded.prefill([prompt]), plain.prefill([prompt])) < least
+        for token in (7, 8):
+            tokens = torch.tensor([token], device=DEVICE)
+            assert error(recorded.advance(tokens), plain.advance(tokens)) < least

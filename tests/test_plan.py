@@ -209,6 +209,32 @@ def test_our_own_step_is_predicted_from_what_it_allocates(
     assert decode == tables + partial_sums + activations.step_bytes(found, work)
 
 
+@pytest.mark.parametrize("context", [96, 6000])
+def test_our_own_prefill_is_predicted_from_what_it_allocates(quantized_model, monkeypatch, context):
+    """The same for the prompt of a sequence alone, in chunks."""
+    monkeypatch.setattr(gpu_decode, "launch", lambda *_, **__: None)
+    model, found = quantized_model
+    decoder = generate.Decoder(model, 1, context, step="kernel")
+    step = decoder._gpu_step()
+    monkeypatch.setattr(decoder, "_prompt_reader", lambda: step)
+    monkeypatch.setattr(gpu_decode, "scaled_dot_product_attention", attended)
+    monkeypatch.setattr(gpu_decode, "causal_lower_right", lambda *_: None)
+    with LiveMemory() as memory:
+        decoder.prefill([[1] * context])
+    work = Workload(context)
+    predicted = activations.prefill_bytes(found, work, own_step=True)
+    tables, mask = activations.step_tables_bytes(found, work), decoder._mask.nbytes
+    logits = activations.logits_bytes(found, 1)
+    assert memory.peak_bytes == pytest.approx(predicted - tables - mask, rel=0.05, abs=logits)
+    theirs = activations.prefill_bytes(found, work)
+    assert predicted < theirs
+
+
+def attended(queries, keys, values, **_):
+    """What flash attention returns, its layout too."""
+    return torch.empty_like(queries)
+
+
 @pytest.fixture(scope="module")
 def quantized_model(tmp_path_factory):
     """`small_model` in INT8, and its architecture."""
@@ -225,10 +251,9 @@ def test_the_peak_holds_prefill_or_the_decode_step_never_both():
         for context, more in ((4096, "prefill"), (16, "decode")):
             work = Workload(context)
             found = footprint(LLAMA_8B, work, weights)
-            prefill = activations.prefill_bytes(LLAMA_8B.architecture, work)
-            decode = activations.decode_bytes(
-                LLAMA_8B.architecture, work, weights, own_step=weights == "int8"
-            )
+            own = weights == "int8"
+            prefill = activations.prefill_bytes(LLAMA_8B.architecture, work, own)
+            decode = activations.decode_bytes(LLAMA_8B.architecture, work, weights, own)
             assert ("prefill" if prefill > decode else "decode") == more
             assert found.bytes_of("prefill activations") == prefill
             both = found.bytes_of("prefill activations", "decode step")
@@ -272,7 +297,7 @@ def test_which_models_take_our_own_step():
 
 
 def test_the_allocators_slack_is_a_fifth_of_what_comes_and_goes():
-    found = footprint(LLAMA_8B, Workload(32768), "int8")
+    found = footprint(LLAMA_8B, Workload(32768, 2), "int8")
     assert found.slack == found.bytes_of(*plan.PASSING_PARTS) // 5 > 100 * MIB
     low, likely, high = (getattr(found.overhead, b) for b in ("low", "likely", "high"))
     process = plan.ASSUMED_OVERHEAD["cuda"]

@@ -81,15 +81,28 @@ function stepBytes(model, work) {
   const wanted = Math.floor((c.PROGRAMS_A_PROCESSOR * c.MULTIPROCESSORS) / programs);
   const splits = Math.max(1, Math.min(wanted, ceilDiv(work.context, c.SPLIT_TOKENS)));
   const partials = 4 * work.batch * a.heads * splits * (a.head_dim + 2);
-  const width = a.intermediate;
-  const attention = 2 * work.batch * (2 * a.hidden + 2 * queries + qkv + 2 * width) + partials;
-  const head = 2 * work.batch * (3 * a.hidden + queries + 2 * width) + 6 * work.batch * a.vocabulary;
+  const attention = 2 * work.batch * (3 * a.hidden + qkv + queries) + partials;
+  const head = 6 * work.batch * (a.hidden + a.vocabulary);
   return Math.max(attention, head);
 }
 
-function decodeBytes(model, work, weights) {
+// Whether gpu_decode.py takes the model.
+function hasOwnStep(model, work, weights) {
   const ours = weights === "int8" && runtimeOn(model, work.ranks) === "halfweight";
-  if (!(ours && model.ownStep[work.groupSize])) {
+  return model.device === "cuda" && ours && model.ownStep[work.groupSize];
+}
+
+// activations.py: a prompt read by our own kernels.
+function ownPrefillBytes(model, work) {
+  const a = model.architecture;
+  const tokens = Math.min(work.context, model.constants.CHUNK_TOKENS);
+  const mlp = 3 * a.hidden + 3 * a.intermediate;
+  const attention = 3 * a.hidden + 3 * a.heads * a.head_dim + 2 * a.kv_heads * a.head_dim;
+  return 2 * tokens * Math.max(mlp, attention) + 4 * work.context * a.head_dim;
+}
+
+function decodeBytes(model, work, weights) {
+  if (!hasOwnStep(model, work, weights)) {
     const logits = 6 * work.batch * model.architecture.vocabulary;
     return forwardPeak(model, 1, work) + logits + workspaceBytes(model, work, weights);
   }
@@ -102,7 +115,9 @@ function passingParts(model, work, weights) {
   const { architecture: a, constants: c } = model;
   const held = runtimeOn(model, work.ranks) === "vllm" ? 0 : c.TOKEN_BYTES;
   const chunk = Math.max(1, Math.floor(c.CHUNK_TOKENS / work.batch));
-  const forward = forwardPeak(model, Math.min(work.context, chunk), work);
+  const alone = work.batch === 1 && work.kvDtype === "16bit" && hasOwnStep(model, work, weights);
+  const forward = alone ? ownPrefillBytes(model, work)
+    : forwardPeak(model, Math.min(work.context, chunk), work);
   const prefill = held * work.batch * work.context + forward;
   const onGpu = model.device === "cuda";
   const decode = onGpu ? decodeBytes(model, work, weights) : 0;

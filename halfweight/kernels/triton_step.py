@@ -1,4 +1,5 @@
-"""Device code between the products of a decode step: norms, attention, the gated activation.
+"""Device code between the products of a decode step or a prefill: norms, rotation, attention, the
+gated activation.
 
 A step of a Llama-like layer is four products and what is here: six launches where transformers has
 some thirty. Sums are float32; what transformers rounds to 16 bits between layers is rounded here.
@@ -91,6 +92,47 @@ def rotated(
     if HAS_NORM:
         first, second = head_norm(first, second, weight, epsilon, HALF, DTYPE)
     return (first * cos - second * sin).to(DTYPE), (second * cos + first * sin).to(DTYPE)
+
+
+@triton.jit(do_not_specialize=["T", "begin"])
+def rotate_into_cache(
+    T, qkv, q_norm, k_norm, queries, keys, values, cos_table, sin_table, begin, max_length, epsilon,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    Q_ROWS: tl.constexpr,
+    KV_ROWS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One token of a prefill, of T: qkv [T, (HEADS + 2 KV_HEADS) HEAD_SIZE] -> its queries
+    [T, HEADS, HEAD_SIZE], and its keys and values at place begin + t of a cache
+    [KV_HEADS, max_length, HEAD_SIZE]. Q_ROWS and KV_ROWS pad the heads.
+    """
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    HALF: tl.constexpr = HEAD_SIZE // 2
+    token = tl.program_id(0).to(tl.int64)
+    place = begin + token
+    half = tl.arange(0, HALF)[None, :]
+    cos = tl.load(cos_table + place * HALF + half)
+    sin = tl.load(sin_table + place * HALF + half)
+    mine = qkv + token * (HEADS + 2 * KV_HEADS) * HEAD_SIZE
+    head = tl.minimum(tl.arange(0, Q_ROWS), HEADS - 1)[:, None]
+    first, second = rotated(mine, head * HEAD_SIZE, q_norm, cos, sin, epsilon, HALF, HAS_NORM)
+    at = queries + (token * HEADS + head) * HEAD_SIZE + half
+    tl.store(at, first)
+    tl.store(at + HALF, second)
+    kv_head = tl.minimum(tl.arange(0, KV_ROWS), KV_HEADS - 1)[:, None]
+    row = (HEADS + kv_head) * HEAD_SIZE
+    first, second = rotated(mine, row, k_norm, cos, sin, epsilon, HALF, HAS_NORM)
+    at = (kv_head * max_length + place) * HEAD_SIZE + half
+    tl.store(keys + at, first)
+    tl.store(keys + at + HALF, second)
+    row += KV_HEADS * HEAD_SIZE + half
+    tl.store(values + at, tl.load(mine + row))
+    tl.store(values + at + HALF, tl.load(mine + row + HALF))
 
 
 @triton.jit
