@@ -182,7 +182,8 @@ ON_HOPPER = "cuda" in BACKENDS
 @pytest.mark.parametrize("config", [*hopper.SMALL, *hopper.LARGE], ids=str)
 def test_every_plan_of_a_configuration(config):
     """Also those that would not be chosen for such a product; each three times, on poisoned y."""
-    for shape, group_size in (((777, 4096), 128), ((6144, 4096), 64), ((2000, 1536), 256)):
+    shapes = [((777, 4096), 128), ((6144, 4096), 64), ((2000, 1536), 256), ((6400, 1024), 128)]
+    for shape, group_size in shapes:
         tensor = weight(shape, group_size)
         exact = dequantize(tensor).double().T
         for tokens in (3, config.tokens - 1, config.tokens + 1, 700):

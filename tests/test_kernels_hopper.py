@@ -25,7 +25,15 @@ from halfweight.kernels.hopper import (
 SHARED_BYTES = 227 * 1024
 MOST = (132, 66, 30, 15)
 """What an H100 said of clusters of 1, 2, 4 and 8."""
-SHAPES = [(6144, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (576, 576), (48, 1536)]
+SHAPES = [
+    (57344, 8192),
+    (6144, 4096),
+    (28672, 4096),
+    (4096, 14336),
+    (128256, 4096),
+    (576, 576),
+    (48, 1536),
+]
 
 
 @pytest.mark.parametrize("config", [*SMALL, *LARGE, *INT8], ids=str)
@@ -47,6 +55,7 @@ def test_a_plan_covers_every_tile_once(tokens: int, rows: int, columns: int) -> 
             assert p.rows <= config.rows
             shared = tiles - p.whole_waves * p.num_workers
             assert shared < p.num_workers  # the rest is less than a wave, or nothing
+            assert shared <= 0 or shared * p.k_blocks >= p.num_workers  # no worker without a part
 
 
 @pytest.mark.parametrize("tokens", range(1, 65))

@@ -5,7 +5,7 @@
 // every multiprocessor ends at the same time. A run that does not start its tile leaves its float32
 // sums in `partials`; the run that starts the tile adds them in a fixed order, so results do not
 // change from call to call. It waits only for blocks of a lower index, which the hardware starts
-// first.
+// first, and for each of them: none may be without a run (hopper.py sees to it).
 
 typedef unsigned int u32;
 typedef unsigned long long u64;

@@ -306,7 +306,10 @@ def _split(
 def _schedules(
     config: Config, rows: int, tiles: int, k_blocks: int, most_workers: int
 ) -> Iterator[Schedule]:
-    """Whole tiles only; what is left after whole waves shared; each tile cut evenly."""
+    """Whole tiles only; what is left after whole waves shared; each tile cut evenly.
+
+    Of what is shared every worker has a part: those that start a tile wait for all the others of it.
+    """
     workers = min(most_workers, tiles * k_blocks)
     waves, parts = -(-tiles // workers), min(workers // tiles, k_blocks)
 
@@ -316,7 +319,7 @@ def _schedules(
 
     yield waves, workers, us(min(tiles, workers), waves, waves * k_blocks)
     shared = tiles / workers
-    if tiles % workers:
+    if tiles % workers and tiles % workers * k_blocks >= workers:
         shared_us = us(workers, shared, shared * k_blocks) + config.fixup_us
         yield tiles // workers, workers, shared_us
     if parts > 1:
