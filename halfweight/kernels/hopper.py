@@ -308,7 +308,7 @@ def _schedules(
 ) -> Iterator[Schedule]:
     """Whole tiles only; what is left after whole waves shared; each tile cut evenly.
 
-    Of what is shared every worker has a part: those that start a tile wait for all the others of it.
+    Of what is shared every worker has a part: who starts a tile waits for all others between.
     """
     workers = min(most_workers, tiles * k_blocks)
     waves, parts = -(-tiles // workers), min(workers // tiles, k_blocks)
