@@ -29,7 +29,7 @@ from torch import Tensor
 
 from halfweight.kernels import cuda, hopper, timing
 from halfweight.kernels import triton as portable
-from halfweight.kernels.hopper import INT8, LARGE, SMALL, Config, Int8, Plan, Small, Workers, plans
+from halfweight.kernels.hopper import INT8, LARGE, SMALL, Config, Int8, Plan, Small, plans
 
 BATCHES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 GROUP_SIZE = 128
@@ -46,17 +46,17 @@ def label(plan: Plan) -> str:
     return "-".join([type(config).__name__, *sizes, schedule])
 
 
-def all_plans(tokens: int, shape: tuple[int, int], most: Workers) -> list[Plan]:
+def all_plans(tokens: int, shape: tuple[int, int], multiprocessors: int) -> list[Plan]:
     """Every schedule of every configuration that may be chosen for such a product."""
     configs = hopper.candidates(tokens, shape[1], GROUP_SIZE)
-    return [p for c in configs for p in plans(c, tokens, *shape, most)]
+    return [p for c in configs for p in plans(c, tokens, *shape, multiprocessors)]
 
 
-def int8_plans(tokens: int, shape: tuple[int, int], most: Workers) -> list[Plan]:
+def int8_plans(tokens: int, shape: tuple[int, int], multiprocessors: int) -> list[Plan]:
     """The same for activations in int8."""
     if tokens < cuda.INT8_TOKENS:
         return []
-    return [p for c in INT8 for p in plans(c, tokens, *shape, most)]
+    return [p for c in INT8 for p in plans(c, tokens, *shape, multiprocessors)]
 
 
 def measure(tokens: int, shape: tuple[int, int], device: torch.device) -> dict[str, float]:
@@ -67,8 +67,8 @@ def measure(tokens: int, shape: tuple[int, int], device: torch.device) -> dict[s
     y = torch.empty(tokens, shape[0], device=device, dtype=torch.float16)
     dense = [torch.randn(shape, device=device, dtype=torch.float16) for _ in range(copies // 2 + 1)]
     rounds = {"float16": timing.Round([lambda w=w: torch.mm(x, w.T) for w in dense], device)}
-    most = cuda._workers(0)
-    for plan in all_plans(tokens, shape, most) + int8_plans(tokens, shape, most):
+    processors = cuda._num_multiprocessors(0)
+    for plan in all_plans(tokens, shape, processors) + int8_plans(tokens, shape, processors):
         rounded, steps = x, None
         if isinstance(plan.config, Int8):
             block, tile = cuda.INT8_BLOCK, plan.config.tokens
@@ -86,9 +86,13 @@ def _launch(x: Tensor, weight: Any, y: Tensor, plan: Plan, steps: Tensor | None)
 def losses(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
     """Of each product: how much slower than the best the plan is that would be chosen."""
     for row in rows:
-        times, shape, most = row["microseconds"], SHAPE_LIST[row["shape"]], tuple(row["workers"])
+        times, shape = row["microseconds"], SHAPE_LIST[row["shape"]]
         for name, plans_of in (("", all_plans), (" int8", int8_plans)):
-            found = [p for p in plans_of(row["tokens"], shape, most) if label(p) in times]
+            found = [
+                p
+                for p in plans_of(row["tokens"], shape, row["multiprocessors"])
+                if label(p) in times
+            ]
             if found:
                 chosen = min(found, key=lambda p: p.microseconds)
                 best = min(times[label(p)] for p in found)
@@ -161,7 +165,8 @@ def main() -> None:
         for tokens in options.batches:
             for name in options.shapes:
                 times = measure(tokens, SHAPE_LIST[name], device)
-                heading = {"shape": name, "tokens": tokens, "workers": cuda._workers(0)}
+                processors = cuda._num_multiprocessors(0)
+                heading = {"shape": name, "tokens": tokens, "multiprocessors": processors}
                 rows.append({**heading, "microseconds": times})
                 print(summary(rows[-1]), flush=True)
                 write_result("hopper_tiles", facts, rows, out=options.out)

@@ -23,8 +23,7 @@ from halfweight.kernels.hopper import (
 )
 
 SHARED_BYTES = 227 * 1024
-MOST = (132, 66, 30, 15)
-"""What an H100 said of clusters of 1, 2, 4 and 8."""
+MULTIPROCESSORS = 132
 SHAPES = [
     (57344, 8192),
     (6144, 4096),
@@ -46,12 +45,12 @@ def test_a_block_fits_a_multiprocessor(config: Config) -> None:
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_a_plan_covers_every_tile_once(tokens: int, rows: int, columns: int) -> None:
     for config in (*candidates(tokens, columns, 64), *INT8):
-        for p in plans(config, tokens, rows, columns, MOST):
+        for p in plans(config, tokens, rows, columns, MULTIPROCESSORS):
             tiles = p.tiles_m * p.tiles_n
             assert p.tiles_m * config.tokens >= tokens
             assert p.tiles_n * p.rows * config.cluster >= rows
             assert p.k_blocks * config.k_bytes >= columns
-            assert 1 <= p.num_workers <= MOST[(config.cluster * config.split).bit_length() - 1]
+            assert 1 <= p.num_workers <= MULTIPROCESSORS // (config.cluster * config.split)
             assert p.rows <= config.rows
             shared = tiles - p.whole_waves * p.num_workers
             assert shared < p.num_workers  # the rest is less than a wave, or nothing
@@ -65,11 +64,13 @@ def test_the_small_kernel_has_one_tile_of_tokens(tokens: int) -> None:
     assert {c.tokens for c in found} == {next(n for n in (8, 16, 32, 64) if n >= tokens)}
     assert all(isinstance(c, Small) for c in found) or tokens > 32
     for config in found:
-        assert {p.tiles_m for p in plans(config, tokens, 777, 4096, MOST)} == {1}
+        assert {p.tiles_m for p in plans(config, tokens, 777, 4096, MULTIPROCESSORS)} == {1}
 
 
 def test_tiles_cut_evenly_end_at_the_borders_of_workers() -> None:
-    found = [p for c in LARGE for p in plans(c, 64, 6144, 4096, MOST) if p.whole_waves == 0]
+    found = [
+        p for c in LARGE for p in plans(c, 64, 6144, 4096, MULTIPROCESSORS) if p.whole_waves == 0
+    ]
     evenly = [p for p in found if p.num_workers % (p.tiles_m * p.tiles_n) == 0]
     assert evenly
     for p in evenly:
@@ -77,7 +78,7 @@ def test_tiles_cut_evenly_end_at_the_borders_of_workers() -> None:
 
 
 def test_a_tile_that_a_cluster_splits_has_a_cluster_of_its_own() -> None:
-    found = [p for c in LARGE if c.split > 1 for p in plans(c, 128, 6144, 4096, MOST)]
+    found = [p for c in LARGE if c.split > 1 for p in plans(c, 128, 6144, 4096, MULTIPROCESSORS)]
     assert found
     for p in found:
         assert p.whole_waves == 1
@@ -87,24 +88,24 @@ def test_a_tile_that_a_cluster_splits_has_a_cluster_of_its_own() -> None:
 
 def test_tiles_of_fewer_rows_fill_whole_waves() -> None:
     """gate_up of Llama-3-8B for 128 tokens: 128 tiles of 224 rows for 132 multiprocessors."""
-    chosen = choose(128, 28672, 4096, 128, MOST)
-    assert chosen.tiles_m * chosen.tiles_n <= MOST[0] * chosen.whole_waves
+    chosen = choose(128, 28672, 4096, 128, MULTIPROCESSORS)
+    assert chosen.tiles_m * chosen.tiles_n <= MULTIPROCESSORS * chosen.whole_waves
     assert chosen.rows < chosen.config.rows
 
 
 def test_int8_activations_choose_among_their_own() -> None:
-    assert choose_int8(2048, 28672, 4096, MOST).config in INT8
+    assert choose_int8(2048, 28672, 4096, MULTIPROCESSORS).config in INT8
 
 
 def test_small_batches_use_the_small_kernel_where_its_boxes_fit() -> None:
-    assert isinstance(choose(4, 4096, 4096, 128, MOST).config, Small)
-    assert isinstance(choose(4, 4096, 4096, 32, MOST).config, Large)  # groups of 32
-    assert isinstance(choose(4, 576, 576, 64, MOST).config, Large)  # 576 = 4.5 * 128
-    assert isinstance(choose(65, 4096, 4096, 128, MOST).config, Large)
+    assert isinstance(choose(4, 4096, 4096, 128, MULTIPROCESSORS).config, Small)
+    assert isinstance(choose(4, 4096, 4096, 32, MULTIPROCESSORS).config, Large)  # groups of 32
+    assert isinstance(choose(4, 576, 576, 64, MULTIPROCESSORS).config, Large)  # 576 = 4.5 * 128
+    assert isinstance(choose(65, 4096, 4096, 128, MULTIPROCESSORS).config, Large)
 
 
 def test_an_uneven_last_wave_is_shared_only_where_that_is_faster() -> None:
-    nearly_full = choose(1024, 4096, 14336, 128, MOST)  # 128 tiles for 132 blocks
+    nearly_full = choose(1024, 4096, 14336, 128, MULTIPROCESSORS)  # 128 tiles for 132 blocks
     assert nearly_full.whole_waves * nearly_full.num_workers >= 64
 
 

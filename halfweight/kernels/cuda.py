@@ -33,7 +33,6 @@ from halfweight.kernels.hopper import (
     Int8,
     Large,
     Plan,
-    Workers,
     choose,
     choose_int8,
 )
@@ -44,9 +43,6 @@ GEMV_COLUMNS = 8192
 INT8_BLOCK = 128
 INT8_TOKENS = 512
 """Fewer tokens with int8 activations are the Triton backend's."""
-
-PROBE = 'extern "C" __global__ void probe() {}'
-"""A kernel to ask the driver about."""
 
 Shape = tuple[int, ...]
 
@@ -259,34 +255,6 @@ def _num_multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@cache
-def _workers(device: int) -> Workers:
-    """How many clusters of 1, 2, 4 and 8 blocks this GPU runs at once: chips differ in it."""
-    from cuda.bindings import driver
-
-    module = _check(driver.cuModuleLoadData(compile_cubin(PROBE)), "load")
-    kernel = _check(driver.cuModuleGetFunction(module, b"probe"), "function")
-    most = max(config.shared_bytes for config in LARGE)
-    size_attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _check(driver.cuFuncSetAttribute(kernel, size_attribute, most), "shared memory")
-
-    def count(size: int) -> int:
-        launch = driver.CUlaunchConfig()
-        launch.gridDimX, launch.gridDimY, launch.gridDimZ = size, 1, 1
-        launch.blockDimX, launch.blockDimY, launch.blockDimZ = 128, 1, 1
-        launch.sharedMemBytes = most
-        cluster = driver.CUlaunchAttribute()
-        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        value = driver.CUlaunchAttributeValue()
-        value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = size, 1, 1
-        cluster.value = value
-        launch.attrs, launch.numAttrs = [cluster], 1
-        return int(_check(driver.cuOccupancyMaxActiveClusters(kernel, launch), "occupancy"))
-
-    with torch.cuda.device(device):
-        return (count(1), count(2), count(4), count(8))
-
-
 def _start(kernel: Any, grid: int, config: Config, stream: int, *arguments: int) -> None:
     """Launch `kernel` with the arguments at these addresses.
 
@@ -372,7 +340,8 @@ def linear(
     y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     group_size = packed.shape[1] // scales.shape[1]
-    chosen = choose(rows.shape[0], *packed.shape, group_size, _workers(x.device.index))
+    multiprocessors = _num_multiprocessors(x.device.index)
+    chosen = choose(rows.shape[0], *packed.shape, group_size, multiprocessors)
     _launch(rows, packed, scales.contiguous(), exponents, bias, y, chosen)
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
@@ -396,7 +365,7 @@ def linear_int8(
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    chosen = choose_int8(rows.shape[0], *packed.shape, _workers(x.device.index))
+    chosen = choose_int8(rows.shape[0], *packed.shape, _num_multiprocessors(x.device.index))
     rounded, steps = portable.round_activations(
         rows, 1, INT8_BLOCK, chosen.config.tokens, with_sums=True
     )

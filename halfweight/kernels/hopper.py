@@ -18,8 +18,6 @@ L2_BYTES_PER_US = 6_500_000
 """What all multiprocessors together can read of weights and activations."""
 STORE_BYTES = 1024
 """Shared memory of a warp through which it stores results."""
-Workers = tuple[int, int, int, int]
-"""How many clusters of 1, 2, 4 and 8 blocks run at the same time, a block on a multiprocessor."""
 
 
 @dataclass(frozen=True)
@@ -218,19 +216,13 @@ SMALL = (
     Small(tokens=32, row_tiles=1, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.78),
     Small(tokens=32, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=3, block_us=1.16),
     Small(tokens=64, row_tiles=1, warps_n=4, warps_k=2, units=2, stages=4, block_us=0.986),
-    Small(tokens=64, row_tiles=2, warps_n=4, warps_k=2, units=2, stages=3, block_us=1.67),
 )
 LARGE = (
     Large(tokens=64, warpgroups=2, stages=12, block_us=0.38),
     Large(tokens=64, warpgroups=4, stages=8, block_us=0.66),
-    Large(tokens=64, warpgroups=3, stages=10, block_us=0.5, split=4),
-    Large(tokens=64, warpgroups=4, stages=8, block_us=0.66, split=4),
     Large(tokens=128, warpgroups=2, stages=8, block_us=0.5),
     Large(tokens=128, warpgroups=2, stages=8, block_us=0.5, split=2),
-    Large(tokens=128, warpgroups=3, stages=7, block_us=0.75, split=2),
-    Large(tokens=128, warpgroups=3, stages=7, block_us=0.75, split=4),
     Large(tokens=128, warpgroups=4, stages=6, block_us=0.95),
-    Large(tokens=128, warpgroups=4, stages=6, block_us=0.95, split=2),
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.75),
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.75, cluster=2),
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.75, split=2),
@@ -274,12 +266,12 @@ def candidates(num_tokens: int, in_features: int, group_size: int) -> list[Confi
 
 
 def plans(
-    config: Config, num_tokens: int, out_features: int, in_features: int, most: Workers
+    config: Config, num_tokens: int, out_features: int, in_features: int, multiprocessors: int
 ) -> list[Plan]:
-    """Every way to deal the tiles of `config` to at most so many workers."""
+    """Every way to deal the tiles of `config` to the multiprocessors."""
     tiles_m = -(-num_tokens // config.tokens)
     k_blocks = -(-in_features // config.k_bytes)
-    workers = most[(config.cluster * config.split).bit_length() - 1]
+    workers = multiprocessors // (config.cluster * config.split)
     found = []
     for rows in config.row_counts(out_features, tiles_m, workers):
         tiles_n = -(-out_features // (rows * config.cluster))
@@ -329,21 +321,18 @@ def _schedules(
 
 @lru_cache(maxsize=4096)
 def choose(
-    num_tokens: int, out_features: int, in_features: int, group_size: int, most: Workers
+    num_tokens: int, out_features: int, in_features: int, group_size: int, multiprocessors: int
 ) -> Plan:
     """The plan that should take the least time."""
     configs = candidates(num_tokens, in_features, group_size)
-    return _fastest(configs, num_tokens, out_features, in_features, most)
+    return _fastest(configs, num_tokens, out_features, in_features, multiprocessors)
 
 
 @lru_cache(maxsize=4096)
-def choose_int8(num_tokens: int, out_features: int, in_features: int, most: Workers) -> Plan:
+def choose_int8(num_tokens: int, out_features: int, in_features: int, multiprocessors: int) -> Plan:
     """The plan that should take the least time for activations in int8."""
-    return _fastest(INT8, num_tokens, out_features, in_features, most)
+    return _fastest(INT8, num_tokens, out_features, in_features, multiprocessors)
 
 
-def _fastest(
-    configs: Sequence[Config], num_tokens: int, out_features: int, in_features: int, most: Workers
-) -> Plan:
-    found = (p for c in configs for p in plans(c, num_tokens, out_features, in_features, most))
-    return min(found, key=lambda p: p.microseconds)
+def _fastest(configs: Sequence[Config], *sizes: int) -> Plan:
+    return min((p for c in configs for p in plans(c, *sizes)), key=lambda p: p.microseconds)

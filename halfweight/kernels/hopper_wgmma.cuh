@@ -6,15 +6,15 @@
 // The blocks of a cluster either take neighbouring rows of W and fetch each a part of the x that all
 // multiply (CLUSTER), or take one tile together, each a part of K (SPLIT).
 //
-// Compile-time: TOKENS, ROWS, WGS consumer warpgroups, STAGES of the ring, CLUSTER and SPLIT, of which
-// one is 1.
+// Compile-time: TOKENS, ROWS, WGS consumer warpgroups (2 or 4), STAGES of the ring, CLUSTER and SPLIT
+// (1 or 2; one of them is 1).
 
 constexpr int ACC = TOKENS * ROWS / (128 * WGS);
 constexpr int OWN = ACC / SPLIT;
 constexpr int CONSUMERS = 128 * WGS;
 constexpr int STORE_BYTES = 1024;
 constexpr int PRODUCER_REGISTERS = WGS == 2 ? 40 : 32;
-constexpr int CONSUMER_REGISTERS = WGS == 2 ? 232 : WGS == 3 ? 160 : 112;
+constexpr int CONSUMER_REGISTERS = WGS == 2 ? 232 : 112;
 
 __device__ __forceinline__ void release_stage(u32 bar, int lane) {
 #if CLUSTER > 1
