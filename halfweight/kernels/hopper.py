@@ -16,6 +16,8 @@ MEMORY_BYTES_PER_US = 2_930_000
 """What all multiprocessors together can read of the weights."""
 L2_BYTES_PER_US = 6_500_000
 """What all multiprocessors together can read of weights and activations."""
+L2_BYTES = 40_000_000
+"""Activations that stay in the L2 cache whatever the order in which blocks read them."""
 STORE_BYTES = 1024
 """Shared memory of a warp through which it stores results."""
 
@@ -40,12 +42,17 @@ class Small:
     threads = 384
     cluster = split = 1
     tile_us = 0.67
-    even_share = 0.75
+    shares_tiles = True
 
     @property
     def fixup_us(self) -> float:
         """What sharing tiles costs; grows with the sums exchanged."""
         return 1.5 + 0.0007 * self.partial_floats
+
+    @property
+    def even_fixup_us(self) -> float:
+        """The same where all shares end at once."""
+        return 0.75 * self.fixup_us
 
     @property
     def rows(self) -> int:
@@ -61,7 +68,7 @@ class Small:
         """Rows that a tile may have."""
         return [self.rows]
 
-    def stage_us(self, num_blocks: int, rows: int) -> float:
+    def stage_us(self, num_blocks: int, rows: int, in_step: bool = True) -> float:
         """Microseconds a stage takes while so many blocks read."""
         return max(self.block_us, rows * self.k_bytes * num_blocks / MEMORY_BYTES_PER_US)
 
@@ -108,13 +115,18 @@ class Large:
     entry = b"w8a16_large"
     k_bytes = 64
     tile_us = 0.85
-    even_share = 0.61
+    even_fixup_us = 6.0
     collect_us = 2.0
 
     @property
     def fixup_us(self) -> float:
         """What sharing tiles costs; grows with the sums exchanged."""
-        return 3.2 + 0.00032 * self.partial_floats
+        return 5.0 + 0.00032 * self.partial_floats
+
+    @property
+    def shares_tiles(self) -> bool:
+        """With four warpgroups there are no registers to exchange sums: it takes 15 to 30 us."""
+        return self.warpgroups < 4
 
     def row_counts(self, out_features: int, tiles_m: int, workers: int) -> list[int]:
         """Rows that a tile may have: all that fit, or the fewest that need no more waves."""
@@ -123,11 +135,11 @@ class Large:
         fewest = -(-out_features // (tiles_n * self.cluster * 16)) * 16
         return sorted({fewest, self.rows})
 
-    def stage_us(self, num_blocks: int, rows: int) -> float:
-        """Microseconds a stage takes while so many blocks read."""
+    def stage_us(self, num_blocks: int, rows: int, in_step: bool = True) -> float:
+        """Microseconds a stage takes while so many blocks read; each its own x if out of step."""
         weights = rows * self.k_bytes
         from_l2 = weights + self.x_bytes // self.cluster
-        in_memory = num_blocks * weights / MEMORY_BYTES_PER_US
+        in_memory = num_blocks * (weights if in_step else from_l2) / MEMORY_BYTES_PER_US
         return max(self.block_us, in_memory, num_blocks * from_l2 / L2_BYTES_PER_US)
 
     @property
@@ -210,26 +222,26 @@ Config = Small | Large
 SMALL = (
     Small(tokens=8, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=4, block_us=1.44),
     Small(tokens=8, row_tiles=3, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.64),
-    Small(tokens=16, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.44),
-    Small(tokens=16, row_tiles=3, warps_n=1, warps_k=8, units=1, stages=4, block_us=0.82),
-    Small(tokens=16, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.86),
-    Small(tokens=32, row_tiles=1, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.78),
-    Small(tokens=32, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=3, block_us=1.16),
+    Small(tokens=16, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.441),
+    Small(tokens=16, row_tiles=3, warps_n=1, warps_k=8, units=1, stages=4, block_us=0.811),
+    Small(tokens=16, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.927),
+    Small(tokens=32, row_tiles=1, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.785),
+    Small(tokens=32, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=3, block_us=1.177),
     Small(tokens=64, row_tiles=1, warps_n=4, warps_k=2, units=2, stages=4, block_us=0.986),
 )
 LARGE = (
-    Large(tokens=64, warpgroups=2, stages=12, block_us=0.38),
-    Large(tokens=64, warpgroups=4, stages=8, block_us=0.66),
-    Large(tokens=128, warpgroups=2, stages=8, block_us=0.5),
-    Large(tokens=128, warpgroups=2, stages=8, block_us=0.5, split=2),
-    Large(tokens=128, warpgroups=4, stages=6, block_us=0.95),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.75),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.75, cluster=2),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.75, split=2),
+    Large(tokens=64, warpgroups=2, stages=12, block_us=0.36),
+    Large(tokens=64, warpgroups=4, stages=8, block_us=0.634),
+    Large(tokens=128, warpgroups=2, stages=8, block_us=0.551),
+    Large(tokens=128, warpgroups=2, stages=8, block_us=0.433, split=2),
+    Large(tokens=128, warpgroups=4, stages=6, block_us=0.916),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.895),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.911, cluster=2),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.726, split=2),
 )
 INT8 = (
-    Int8(tokens=128, warpgroups=2, stages=5, block_us=1.0),
-    Int8(tokens=128, warpgroups=2, stages=5, block_us=1.0, cluster=2),
+    Int8(tokens=128, warpgroups=2, stages=5, block_us=1.319),
+    Int8(tokens=128, warpgroups=2, stages=5, block_us=1.316, cluster=2),
 )
 
 
@@ -272,11 +284,13 @@ def plans(
     tiles_m = -(-num_tokens // config.tokens)
     k_blocks = -(-in_features // config.k_bytes)
     workers = multiprocessors // (config.cluster * config.split)
+    in_step = 2 * num_tokens * in_features <= L2_BYTES
     found = []
     for rows in config.row_counts(out_features, tiles_m, workers):
         tiles_n = -(-out_features // (rows * config.cluster))
-        schedules = _split if config.split > 1 else _schedules
-        for case in schedules(config, rows, tiles_m * tiles_n, k_blocks, workers):
+        sizes = (rows, tiles_m * tiles_n, k_blocks, workers)
+        cases = _split(config, *sizes) if config.split > 1 else _schedules(config, *sizes, in_step)
+        for case in cases:
             found.append(Plan(config, rows, tiles_m, tiles_n, k_blocks, *case))
     return found
 
@@ -296,7 +310,7 @@ def _split(
 
 
 def _schedules(
-    config: Config, rows: int, tiles: int, k_blocks: int, most_workers: int
+    config: Config, rows: int, tiles: int, k_blocks: int, most_workers: int, in_step: bool
 ) -> Iterator[Schedule]:
     """Whole tiles only; what is left after whole waves shared; each tile cut evenly.
 
@@ -305,18 +319,19 @@ def _schedules(
     workers = min(most_workers, tiles * k_blocks)
     waves, parts = -(-tiles // workers), min(workers // tiles, k_blocks)
 
-    def us(num_workers: int, num_tiles: float, blocks: float) -> float:
-        stage_us = config.stage_us(num_workers * config.cluster, rows)
+    def us(num_workers: int, num_tiles: float, blocks: float, in_step: bool = True) -> float:
+        stage_us = config.stage_us(num_workers * config.cluster, rows, in_step)
         return blocks * stage_us + num_tiles * config.tile_us
 
     yield waves, workers, us(min(tiles, workers), waves, waves * k_blocks)
-    shared = tiles / workers
-    if tiles % workers and tiles % workers * k_blocks >= workers:
-        shared_us = us(workers, shared, shared * k_blocks) + config.fixup_us
-        yield tiles // workers, workers, shared_us
-    if parts > 1:
+    full, left = divmod(tiles, workers)
+    if config.shares_tiles and left and left * k_blocks >= workers:
+        share = left / workers
+        shared_us = us(workers, share, share * k_blocks, in_step) + config.fixup_us
+        yield full, workers, us(workers, full, full * k_blocks) + shared_us
+    if config.shares_tiles and parts > 1:
         even_us = us(tiles * parts, 1, -(-k_blocks // parts))
-        yield 0, tiles * parts, even_us + config.even_share * config.fixup_us
+        yield 0, tiles * parts, even_us + config.even_fixup_us
 
 
 @lru_cache(maxsize=4096)
