@@ -157,7 +157,7 @@ def _first_token(
     rival: str, model: Any, device: torch.device, workload: Workload
 ) -> FirstTokenTime:
     num_tokens = workload.long_prompt_tokens
-    decoder = Decoder(model, 1, num_tokens + 1)
+    decoder = Decoder(model, 1, num_tokens + 1, step="kernel")
     prompt = random_prompts(model, 1, num_tokens)
     seconds = [
         _timed(device, lambda: decoder.prefill(prompt).argmax(dim=-1))[0]
