@@ -1,10 +1,11 @@
-"""The roofline picture of one weight, from a result of benchmarks/kernels.py.
+"""The roofline picture of one weight, from results of benchmarks/kernels.py on one kind of GPU.
 
-    python benchmarks/roofline.py benchmarks/results/kernels.json docs/images/roofline.png
+    cd benchmarks/results
+    python ../roofline.py kernels.json kernels-gate_up.json ../../docs/images/roofline.png
 
 Each point is a kernel at one batch. Its height is measured; its place along the axis follows from
 the bytes its weight takes, so INT8 kernels stand further right than 16-bit ones at the same batch.
-The sloping roof is the read bandwidth measured in the same run, the flat one the fastest product.
+The sloping roof is the read bandwidth measured in the same run, the flat one the fastest product shown.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ STYLES = {
     "float16": ("#888888", "o", "16-bit weights, vendor"),
     "halfweight cuda": ("#0b6e4f", "s", "halfweight, CUDA"),
     "halfweight triton": ("#2a9d8f", "^", "halfweight, Triton"),
-    "halfweight triton int8": ("#e76f51", "v", "halfweight, int8 activations"),
     "humming g128": ("#b5838d", "x", "humming"),
-    "gemlite g128": ("#6d6875", "+", "gemlite"),
+    "gemlite row": ("#6d6875", "+", "gemlite, one scale a row"),
     "torchao row": ("#457b9d", "d", "torchao"),
 }
 
@@ -46,7 +46,8 @@ def draw(result: dict[str, Any], shape: str, out: Path) -> None:
 
     rows = result["results"]
     bandwidth = result["ceiling"]["read_bytes_per_second"] / 1e12
-    fastest = max(row["teraflops"] for row in rows if "error" not in row)
+    shown = [row for row in rows if row["kernel"] in STYLES and "error" not in row]
+    fastest = max(row["teraflops"] for row in shown)
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
     left, right = 0.7, 8000.0
     ridge = fastest / bandwidth
@@ -75,11 +76,13 @@ def draw(result: dict[str, Any], shape: str, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", default="gate_up")
     options = parser.parse_args()
-    draw(json.loads(options.result.read_text()), options.shape, options.out)
+    found = [json.loads(path.read_text()) for path in options.results]
+    rows = [row for result in found for row in result["results"]]
+    draw({**found[0], "results": rows}, options.shape, options.out)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_the_readmes_figures_are_those_of_the_results():
     assert readme_tables.PAGE.read_text() == readme_tables.page()
 
 
-@pytest.mark.parametrize("name", ["kernels", "kernels-own"])
+@pytest.mark.parametrize("name", ["kernels", "kernels-gate_up", "kernels-70b"])
 def test_the_kernels_pages_tables_are_those_of_the_results(name):
     page = (ROOT / "docs" / "kernels.md").read_text()
     assert kernels.markdown(readme_tables.results(name)["results"]) in page

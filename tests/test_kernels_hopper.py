@@ -8,6 +8,7 @@ import subprocess
 import pytest
 import torch
 
+from halfweight.kernels import cuda
 from halfweight.kernels.cuda import source
 from halfweight.kernels.hopper import (
     INT8,
@@ -95,6 +96,25 @@ def test_tiles_of_fewer_rows_fill_whole_waves() -> None:
 
 def test_int8_activations_choose_among_their_own() -> None:
     assert choose_int8(2048, 28672, 4096, MULTIPROCESSORS).config in INT8
+
+
+@pytest.mark.parametrize(("tokens", "groups"), [(511, 4), (1, 4), (600, 8)])
+def test_few_tokens_or_small_groups_are_exact_with_int8_activations(monkeypatch, tokens, groups):
+    """Rounding them would be slower."""
+    x = torch.zeros(tokens, 512, dtype=torch.float16)
+    packed, scales = (torch.zeros(64, n, dtype=torch.uint8) for n in (512, groups))
+    exponents = torch.zeros(64, dtype=torch.int8)
+    monkeypatch.setattr(cuda, "linear", lambda *operands: "exact")
+    assert cuda.linear_int8(x, packed, scales, exponents, None) == "exact"
+    many = torch.zeros(512, 512, dtype=torch.float16)
+    assert cuda.takes_int8(many, packed, packed[:, :4], exponents)
+
+
+def test_tiles_are_not_shared_by_four_warpgroups() -> None:
+    """They have no registers to spare for another's sums."""
+    found = [p for c in LARGE if c.warpgroups == 4 for p in plans(c, 100, 6144, 4096, 132)]
+    assert found
+    assert all(p.tiles_m * p.tiles_n <= p.whole_waves * p.num_workers for p in found)
 
 
 def test_small_batches_use_the_small_kernel_where_its_boxes_fit() -> None:

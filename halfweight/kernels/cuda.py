@@ -42,7 +42,7 @@ GEMV_COLUMNS = 8192
 """One token with at most so many columns is the Triton backend's GEMV, which starts sooner."""
 INT8_BLOCK = 128
 INT8_TOKENS = 512
-"""Fewer tokens with int8 activations are the Triton backend's."""
+"""Fewer tokens are multiplied exactly, which is faster as well."""
 
 Shape = tuple[int, ...]
 
@@ -347,7 +347,7 @@ def linear(
 
 
 def takes_int8(x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None) -> bool:
-    """Whether hopper_int8.cu computes this product; the Triton backend does the others."""
+    """Whether hopper_int8.cu computes this product: many tokens, groups no smaller than 128."""
     group_size = packed.shape[1] // scales.shape[1]
     return (
         takes(x, packed, scales, exponents)
@@ -359,9 +359,12 @@ def takes_int8(x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | No
 def linear_int8(
     x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """Like `linear`, with x rounded to int8 per token and 128 columns: opt-in, not exact."""
+    """Like `linear`, with x rounded to int8 per token and 128 columns: opt-in, not exact.
+
+    What hopper_int8.cu does not take is `linear`, exact and faster than int8 without it.
+    """
     if exponents is None or not takes_int8(x, packed, scales, exponents):
-        return portable.linear_int8(x, packed, scales, exponents, bias)
+        return linear(x, packed, scales, exponents, bias)
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
