@@ -5,7 +5,8 @@
 
 Each point is a kernel at one batch. Its height is measured; its place along the axis follows from
 the bytes its weight takes, so INT8 kernels stand further right than 16-bit ones at the same batch.
-The sloping roof is the read bandwidth measured in the same run, the flat one the fastest product shown.
+The sloping roof is the read bandwidth measured in the same run, the flat one the fastest product
+shown.
 """
 
 from __future__ import annotations
