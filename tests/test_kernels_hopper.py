@@ -130,7 +130,7 @@ def test_an_uneven_last_wave_is_shared_only_where_that_is_faster() -> None:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's compiler, but no GPU")
-@pytest.mark.parametrize("config", [LARGE[0], LARGE[-1], INT8[-1]], ids=str)
+@pytest.mark.parametrize("config", [*LARGE, INT8[-1]], ids=str)
 def test_products_of_warpgroups_overlap(config: Large, tmp_path) -> None:
     """Where it cannot prove that they may, ptxas waits after each and only notes a number."""
     text = tmp_path / "kernel.cu"

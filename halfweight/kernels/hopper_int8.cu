@@ -1,5 +1,5 @@
-// y[M, N] = x[M, K] dequantize(packed[N, K], codes[N, K/G], exponents[N])^T + bias[N] for x in int8,
-// x = steps[K/128, M] rounded[M, K]: opt-in, for prefill, where arithmetic is the limit
+// y[M, N] = x[M, K] dequantize(packed[N, K], codes[N, K/G], exponents[N])^T + bias[N] for int8 x =
+// steps[K/128, M] rounded[M, K]: opt-in, for prefill, where arithmetic is the limit
 //
 // Stored bytes u = q + 128 are the tensor core's unsigned operand as they are, x the signed one:
 // nothing is converted. Every 128 columns the int32 sums of a tile become float32:
@@ -45,8 +45,8 @@ struct Groups {
     __device__ __forceinline__ int operator()(int k) const { return min(k * KB >> shift, last); }
 };
 
-// Codes as floats, in the order in which lanes want them: rows 8j + 2i and 8j + 2i + 1 of a tile are
-// for lanes of i = lane % 4, whose pairs for two j are 16 bytes.
+// Codes as floats, in the order in which lanes want them: rows 8j + 2i and 8j + 2i + 1 of a tile
+// are for lanes of i = lane % 4, whose pairs for two j are 16 bytes.
 __device__ __forceinline__ void write_codes(const Problem& p, const Block& b) {
     constexpr int PAIRS = ROWS / 64;
     Groups group(p);

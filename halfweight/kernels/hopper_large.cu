@@ -1,12 +1,12 @@
-// y[M, N] = x[M, K] dequantize(packed[N, K], codes[N, K/G], exponents[N])^T + bias[N], M > 64
+// y[M, N] = x[M, K] dequantize(packed[N, K], codes[N, K/G], exponents[N])^T + bias[N], many tokens
 //
 // The transposed product y^T = W x^T makes the weights the first operand of wgmma, which may come
 // from registers: INT8 bytes travel from the file's layout in global memory through shared memory
 // to registers, become 16-bit there (three instructions for two weights), and never exist as 16-bit
-// in memory. A lane reads just the two bytes that each register of a fragment wants: more loads than
-// hopper_small.cu makes, but they hide behind the tensor cores, and x needs no other order.
+// in memory. A lane reads just the two bytes that each register of a fragment wants: more loads
+// than hopper_small.cu makes, but x needs no other order.
 //
-//   warpgroup 0      producer: bulk tensor copies of W [ROWS, KB] bytes and x [TOKENS, KB] into a ring
+//   warpgroup 0      producer: bulk tensor copies of W [ROWS, KB] and x [TOKENS, KB] to a ring
 //   warpgroups 1...  consumers: 64 rows of W each; half of the next 64 columns is converted while
 //                    the tensor cores multiply the half before
 //
@@ -23,6 +23,7 @@ constexpr int COPIED_BYTES = W_BYTES + X_BYTES;
 constexpr int STAGE_BYTES = COPIED_BYTES + 1024;
 typedef Place<STAGE_BYTES> Here;
 constexpr int STEPS = 2;
+constexpr int OWN = ACC / SPLIT;
 // Four warpgroups hide each other's conversions, and have no registers for another half.
 constexpr int AHEAD = WGS == 4 ? 0 : 1;
 
@@ -93,16 +94,19 @@ struct Consumer {
         for (int step = 0; step < STEPS; ++step) {
             u32 address = here.stage + line ^ (HALF * STEPS + step) << 4;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) raw[step][i] = byte_pair(address + i % 2 * 8 * KB + i / 2 * 8);
+            for (int i = 0; i < 4; ++i)
+                raw[step][i] = byte_pair(address + i % 2 * 8 * KB + i / 2 * 8);
         }
     }
     template <int HALF>
-    __device__ __forceinline__ void convert(const Raw& raw, const Scales& scales, Fragments& a) const {
+    __device__ __forceinline__ void convert(const Raw& raw, const Scales& scales,
+                                            Fragments& a) const {
+        const u32* pair = scales.pairs[HALF * (GROUPS - 1)];
 #pragma unroll
         for (int step = 0; step < STEPS; ++step)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                a[step][i] = multiply(to_16bit(raw[step][i], selector), scales.pairs[HALF * (GROUPS - 1)][i % 2]);
+                a[step][i] = multiply(to_16bit(raw[step][i], selector), pair[i % 2]);
     }
     // Where the descriptor of half HALF of the stage's x begins.
     template <int HALF> __device__ __forceinline__ u32 x() const {
@@ -115,8 +119,9 @@ struct Consumer {
 };
 
 // Multiply the first half of a K block from `a`; meanwhile fill `next` for the second.
-__device__ __forceinline__ void multiply_first(Consumer& c, const Scales& scales, const Fragments& a,
-                                               Fragments& next, float (&acc)[ACC]) {
+__device__ __forceinline__ void multiply_first(Consumer& c, const Scales& scales,
+                                               const Fragments& a, Fragments& next,
+                                               float (&acc)[ACC]) {
     wgmma_half(acc, a, c.x<0>());
     Raw raw;
     c.read<1>(raw);
@@ -126,8 +131,8 @@ __device__ __forceinline__ void multiply_first(Consumer& c, const Scales& scales
 }
 
 // Multiply the second half of K block k from `a`; meanwhile fill `next` for the block after it.
-__device__ __forceinline__ void multiply_second(const Problem& p, Consumer& c, Scales& scales, int k,
-                                                const Fragments& a, Fragments& next,
+__device__ __forceinline__ void multiply_second(const Problem& p, Consumer& c, Scales& scales,
+                                                int k, const Fragments& a, Fragments& next,
                                                 float (&acc)[ACC]) {
     wgmma_half(acc, a, c.x<1>());
     c.held = c.here.stage;
@@ -166,9 +171,11 @@ __device__ __forceinline__ void store_rows(const Problem& p, int first_token, in
     for (int base = 0; base < COUNT * 2; base += CHUNK) {
 #pragma unroll
         for (int j = 0; j < CHUNK / 8; ++j) {
-            const float* c = sums + (base / 8 + j) * 4;
-            u32 low = pack(c[0] * ends.scale[0] + ends.offset[0], c[1] * ends.scale[0] + ends.offset[0]);
-            u32 high = pack(c[2] * ends.scale[1] + ends.offset[1], c[3] * ends.scale[1] + ends.offset[1]);
+            float v[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                v[i] = sums[(base / 8 + j) * 4 + i] * ends.scale[i / 2] + ends.offset[i / 2];
+            u32 low = pack(v[0], v[1]), high = pack(v[2], v[3]);
             asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::
                          "r"(address + j * 256), "r"(low), "r"(high) : "memory");
         }
@@ -188,6 +195,42 @@ __device__ __forceinline__ void store_rows(const Problem& p, int first_token, in
         }
         __syncwarp();
     }
+}
+
+// Each block of a cluster collects, in the order of the blocks, the sums of its own part of the
+// tokens. The ring has done its work by then and takes what the others send. All threads of the
+// cluster meet twice in here; those that do not multiply call `meet_collectors`.
+__device__ __forceinline__ void collect(const Block& b, int thread, const float (&sums)[ACC],
+                                        float (&own)[OWN]) {
+    cluster_sync();
+#pragma unroll
+    for (int i = 0; i < ACC; i += 4) {
+        u32 remote, local = b.ring + ((b.rank * OWN + i % OWN) / 4 * CONSUMERS + thread) * 16;
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(i / OWN));
+        asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote),
+                     "f"(sums[i]), "f"(sums[i + 1]), "f"(sums[i + 2]), "f"(sums[i + 3])
+                     : "memory");
+    }
+    cluster_sync();
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) own[i] = 0.0f;
+    for (int rank = 0; rank < SPLIT; ++rank) {
+#pragma unroll
+        for (int i = 0; i < OWN; i += 4) {
+            uint4 v = load16(b.ring + ((rank * OWN + i) / 4 * CONSUMERS + thread) * 16);
+            own[i] += __uint_as_float(v.x);
+            own[i + 1] += __uint_as_float(v.y);
+            own[i + 2] += __uint_as_float(v.z);
+            own[i + 3] += __uint_as_float(v.w);
+        }
+    }
+}
+__device__ __forceinline__ void meet_collectors() {
+#if SPLIT > 1
+    __syncwarp();
+    cluster_sync();
+    cluster_sync();
+#endif
 }
 
 // What becomes of a run's sums: collected by the cluster, or left for the block that starts the

@@ -1,16 +1,15 @@
 // What the kernels for many tokens share: tiles of at most ROWS rows of W by TOKENS tokens whose
-// products wgmma sums, a warpgroup for each 64 of one of them. What the warpgroups multiply is always
-// the whole tile: where it has only `tile_rows` rows, so that tiles fill whole waves, the sums of the
+// products wgmma sums, a warpgroup for each 64 of one of them. The warpgroups always multiply the
+// whole tile: where it has only `tile_rows` rows, so that tiles fill whole waves, the sums of the
 // rest go nowhere.
 //
-// The blocks of a cluster either take neighbouring rows of W and fetch each a part of the x that all
-// multiply (CLUSTER), or take one tile together, each a part of K (SPLIT).
+// The blocks of a cluster either take neighbouring rows of W and fetch each a part of the x that
+// all multiply (CLUSTER), or take one tile together, each a part of K (SPLIT).
 //
-// Compile-time: TOKENS, ROWS, WGS consumer warpgroups (2 or 4), STAGES of the ring, CLUSTER and SPLIT
-// (1 or 2; one of them is 1).
+// Compile-time: TOKENS, ROWS, WGS consumer warpgroups (2 or 4), STAGES of the ring, CLUSTER and
+// SPLIT (1 or 2; one of them is 1).
 
 constexpr int ACC = TOKENS * ROWS / (128 * WGS);
-constexpr int OWN = ACC / SPLIT;
 constexpr int CONSUMERS = 128 * WGS;
 constexpr int STORE_BYTES = 1024;
 constexpr int PRODUCER_REGISTERS = WGS == 2 ? 40 : 32;
@@ -56,12 +55,6 @@ __device__ __forceinline__ void copy_x(u32 dst, const TensorMap* map, int column
 #endif
 }
 
-__device__ __forceinline__ void wgmma_fence() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void wgmma_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
 template <int N> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
@@ -110,7 +103,8 @@ template <int STAGE_BYTES, int FILLERS>
 __device__ __forceinline__ Block begin_block(const Problem& p, u8* raw) {
     u8* base = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
     int worker = p.num_workers - 1 - (int)(blockIdx.x / (CLUSTER * SPLIT));
-    Block b = {shared_address(base), (u16*)(base + STAGES * STAGE_BYTES), worker, (int)cluster_rank()};
+    u16* buffers = (u16*)(base + STAGES * STAGE_BYTES);
+    Block b = {shared_address(base), buffers, worker, (int)cluster_rank()};
     if (threadIdx.x == 0) {
         Place<STAGE_BYTES> place(b);
         for (int i = 0; i < STAGES; ++i, place.advance()) {
@@ -140,60 +134,24 @@ __device__ __forceinline__ int first_row(const Problem& p, const Block& b, int n
     return (CLUSTER > 1 ? n * CLUSTER + b.rank : n) * p.tile_rows;
 }
 
-// Each block of a cluster collects, in the order of the blocks, the sums of its own part of the
-// tokens. The ring has done its work by then and takes what the others send. All threads of the
-// cluster meet twice in here; those that do not multiply call `meet_collectors`.
-__device__ __forceinline__ void collect(const Block& b, int thread, const float (&sums)[ACC],
-                                        float (&own)[OWN]) {
-    cluster_sync();
-#pragma unroll
-    for (int i = 0; i < ACC; i += 4) {
-        u32 remote, local = b.ring + ((b.rank * OWN + i % OWN) / 4 * CONSUMERS + thread) * 16;
-        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(i / OWN));
-        asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote),
-                     "f"(sums[i]), "f"(sums[i + 1]), "f"(sums[i + 2]), "f"(sums[i + 3])
-                     : "memory");
-    }
-    cluster_sync();
-#pragma unroll
-    for (int i = 0; i < OWN; ++i) own[i] = 0.0f;
-    for (int rank = 0; rank < SPLIT; ++rank) {
-#pragma unroll
-        for (int i = 0; i < OWN; i += 4) {
-            uint4 v = load16(b.ring + ((rank * OWN + i) / 4 * CONSUMERS + thread) * 16);
-            own[i] += __uint_as_float(v.x);
-            own[i + 1] += __uint_as_float(v.y);
-            own[i + 2] += __uint_as_float(v.z);
-            own[i + 3] += __uint_as_float(v.w);
-        }
-    }
-}
-__device__ __forceinline__ void meet_collectors() {
-#if SPLIT > 1
-    __syncwarp();
-    cluster_sync();
-    cluster_sync();
-#endif
-}
-
 // What becomes of the sums of a run that has only a part of its tile's K: left for the block that
 // starts the tile, or made whole by that. False if there is nothing left to store.
 __device__ __forceinline__ bool finish_shared(const Problem& p, const Block& b,
-                                              const Schedule& schedule, const Segment& s, int thread,
-                                              float (&sums)[ACC]) {
+                                              const Schedule& schedule, const Segment& s,
+                                              int thread, float (&sums)[ACC]) {
     if (s.k_begin > 0) {
         leave_partial<1, CONSUMERS>(p, b.worker * CLUSTER + b.rank, thread, sums);
         return false;
     }
     if (s.k_end < p.k_blocks)
-        add_partials<1, CONSUMERS>(p, b.worker + 1, schedule.last_sharer(s), CLUSTER, b.rank, thread,
-                                   sums);
+        add_partials<1, CONSUMERS>(p, b.worker + 1, schedule.last_sharer(s), CLUSTER, b.rank,
+                                   thread, sums);
     return true;
 }
 
 // One thread feeds the ring: rows of W by bulk copies, activations by `copy_activations(stage's
-// address, m, k, barrier)`, COPIED_BYTES a stage of a whole tile. Weights are nobody's output: those of the first stages are asked for
-// before the kernel ahead of this one has ended.
+// address, m, k, barrier)`; COPIED_BYTES in all for a tile of ROWS. Weights are nobody's output:
+// those of the first stages are asked for before the kernel ahead of this one has ended.
 template <int KB, int STAGE_BYTES, int COPIED_BYTES, typename Copy>
 __device__ __forceinline__ void produce(const TensorMap* w_map, const Problem& p, const Block& b,
                                         Copy copy_activations) {
