@@ -29,7 +29,7 @@ from torch import Tensor
 
 from halfweight.kernels import cuda, hopper, timing
 from halfweight.kernels import triton as portable
-from halfweight.kernels.hopper import INT8, LARGE, SMALL, Config, Int8, Plan, Small, plans
+from halfweight.kernels.hopper import Config, Int8, Plan, Small, plans
 
 BATCHES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 GROUP_SIZE = 128
@@ -56,7 +56,7 @@ def int8_plans(tokens: int, shape: tuple[int, int], multiprocessors: int) -> lis
     """The same for activations in int8."""
     if tokens < cuda.INT8_TOKENS:
         return []
-    return [p for c in INT8 for p in plans(c, tokens, *shape, multiprocessors)]
+    return [p for c in hopper.INT8 for p in plans(c, tokens, *shape, multiprocessors)]
 
 
 def measure(tokens: int, shape: tuple[int, int], device: torch.device) -> dict[str, float]:
@@ -113,19 +113,17 @@ def with_times(configs: Sequence[Config], factors: Mapping[Config, float]) -> tu
 @contextmanager
 def using(configs: Sequence[Config]) -> Iterator[None]:
     """Choose among these instead."""
-    global INT8
-    before, INT8 = INT8, tuple(c for c in configs if isinstance(c, Int8))
     small = tuple(c for c in configs if isinstance(c, Small))
+    int8 = tuple(c for c in configs if isinstance(c, Int8))
     large = tuple(c for c in configs if not isinstance(c, Int8 | Small))
-    with mock.patch.multiple(hopper, SMALL=small, LARGE=large):
+    with mock.patch.multiple(hopper, SMALL=small, LARGE=large, INT8=int8):
         yield
-    INT8 = before
 
 
 def fit(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> tuple[Config, ...]:
     """Stage times, near those of today, under which the choice loses the least."""
     chance = random.Random(seed)
-    best = (*SMALL, *LARGE, *INT8)
+    best = (*hopper.SMALL, *hopper.LARGE, *hopper.INT8)
     least = penalty(rows)
     for _ in range(TRIES):
         factors = dict.fromkeys(best, 1.0)
