@@ -109,7 +109,7 @@ class Decoder:
         self._slot = torch.zeros(1, dtype=torch.int32, device=model.device)
         self._starts = torch.zeros(batch_size, dtype=torch.int32, device=model.device)
         self.step = step
-        self._reader: GpuStep | None = None
+        self._own: GpuStep | None = None
         self._step = self._choose if step == "kernel" else _make_step(self._one_token, step)
 
     @torch.inference_mode()
@@ -146,14 +146,14 @@ class Decoder:
         """Our kernels for a prompt alone on CUDA, if the steps after it are theirs; else None."""
         if self.step != "kernel" or len(self._ids) > 1 or not self._ids.is_cuda:
             return None
-        if self._reader is None and type(self._cache) is StaticCache:
-            self._reader = self._gpu_step()
-        return self._reader
+        if self._own is None and type(self._cache) is StaticCache:
+            self._own = self._gpu_step()
+        return self._own if self._own is not None and self._own.reads_prompts else None
 
     def _choose(self) -> Tensor:
         """The first step, when the cache exists: by our kernels if the model has such a step."""
         on_cuda = self._ids.is_cuda
-        fast = self._reader or (self._gpu_step() if on_cuda else self._cpu_step())
+        fast = self._own or (self._gpu_step() if on_cuda else self._cpu_step())
         if fast is None:
             self.step = "graph" if on_cuda and not has_experts(self._model) else "eager"
         call = self._one_token if fast is None else fast

@@ -33,6 +33,7 @@ log = logging.getLogger("halfweight")
 SPLIT_TOKENS = 64
 """Cached tokens that attention loads at a time; no share is smaller."""
 PROGRAMS_A_PROCESSOR = 4
+FLASH_CAPABILITY = (8, 0)
 LEAST_HEAD_SIZE = 32
 COLUMNS = 1024
 """Of the gated activation, to a program."""
@@ -106,11 +107,24 @@ class GpuStep:
         hidden, delta = self._through_layers(self._ids, self._attend)
         return self._logits(hidden, delta)
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether `prefill` may be called: the cache is not int8, and torch has flash attention.
+
+        Without that, attention over a long prompt would hold the scores of all its tokens.
+        """
+        keys = self._cache.layers[0].keys
+        if keys.dtype not in (torch.float16, torch.bfloat16):
+            return False
+        if torch.version.hip is not None:
+            return True
+        return torch.cuda.get_device_capability(keys.device) >= FLASH_CAPABILITY
+
     @torch.inference_mode()
     def prefill(self, ids: Tensor, begin: int) -> Tensor:
         """Read tokens [1, T] of a sequence alone, from place `begin` on; logits [1, V] of the last.
 
-        The cache, which is not int8, holds all tokens before `begin`.
+        The cache holds all tokens before `begin`.
         """
         hidden, delta = self._through_layers(ids, partial(self._attend_all, begin))
         return self._logits(hidden[-1:], delta[-1:])

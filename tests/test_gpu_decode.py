@@ -135,8 +135,9 @@ def test_a_prompt_alone_is_read_like_the_models_forward(tmp_path, family, chunk)
 
 
 def test_only_a_prompt_alone_with_a_16_bit_cache_has_a_reader(tmp_path, monkeypatch):
-    model = model_of(tmp_path, "llama", torch.float32)
+    model = model_of(tmp_path, "llama", torch.float16)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     for batch, options, found in (
         (1, {"step": "kernel"}, True),
         (2, {"step": "kernel"}, False),
@@ -145,6 +146,11 @@ def test_only_a_prompt_alone_with_a_16_bit_cache_has_a_reader(tmp_path, monkeypa
     ):
         reader = Decoder(model, batch, 24, **options)._prompt_reader()
         assert isinstance(reader, GpuStep) == found
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert Decoder(model, 1, 24, step="kernel")._prompt_reader() is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    model = model_of(tmp_path, "llama", torch.float32)
+    assert Decoder(model, 1, 24, step="kernel")._prompt_reader() is None  # flash takes 16 bits only
 
 
 def test_generate_says_the_same_by_either_step(tmp_path, monkeypatch):
