@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from halfweight.cache_folder import cache_folder
 from halfweight.checkpoint import quantized_modules, read_headers, resolve
 from halfweight.errors import CheckpointError, DiskFullError, UsageError, VerificationError
 from halfweight.scoring import (
@@ -89,7 +90,7 @@ def evaluate(
         sample=run,
         device=device,
         dtype=dtype,
-        folder=Path(work) if work else _cache_folder(),
+        folder=Path(work) if work else cache_folder() / "evaluate",
         keeps_files=work is not None,
         states_bytes=0 if source is None else run.num_scored * _state_bytes(source, dtype),
     )
@@ -228,11 +229,6 @@ def _fingerprint(path: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of each file of a model."""
     files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file())
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-
-
-def _cache_folder() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "halfweight" / "evaluate"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from halfweight.architecture import Architecture
+from halfweight.cache_folder import cache_folder
 from halfweight.errors import CheckpointError
 from halfweight.machine import Device
 from halfweight.plan import ASSUMED_OVERHEAD, DeviceKind, Range
@@ -82,8 +83,7 @@ def _version(package: str) -> str:
 
 def records_path() -> Path:
     """Where the records of this user's machine are."""
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return cache_home / "halfweight" / "memory.json"
+    return cache_folder() / "memory.json"
 
 
 def read_records() -> list[Record]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from halfweight.cache_folder import keep
 from halfweight.kernels import cuda
 from halfweight.kernels.cuda import source
 from halfweight.kernels.hopper import (
@@ -127,6 +130,27 @@ def test_small_batches_use_the_small_kernel_where_its_boxes_fit() -> None:
 def test_an_uneven_last_wave_is_shared_only_where_that_is_faster() -> None:
     nearly_full = choose(1024, 4096, 14336, 128, MULTIPROCESSORS)  # 128 tiles for 132 blocks
     assert nearly_full.whole_waves * nearly_full.num_workers >= 64
+
+
+def test_machine_code_is_compiled_once_for_a_compiler_and_a_text(tmp_path, monkeypatch) -> None:
+    compiled = []
+    nvrtc = SimpleNamespace(nvrtcVersion=lambda: (0, 13, 0))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(nvrtc=nvrtc))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda, "compile_cubin", lambda text: compiled.append(text) or b"code")
+    for text in ("one", "one", "two"):
+        assert cuda.cubin(text) == b"code"
+    nvrtc.nvrtcVersion = lambda: (0, 13, 1)
+    cuda.cubin("one")
+    assert compiled == ["one", "two", "one"]
+    assert all(p.suffix == ".cubin" for p in (tmp_path / "halfweight" / "hopper").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    keep(tmp_path / "file" / "below", b"content")
+    keep(tmp_path / "new" / "file", b"content")
+    assert (tmp_path / "new" / "file").read_bytes() == b"content"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's compiler, but no GPU")

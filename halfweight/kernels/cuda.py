@@ -5,8 +5,8 @@ whole cost, hopper_large.cu for more, where L2 and the tensor cores are, and hop
 tokens rounded to int8. All are persistent, fed by bulk copies, and read the weights as the file has
 them. hopper.py chooses between them.
 
-The source is compiled by NVRTC when a shape first needs it (about a second, then kept for the
-process); tensor maps are encoded once for each weight and each activation buffer. One token is the
+The source is compiled by NVRTC when a shape first needs it (half a second, then kept in the cache
+folder); tensor maps are encoded once for each weight and each activation buffer. One token is the
 Triton backend's GEMV where K is short. What neither kernel takes (scales that are not grid8,
 float32 activations, gathers) goes to the Triton backend too, by rule and not by failure.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache, lru_cache
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfweight.cache_folder import cache_folder, keep
 from halfweight.errors import HalfweightError
 from halfweight.kernels import Backend
 from halfweight.kernels import triton as portable
@@ -41,6 +43,8 @@ COMPUTE_CAPABILITY = (9, 0)
 GEMV_COLUMNS = 8192
 """One token with at most so many columns is the Triton backend's GEMV, which starts sooner."""
 INT8_BLOCK = 128
+OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17")
+"""What NVRTC is told."""
 INT8_TOKENS = 512
 """Fewer tokens are multiplied exactly, which is faster as well."""
 
@@ -142,20 +146,33 @@ def _queue(signature: str, declarations: str, lines: list[str], operands: str) -
     return f"__device__ __forceinline__ void {signature} {{\nasm volatile({text} : {operands});\n}}"
 
 
+def cubin(text: str) -> bytes:
+    """Machine code of `text`, from the cache where this compiler has made it before."""
+    from cuda.bindings import nvrtc
+
+    version = _check(nvrtc.nvrtcVersion(), "version")
+    name = sha256(repr((version, OPTIONS, text)).encode()).hexdigest()
+    path = cache_folder() / "hopper" / f"{name}.cubin"
+    if not path.is_file():
+        compiled = compile_cubin(text)
+        keep(path, compiled)
+        return compiled
+    return path.read_bytes()
+
+
 def compile_cubin(text: str) -> bytes:
     """Machine code of `text` for sm_90a through NVRTC; raises HalfweightError with its log."""
     from cuda.bindings import nvrtc
 
     program = _check(nvrtc.nvrtcCreateProgram(text.encode(), b"hopper.cu", 0, [], []), "create")
-    options = [b"--gpu-architecture=sm_90a", b"--std=c++17"]
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(OPTIONS), list(OPTIONS))
     if int(status) != 0:
         log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "log size")
         nvrtc.nvrtcGetProgramLog(program, log)
         raise HalfweightError(f"hopper.cu does not compile: {log.decode()}")
-    cubin: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "cubin size")
-    _check(nvrtc.nvrtcGetCUBIN(program, cubin), "cubin")
-    return cubin
+    compiled: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "cubin size")
+    _check(nvrtc.nvrtcGetCUBIN(program, compiled), "cubin")
+    return compiled
 
 
 @cache
@@ -164,8 +181,8 @@ def _module(config: Config, groups: int, dtype: torch.dtype, device: int) -> Any
 
     with torch.cuda.device(device):
         torch.cuda.current_stream()
-        cubin = compile_cubin(source(config, groups, dtype))
-        return _check(driver.cuModuleLoadData(cubin), "load")
+        code = cubin(source(config, groups, dtype))
+        return _check(driver.cuModuleLoadData(code), "load")
 
 
 @cache

@@ -9,13 +9,14 @@ measures the GPU at hand and writes its table to the cache folder, where it come
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from math import log
 from pathlib import Path
 from typing import Literal
+
+from halfweight.cache_folder import cache_folder
 
 Kernel = Literal["gemv", "matmul", "two_int8", "int8", "dequantize"]
 DEFAULT = "default"
@@ -90,8 +91,7 @@ def _entries(rows: Iterable[dict[str, object]]) -> tuple[Entry, ...]:
 
 def measured_table_path(architecture: str) -> Path:
     """Where `--tune` keeps the table of an architecture such as 'sm_90'."""
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return cache_home / "halfweight" / f"kernels-{architecture}.json"
+    return cache_folder() / f"kernels-{architecture}.json"
 
 
 @cache
