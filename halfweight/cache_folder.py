@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 
@@ -13,12 +12,12 @@ def cache_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "halfweight"
 
 
-def keep(path: Path, content: bytes) -> None:
-    """Write a file of the cache, whole or not at all; nothing where the place cannot be written."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all, and its folder; raises OSError where that cannot be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path)
-    except OSError:
-        return
+        beside.write_bytes(content)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

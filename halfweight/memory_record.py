@@ -9,7 +9,6 @@ predicted to be allocated and the allocator's predicted slack. Each measurement 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from halfweight.architecture import Architecture
-from halfweight.cache_folder import cache_folder
+from halfweight.cache_folder import cache_folder, write_whole
 from halfweight.errors import CheckpointError
 from halfweight.machine import Device
 from halfweight.plan import ASSUMED_OVERHEAD, DeviceKind, Range
@@ -103,11 +102,8 @@ def add_record(record: Record) -> Path:
     same = (record.key, record.workload)
     kept = [r for r in read_records() if (r.key, r.workload) != same][1 - MOST_RECORDS :]
     path = records_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
     document = {"records": [asdict(r) for r in (*kept, record)]}
-    beside = path.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(document, indent=1) + "\n")
-    beside.replace(path)
+    write_whole(path, (json.dumps(document, indent=1) + "\n").encode())
     return path
 
 

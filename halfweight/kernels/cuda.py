@@ -14,6 +14,7 @@ float32 activations, gathers) goes to the Triton backend too, by rule and not by
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from functools import cache, lru_cache
 from hashlib import sha256
 from importlib.util import find_spec
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfweight.cache_folder import cache_folder, keep
+from halfweight.cache_folder import cache_folder, write_whole
 from halfweight.errors import HalfweightError
 from halfweight.kernels import Backend
 from halfweight.kernels import triton as portable
@@ -153,11 +154,12 @@ def cubin(text: str) -> bytes:
     version = _check(nvrtc.nvrtcVersion(), "version")
     name = sha256(repr((version, OPTIONS, text)).encode()).hexdigest()
     path = cache_folder() / "hopper" / f"{name}.cubin"
-    if not path.is_file():
-        compiled = compile_cubin(text)
-        keep(path, compiled)
-        return compiled
-    return path.read_bytes()
+    if path.is_file():
+        return path.read_bytes()
+    compiled = compile_cubin(text)
+    with suppress(OSError):  # a cache that cannot be written is no reason to stop
+        write_whole(path, compiled)
+    return compiled
 
 
 def compile_cubin(text: str) -> bytes:
@@ -233,19 +235,14 @@ def _tensor_map(pointer: int, kind: str, sizes: Shape, strides: Shape, box: Shap
 def _maps(plan: Plan, packed: Tensor, x: Tensor) -> tuple[Any, Any]:
     """Tensor maps of the weights and the activations as `plan` reads them."""
     config = plan.config
-    kind = str(x.dtype).removeprefix("torch.")
+    kind = "uint8" if x.dtype == torch.int8 else str(x.dtype).removeprefix("torch.")
     w_at, x_at, columns = packed.data_ptr(), x.data_ptr(), x.shape[1]
-    if isinstance(config, Int8):
-        w_sizes, x_sizes = (packed.shape[1], packed.shape[0]), (columns, x.shape[0])
-        return (
-            _tensor_map(w_at, "uint8", w_sizes, (columns,), (128, plan.rows)),
-            _tensor_map(x_at, "uint8", x_sizes, (columns,), (128, config.tokens // config.cluster)),
-        )
     if isinstance(config, Large):
-        w_sizes, x_sizes = (packed.shape[1], packed.shape[0]), (columns, x.shape[0])
+        w_sizes, x_sizes = (columns, packed.shape[0]), (columns, x.shape[0])
+        x_box, x_stride = (config.k_bytes, config.tokens // config.cluster), x.element_size()
         return (
-            _tensor_map(w_at, "uint8", w_sizes, (packed.shape[1],), (64, plan.rows)),
-            _tensor_map(x_at, kind, x_sizes, (columns * 2,), (64, config.tokens // config.cluster)),
+            _tensor_map(w_at, "uint8", w_sizes, (columns,), (config.k_bytes, plan.rows)),
+            _tensor_map(x_at, kind, x_sizes, (columns * x_stride,), x_box),
         )
     boxes = config.k_bytes // 128
     w_sizes3, x_sizes3 = (128, packed.shape[0], columns // 128), (64, x.shape[0], columns // 64)

@@ -16,7 +16,7 @@ from math import log
 from pathlib import Path
 from typing import Literal
 
-from halfweight.cache_folder import cache_folder
+from halfweight.cache_folder import cache_folder, write_whole
 
 Kernel = Literal["gemv", "matmul", "two_int8", "int8", "dequantize"]
 DEFAULT = "default"
@@ -115,8 +115,7 @@ def best_config(
 def write_table(architecture: str, table: Table) -> Path:
     """Keep a measured table; later products of this process use it too. Returns its path."""
     path = measured_table_path(architecture)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table_to_json(table), indent=1) + "\n")
+    write_whole(path, (json.dumps(table_to_json(table), indent=1) + "\n").encode())
     table_for.cache_clear()
     best_config.cache_clear()
     return path
