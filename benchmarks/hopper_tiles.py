@@ -2,10 +2,12 @@
 
     python benchmarks/hopper_tiles.py                     # measure, on a GPU
     python benchmarks/hopper_tiles.py --fit benchmarks/results/hopper_tiles.json
+    python benchmarks/hopper_tiles.py --markdown benchmarks/results/hopper_tiles.json
 
 `halfweight/kernels/hopper.py` estimates the time of a product from a few constants. --fit searches
 for those under which its choice loses the least against the fastest that was measured, and says how
-much that is; without --fit, the same for the constants of today.
+much that is; without --fit, the same for the constants of today. --markdown prints the table of the
+tiles that are chosen.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -36,6 +38,8 @@ GROUP_SIZE = 128
 TRIES = 20_000
 REPEATS = 10
 SHAPE_LIST = {**SHAPES, "o": (4096, 4096)}
+
+PlansOf = Callable[[int, tuple[int, int], int], list[Plan]]
 
 
 def label(plan: Plan) -> str:
@@ -83,20 +87,39 @@ def _launch(x: Tensor, weight: Any, y: Tensor, plan: Plan, steps: Tensor | None)
     cuda._launch(x, weight.packed, weight.scales, weight.exponents, None, y, plan, steps)
 
 
+def chosen(row: Mapping[str, Any], plans_of: PlansOf) -> tuple[float, float] | None:
+    """Microseconds of the plan that would be chosen and of the fastest; None if none was timed."""
+    times = row["microseconds"]
+    known = plans_of(row["tokens"], SHAPE_LIST[row["shape"]], row["multiprocessors"])
+    found = [plan for plan in known if label(plan) in times]
+    if not found:
+        return None
+    first = min(found, key=lambda plan: plan.microseconds)
+    return times[label(first)], min(times[label(plan)] for plan in found)
+
+
 def losses(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
     """Of each product: how much slower than the best the plan is that would be chosen."""
     for row in rows:
-        times, shape = row["microseconds"], SHAPE_LIST[row["shape"]]
         for name, plans_of in (("", all_plans), (" int8", int8_plans)):
-            found = [
-                p
-                for p in plans_of(row["tokens"], shape, row["multiprocessors"])
-                if label(p) in times
-            ]
-            if found:
-                chosen = min(found, key=lambda p: p.microseconds)
-                best = min(times[label(p)] for p in found)
-                yield f"{row['shape']} {row['tokens']}{name}", times[label(chosen)] / best - 1
+            found = chosen(row, plans_of)
+            if found is not None:
+                yield f"{row['shape']} {row['tokens']}{name}", found[0] / found[1] - 1
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Speed of the chosen plans over the vendor's 16-bit product, a line a shape."""
+    tokens = sorted({row["tokens"] for row in rows})
+    lines = ["| | " + " | ".join(f"M={m}" for m in tokens) + " |", "|---" * (len(tokens) + 1) + "|"]
+    for name in dict.fromkeys(row["shape"] for row in rows):
+        for kind, plans_of in (("", all_plans), (" int8", int8_plans)):
+            cells = {}
+            for row in rows:
+                found = chosen(row, plans_of) if row["shape"] == name else None
+                if found is not None:
+                    cells[row["tokens"]] = f"{row['microseconds']['float16'] / found[0]:.2f}"
+            lines.append(f"| {name}{kind} | " + " | ".join(cells.get(m, "") for m in tokens) + " |")
+    return "\n".join(lines)
 
 
 def penalty(rows: Sequence[Mapping[str, Any]]) -> float:
@@ -149,10 +172,14 @@ def summary(row: Mapping[str, Any], most: int = 5) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fit", type=Path, help="a result of this benchmark")
+    parser.add_argument("--markdown", type=Path, help="print the table of a result and stop")
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--shapes", nargs="+", choices=SHAPE_LIST, default=list(SHAPE_LIST))
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.markdown:
+        print(markdown(json.loads(options.markdown.read_text())["results"]))
+        return
     if options.fit:
         rows = json.loads(options.fit.read_text())["results"]
         for config in fit(rows):

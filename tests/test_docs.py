@@ -17,6 +17,7 @@ from halfweight.cli import main
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import envelope  # noqa: E402
+import hopper_tiles  # noqa: E402
 import kernels  # noqa: E402
 import readme_tables  # noqa: E402
 
@@ -96,6 +97,11 @@ def test_the_readmes_figures_are_those_of_the_results():
 def test_the_kernels_pages_tables_are_those_of_the_results(name):
     page = (ROOT / "docs" / "kernels.md").read_text()
     assert kernels.markdown(readme_tables.results(name)["results"]) in page
+
+
+def test_the_table_of_chosen_tiles_is_that_of_the_result():
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    assert hopper_tiles.markdown(readme_tables.results("hopper_tiles")["results"]) in page
 
 
 def test_a_results_command_names_no_folder_of_the_machine(monkeypatch, tmp_path):

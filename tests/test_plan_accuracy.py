@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,17 @@ def test_the_plan_of_today_meets_the_goal_on_what_was_measured():
     assert sum(errors) / len(errors) < 0.03
     assert max(errors) < 0.06
     assert max(measured - predicted for predicted, measured in pairs) < 0.02 * card
+
+
+@pytest.mark.skipif(not RESULT.exists(), reason="not measured")
+def test_the_summary_of_the_result_is_that_of_its_rows():
+    """One row may be of an earlier run, and says so."""
+    found = json.loads(RESULT.read_text())
+    names = [field.name for field in fields(Record) if field.name != "key"]
+    records = [Record(KEY, **{n: row[n] for n in names}) for row in found["results"]["rows"]]
+    size = found["ceiling"]["device_bytes"]
+    card = Device("cuda", found["device"], "1", size, size)
+    assert plan_accuracy.summary(records, card) == pytest.approx(found["results"]["summary"])
 
 
 def planned(model, workload):
