@@ -75,8 +75,8 @@ def measure(tokens: int, shape: tuple[int, int], device: torch.device) -> dict[s
     for plan in all_plans(tokens, shape, processors) + int8_plans(tokens, shape, processors):
         rounded, steps = x, None
         if isinstance(plan.config, Int8):
-            block, tile = cuda.INT8_BLOCK, plan.config.tokens
-            parts, steps = portable.round_activations(x, 1, block, tile, with_sums=True)
+            sizes = plan.config.k_bytes, plan.config.tokens
+            parts, steps = portable.round_activations(x, 1, *sizes, with_ratios=True)
             rounded = parts[0]
         calls = [partial(_launch, rounded, w, y, plan, steps) for w in weights]
         rounds[label(plan)] = timing.Round(calls, device)

@@ -207,8 +207,9 @@ def test_every_plan_for_int8_activations(config):
         exact = dequantize(tensor).double().T
         for tokens in (100, 700, 1025):
             x = torch.randn(tokens, shape[1], device=GPU).half()
-            rounded, steps = portable.round_activations(x, 1, 128, config.tokens, with_sums=True)
-            by_token = steps[:, :tokens, 0].double().T.repeat_interleave(128, dim=1)
+            sizes = config.k_bytes, config.tokens
+            rounded, steps = portable.round_activations(x, 1, *sizes, with_ratios=True)
+            by_token = steps[1, :, :tokens].double().T.repeat_interleave(sizes[0], dim=1)
             expected = (rounded[0].double() * by_token[:, : shape[1]]) @ exact
             for plan in hopper.plans(config, tokens, *shape, cuda._num_multiprocessors(0)):
                 results = [launch(rounded[0], tensor, plan, steps) for _ in range(3)]

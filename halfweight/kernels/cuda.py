@@ -81,8 +81,7 @@ def source(config: Config, groups: int, dtype: torch.dtype) -> str:
     parts.append((folder / "hopper.cuh").read_text())
     if isinstance(config, Large):
         parts.append((folder / "hopper_wgmma.cuh").read_text())
-        kind = "bf16" if dtype == torch.bfloat16 else "f16"
-        parts.append(_wgmma_int8(config) if isinstance(config, Int8) else _wgmma(config, kind))
+        parts.append(_wgmma(config, dtype == torch.bfloat16))
     parts.append((folder / config.file).read_text())
     return "\n".join(parts)
 
@@ -91,60 +90,41 @@ DESCRIPTOR_HIGH = 0x40000040
 """The high word of every operand's descriptor: see hopper_wgmma.cuh."""
 
 
-def _wgmma(config: Large, kind: str) -> str:
-    """`wgmma_half`: queue products of 32 columns, W from registers, x from shared memory."""
-    sums, steps = config.tokens // 2, 2
+def _wgmma(config: Large, bf16: bool) -> str:
+    """`queue_products`: W from registers, x from shared memory, added to what the sums hold."""
+    kind = "bf16" if bf16 else "f16"
+    sums, steps = config.tokens // 2, config.products
     at = sums + 4 * steps
+    if isinstance(config, Int8):
+        number, form, scales = "int", "k32.s32.s8.s8", "yes"
+    else:
+        number, form, scales = "float", f"k16.f32.{kind}.{kind}", "yes, 1, 1, 0"
     lines = []
     for i in range(steps):
         a = ", ".join(f"%{sums + 4 * i + j}" for j in range(4))
         lines += [
             f"add.u32 low, %{at}, {2 * i}; mov.b64 x, {{low, {DESCRIPTOR_HIGH}}};",
-            f"wgmma.mma_async.sync.aligned.m64n{config.tokens}k16.f32.{kind}.{kind} "
-            f"{{{_places(sums)}}}, {{{a}}}, x, yes, 1, 1, 0;",
+            f"wgmma.mma_async.sync.aligned.m64n{config.tokens}{form} "
+            f"{{{_places(sums)}}}, {{{a}}}, x, {scales};",
         ]
-    registers = "".join(f', "r"(a[{i}][{j}])' for i in range(steps) for j in range(4))
-    return _queue(
-        f"wgmma_half(float (&acc)[{sums}], const unsigned (&a)[{steps}][4], unsigned x)",
-        ".reg .b64 x; .reg .b32 low; .reg .pred yes; setp.eq.u32 yes, 0, 0;",
-        lines,
-        ", ".join(f'"+f"(acc[{i}])' for i in range(sums)) + " : " + registers[2:] + ', "r"(x)',
-    )
-
-
-def _wgmma_int8(config: Int8) -> str:
-    """`wgmma_half`: queue the products of 128 columns and half the rows, of signed and unsigned
-    bytes, from zero.
-    """
-    sums = config.rows // 4
-    lines = []
-    for i in range(config.k_bytes // 32):
-        for name, place in (("x", sums), ("w", sums + 1)):
-            lines.append(
-                f"add.u32 low, %{place}, {2 * i}; mov.b64 {name}, {{low, {DESCRIPTOR_HIGH}}};"
-            )
-        lines.append(
-            f"wgmma.mma_async.sync.aligned.m64n{config.rows // 2}k32.s32.s8.u8 "
-            f"{{{_places(sums)}}}, x, w, {'yes' if i else 'no'};"
-        )
-    return _queue(
-        f"wgmma_half(int (&sums)[{sums}], unsigned x, unsigned w)",
-        ".reg .b64 x, w; .reg .b32 low; .reg .pred yes, no;"
-        " setp.eq.u32 yes, 0, 0; setp.ne.u32 no, 0, 0;",
-        lines,
-        ", ".join(f'"+r"(sums[{i}])' for i in range(sums)) + ' : "r"(x), "r"(w)',
+    begin = [
+        "{ .reg .b64 x; .reg .b32 low; .reg .pred yes; setp.eq.u32 yes, 0, 0;",
+        "wgmma.fence.sync.aligned;",
+    ]
+    end = ["wgmma.commit_group.sync.aligned;", "}"]
+    text = "\n".join(f'"{line}\\n"' for line in [*begin, *lines, *end])
+    constraint = "+r" if number == "int" else "+f"
+    outputs = ", ".join(f'"{constraint}"(sums[{i}])' for i in range(sums))
+    inputs = ", ".join(f'"r"(a[{i}][{j}])' for i in range(steps) for j in range(4))
+    return (
+        f"__device__ __forceinline__ void queue_products({number} (&sums)[{sums}], "
+        f"const unsigned (&a)[{steps}][4], unsigned x) {{\n"
+        f'asm volatile({text} : {outputs} : {inputs}, "r"(x));\n}}'
     )
 
 
 def _places(count: int) -> str:
     return ", ".join(f"%{i}" for i in range(count))
-
-
-def _queue(signature: str, declarations: str, lines: list[str], operands: str) -> str:
-    """A device function that queues one group of products."""
-    fence, commit = "wgmma.fence.sync.aligned;", "wgmma.commit_group.sync.aligned;"
-    text = "\n".join(f'"{line}\\n"' for line in ["{", declarations, fence, *lines, commit, "}"])
-    return f"__device__ __forceinline__ void {signature} {{\nasm volatile({text} : {operands});\n}}"
 
 
 def cubin(text: str) -> bytes:
@@ -239,9 +219,9 @@ def _maps(plan: Plan, packed: Tensor, x: Tensor) -> tuple[Any, Any]:
     w_at, x_at, columns = packed.data_ptr(), x.data_ptr(), x.shape[1]
     if isinstance(config, Large):
         w_sizes, x_sizes = (columns, packed.shape[0]), (columns, x.shape[0])
-        x_box, x_stride = (config.k_bytes, config.tokens // config.cluster), x.element_size()
+        x_box, x_stride = (config.box, config.tokens // config.cluster), x.element_size()
         return (
-            _tensor_map(w_at, "uint8", w_sizes, (columns,), (config.k_bytes, plan.rows)),
+            _tensor_map(w_at, "uint8", w_sizes, (columns,), (config.box, plan.rows)),
             _tensor_map(x_at, kind, x_sizes, (columns * x_stride,), x_box),
         )
     boxes = config.k_bytes // 128
@@ -315,7 +295,7 @@ def _launch(
         *(num_tokens, out_features, in_features, group_size, num_groups),
         *(plan.tiles_m, plan.tiles_n, plan.rows, plan.k_blocks),
         *(plan.whole_waves, plan.num_workers),
-        0 if steps is None else steps.shape[1],
+        0 if steps is None else steps.shape[-1],
     )
     kernel = _kernel(config, config.groups(group_size), y.dtype, device)
     arguments = (w_map.getPtr(), x_map.getPtr(), ctypes.addressof(problem))
@@ -384,7 +364,7 @@ def linear_int8(
         rows = rows.contiguous()
     chosen = choose_int8(rows.shape[0], *packed.shape, _num_multiprocessors(x.device.index))
     rounded, steps = portable.round_activations(
-        rows, 1, INT8_BLOCK, chosen.config.tokens, with_sums=True
+        rows, 1, chosen.config.k_bytes, chosen.config.tokens, with_ratios=True
     )
     y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.to(x.dtype).contiguous()

@@ -113,7 +113,8 @@ class Large:
 
     file = "hopper_large.cu"
     entry = b"w8a16_large"
-    k_bytes = 64
+    k_bytes = box = 64
+    products = 2
     tile_us = 0.85
     even_fixup_us = 6.0
     collect_us = 2.0
@@ -187,33 +188,37 @@ class Large:
 
 @dataclass(frozen=True)
 class Int8(Large):
-    """A compiled form of hopper_int8.cu, for activations rounded in blocks of 128 columns.
+    """A compiled form of hopper_int8.cu; a token has a step for each `chain` groups of 128."""
 
-    Its warpgroups divide the tokens of a tile, not the rows.
-    """
+    chain: int = 2
 
     file = "hopper_int8.cu"
     entry = b"w8a8_large"
-    k_bytes = 128
+    box = 128
+    products = 4
 
     @property
-    def rows(self) -> int:
-        """Rows of W that a block multiplies: as many as a warpgroup has registers for."""
-        return 192
+    def k_bytes(self) -> int:
+        """Columns that share a step."""
+        return self.box * self.chain
 
     @property
     def x_bytes(self) -> int:
-        """Activations of a stage and a pair of floats for each token."""
-        return (self.k_bytes + 8) * self.tokens
+        """Activations of a stage and a float for each token."""
+        return (self.box + 4) * self.tokens
 
     @property
     def stage_bytes(self) -> int:
-        """W, x, a float for each row and the barriers, in whole kilobytes."""
-        return -(-((self.k_bytes + 4) * self.rows + self.x_bytes + 16) // 1024) * 1024
+        """W, x and the barriers, in whole kilobytes."""
+        return -(-(self.box * self.rows + self.x_bytes + 16) // 1024) * 1024
 
     def groups(self, group_size: int) -> int:
         """Groups are no smaller than a stage."""
         return 1
+
+    def defines(self, groups: int) -> dict[str, int]:
+        """Compile-time names of the source."""
+        return {**super().defines(groups), "CHAIN": self.chain}
 
 
 Config = Small | Large
@@ -239,9 +244,11 @@ LARGE = (
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.911, cluster=2),
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.726, split=2),
 )
-INT8 = (
-    Int8(tokens=128, warpgroups=2, stages=5, block_us=1.319),
-    Int8(tokens=128, warpgroups=2, stages=5, block_us=1.316, cluster=2),
+INT8 = tuple(
+    Int8(tokens=t, warpgroups=2, stages=st, block_us=1.0, cluster=cl, chain=ch)
+    for t, st in ((128, 6), (160, 5), (176, 5), (192, 5))
+    for cl in (1, 2)
+    for ch in (1, 2, 4)
 )
 
 

@@ -14,7 +14,7 @@
 // row's power of two is applied to the float32 sum. Nothing overflows whatever the scales are.
 //
 // Compile-time: TOKENS and ROWS of a tile, WGS = ROWS / 64, STAGES, CLUSTER, SPLIT, GROUPS
-// (scales in 64 columns: 1 or 2), BF16. The launcher also generates `wgmma_half(acc, a, x)`.
+// (scales in 64 columns: 1 or 2), BF16. The launcher also generates `queue_products(acc, a, x)`.
 
 constexpr int KB = 64;
 constexpr int W_BYTES = ROWS * KB;
@@ -26,6 +26,8 @@ constexpr int STEPS = 2;
 constexpr int OWN = ACC / SPLIT;
 // Four warpgroups hide each other's conversions, and have no registers for another half.
 constexpr int AHEAD = WGS == 4 ? 0 : 1;
+constexpr int PRODUCER_REGISTERS = WGS == 2 ? 40 : 32;
+constexpr int CONSUMER_REGISTERS = WGS == 2 ? 232 : 112;
 
 __device__ __forceinline__ u32 multiply(u32 a, u32 b) {
     u32 r;
@@ -122,7 +124,7 @@ struct Consumer {
 __device__ __forceinline__ void multiply_first(Consumer& c, const Scales& scales,
                                                const Fragments& a, Fragments& next,
                                                float (&acc)[ACC]) {
-    wgmma_half(acc, a, c.x<0>());
+    queue_products(acc, a, c.x<0>());
     Raw raw;
     c.read<1>(raw);
     wgmma_wait<AHEAD>();
@@ -134,7 +136,7 @@ __device__ __forceinline__ void multiply_first(Consumer& c, const Scales& scales
 __device__ __forceinline__ void multiply_second(const Problem& p, Consumer& c, Scales& scales,
                                                 int k, const Fragments& a, Fragments& next,
                                                 float (&acc)[ACC]) {
-    wgmma_half(acc, a, c.x<1>());
+    queue_products(acc, a, c.x<1>());
     c.held = c.here.stage;
     c.here.advance();
     scales.reach(p, k + 1);
@@ -143,58 +145,6 @@ __device__ __forceinline__ void multiply_second(const Problem& p, Consumer& c, S
     c.read<0>(raw);
     wgmma_wait<AHEAD>();
     c.convert<0>(raw, scales, next);
-}
-
-// What two rows' sums are multiplied with and added to at the end.
-struct RowEnds { float scale[2], offset[2]; };
-
-__device__ __forceinline__ RowEnds load_row_ends(const Problem& p, int row) {
-    RowEnds ends;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        int n = min(row + 8 * r, p.out_features - 1);
-        ends.scale[r] = ldexpf(1.0f, p.exponents[n]);
-        ends.offset[r] = p.bias ? to_float(p.bias[n]) : 0.0f;
-    }
-    return ends;
-}
-
-// Rows `row` to row + 15 of COUNT * 2 tokens, turned to rows of y in the warp's buffer.
-template <int COUNT>
-__device__ __forceinline__ void store_rows(const Problem& p, int first_token, int row, int lane,
-                                           const RowEnds& ends, u16* buffer,
-                                           const float (&sums)[COUNT]) {
-    constexpr int CHUNK = COUNT < 16 ? COUNT * 2 : 32;
-    bool whole = p.out_features % 8 == 0;
-    u32 address = shared_address(buffer) + lane % 8 * 32 + lane / 8 % 2 * 16;
-#pragma unroll
-    for (int base = 0; base < COUNT * 2; base += CHUNK) {
-#pragma unroll
-        for (int j = 0; j < CHUNK / 8; ++j) {
-            float v[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                v[i] = sums[(base / 8 + j) * 4 + i] * ends.scale[i / 2] + ends.offset[i / 2];
-            u32 low = pack(v[0], v[1]), high = pack(v[2], v[3]);
-            asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::
-                         "r"(address + j * 256), "r"(low), "r"(high) : "memory");
-        }
-        __syncwarp();
-#pragma unroll
-        for (int i = lane; i < CHUNK * 2; i += 32) {
-            int token = first_token + base + i / 2, n = row + i % 2 * 8;
-            if (token >= p.num_tokens) continue;
-            u16* target = p.y + (long long)token * p.out_features + n;
-            const u16* source = buffer + i * 8;
-            if (whole && n + 8 <= p.out_features) {
-                *(uint4*)target = *(const uint4*)source;
-            } else {
-                for (int e = 0; e < 8; ++e)
-                    if (n + e < p.out_features) target[e] = source[e];
-            }
-        }
-        __syncwarp();
-    }
 }
 
 // Each block of a cluster collects, in the order of the blocks, the sums of its own part of the
@@ -286,7 +236,7 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
             multiply_second(p, c, scales, k, second, first, acc);
         }
         multiply_first(c, scales, first, second, acc);
-        wgmma_half(acc, second, c.x<1>());
+        queue_products(acc, second, c.x<1>());
         c.held = c.here.stage;
         c.here.advance();
         RowEnds ends = load_row_ends(p, tile_row + row_in_tile);
@@ -303,13 +253,13 @@ __cluster_dims__(CLUSTER * SPLIT, 1, 1)
 w8a16_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map,
             const __grid_constant__ Problem p) {
     extern __shared__ u8 raw[];
-    Block block = begin_block<STAGE_BYTES, 1>(p, raw);
+    Block block = begin_block<STAGE_BYTES>(p, raw);
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
         auto copy = [&](u32 stage, int m, int k, u32 bar) {
             copy_x(stage + W_BYTES, &x_map, k * KB, m * TOKENS, block.rank, bar);
         };
-        if (threadIdx.x == 0) produce<KB, STAGE_BYTES, COPIED_BYTES>(&w_map, p, block, copy);
+        if (threadIdx.x == 0) produce<KB, 1, STAGE_BYTES, COPIED_BYTES>(&w_map, p, block, copy);
         meet_collectors();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));

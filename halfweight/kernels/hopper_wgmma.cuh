@@ -1,7 +1,7 @@
 // What the kernels for many tokens share: tiles of at most ROWS rows of W by TOKENS tokens whose
-// products wgmma sums, a warpgroup for each 64 of one of them. The warpgroups always multiply the
-// whole tile: where it has only `tile_rows` rows, so that tiles fill whole waves, the sums of the
-// rest go nowhere.
+// products wgmma sums, a warpgroup for each 64 rows. The warpgroups always multiply the whole tile:
+// where it has only `tile_rows` rows, so that tiles fill whole waves, the sums of the rest go
+// nowhere.
 //
 // The blocks of a cluster either take neighbouring rows of W and fetch each a part of the x that
 // all multiply (CLUSTER), or take one tile together, each a part of K (SPLIT).
@@ -12,8 +12,6 @@
 constexpr int ACC = TOKENS * ROWS / (128 * WGS);
 constexpr int CONSUMERS = 128 * WGS;
 constexpr int STORE_BYTES = 1024;
-constexpr int PRODUCER_REGISTERS = WGS == 2 ? 40 : 32;
-constexpr int CONSUMER_REGISTERS = WGS == 2 ? 232 : 112;
 
 __device__ __forceinline__ void release_stage(u32 bar, int lane) {
 #if CLUSTER > 1
@@ -74,7 +72,7 @@ __device__ __forceinline__ void tile_position(const Problem& p, int tile, int& m
 }
 
 // The ring of stages of a block and its place in the grid. A stage ends with its two barriers: full
-// when FILLERS have arrived and what was copied has, empty when all consuming warps have read it.
+// when what was asked for has been copied, empty when all consuming warps have read it.
 struct Block {
     u32 ring;
     u16* buffers;
@@ -99,7 +97,7 @@ template <int STAGE_BYTES> struct Place {
     }
 };
 
-template <int STAGE_BYTES, int FILLERS>
+template <int STAGE_BYTES>
 __device__ __forceinline__ Block begin_block(const Problem& p, u8* raw) {
     u8* base = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
     int worker = p.num_workers - 1 - (int)(blockIdx.x / (CLUSTER * SPLIT));
@@ -108,7 +106,7 @@ __device__ __forceinline__ Block begin_block(const Problem& p, u8* raw) {
     if (threadIdx.x == 0) {
         Place<STAGE_BYTES> place(b);
         for (int i = 0; i < STAGES; ++i, place.advance()) {
-            barrier_init(place.full(), FILLERS);
+            barrier_init(place.full(), 1);
             barrier_init(place.empty(), 4 * WGS * CLUSTER);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -149,10 +147,63 @@ __device__ __forceinline__ bool finish_shared(const Problem& p, const Block& b,
     return true;
 }
 
+// What two rows' sums are multiplied with and added to at the end.
+struct RowEnds { float scale[2], offset[2]; };
+
+__device__ __forceinline__ RowEnds load_row_ends(const Problem& p, int row) {
+    RowEnds ends;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        int n = min(row + 8 * r, p.out_features - 1);
+        ends.scale[r] = ldexpf(1.0f, p.exponents[n]);
+        ends.offset[r] = p.bias ? to_float(p.bias[n]) : 0.0f;
+    }
+    return ends;
+}
+
+// Rows `row` to row + 15 of COUNT * 2 tokens, turned to rows of y in the warp's buffer.
+template <int COUNT>
+__device__ __forceinline__ void store_rows(const Problem& p, int first_token, int row, int lane,
+                                           const RowEnds& ends, u16* buffer,
+                                           const float (&sums)[COUNT]) {
+    constexpr int CHUNK = COUNT < 16 ? COUNT * 2 : COUNT % 16 ? 16 : 32;
+    bool whole = p.out_features % 8 == 0;
+    u32 address = shared_address(buffer) + lane % 8 * 32 + lane / 8 % 2 * 16;
+#pragma unroll
+    for (int base = 0; base < COUNT * 2; base += CHUNK) {
+#pragma unroll
+        for (int j = 0; j < CHUNK / 8; ++j) {
+            float v[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                v[i] = sums[(base / 8 + j) * 4 + i] * ends.scale[i / 2] + ends.offset[i / 2];
+            u32 low = pack(v[0], v[1]), high = pack(v[2], v[3]);
+            asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::
+                         "r"(address + j * 256), "r"(low), "r"(high) : "memory");
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = lane; i < CHUNK * 2; i += 32) {
+            int token = first_token + base + i / 2, n = row + i % 2 * 8;
+            if (token >= p.num_tokens) continue;
+            u16* target = p.y + (long long)token * p.out_features + n;
+            const u16* source = buffer + i * 8;
+            if (whole && n + 8 <= p.out_features) {
+                *(uint4*)target = *(const uint4*)source;
+            } else {
+                for (int e = 0; e < 8; ++e)
+                    if (n + e < p.out_features) target[e] = source[e];
+            }
+        }
+        __syncwarp();
+    }
+}
+
 // One thread feeds the ring: rows of W by bulk copies, activations by `copy_activations(stage's
-// address, m, k, barrier)`; COPIED_BYTES in all for a tile of ROWS. Weights are nobody's output:
-// those of the first stages are asked for before the kernel ahead of this one has ended.
-template <int KB, int STAGE_BYTES, int COPIED_BYTES, typename Copy>
+// address, m, k, barrier)`; COPIED_BYTES in all for a tile of ROWS. A K block of the schedule is
+// UNIT stages. Weights are nobody's output: those of the first stages are asked for before the
+// kernel ahead of this one has ended.
+template <int KB, int UNIT, int STAGE_BYTES, int COPIED_BYTES, typename Copy>
 __device__ __forceinline__ void produce(const TensorMap* w_map, const Problem& p, const Block& b,
                                         Copy copy_activations) {
     auto copy_weights = [&](const Place<STAGE_BYTES>& place, int n, int k) {
@@ -164,14 +215,15 @@ __device__ __forceinline__ void produce(const TensorMap* w_map, const Problem& p
     Place<STAGE_BYTES> place(b);
     for (Schedule first(p, b.worker); early < STAGES && next_run(first, b, s);) {
         tile_position(p, s.tile, m, n);
-        for (int k = s.k_begin; k < s.k_end && early < STAGES; ++k, ++early, place.advance())
+        for (int k = s.k_begin * UNIT; k < s.k_end * UNIT && early < STAGES;
+             ++k, ++early, place.advance())
             copy_weights(place, n, k);
     }
     wait_for_previous_kernel();
     place = Place<STAGE_BYTES>(b);
     for (Schedule schedule(p, b.worker); next_run(schedule, b, s);) {
         tile_position(p, s.tile, m, n);
-        for (int k = s.k_begin; k < s.k_end; ++k, place.advance()) {
+        for (int k = s.k_begin * UNIT; k < s.k_end * UNIT; ++k, place.advance()) {
             if (early > 0) {
                 --early;
             } else {

@@ -183,27 +183,29 @@ def round_activations(
     parts: int,
     block_k: int,
     tile_tokens: int = MAX_TILE_TOKENS,
-    with_sums: bool = False,
+    with_ratios: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """int8 [parts, M, K] and float32 steps [blocks of K, padded M], with sums pairs [.., .., 2].
+    """int8 [parts, M, K] and float32 steps [blocks of K, padded M], with ratios [2, .., ..].
 
-    M is padded to whole tiles; a pair is the step and what hopper_int8.cu takes.
+    M is padded to whole tiles; the ratios are what hopper_int8.cu takes, before the steps.
     """
     tokens, in_features = x.shape
     blocks = -(-in_features // block_k)
     padded = -(-tokens // tile_tokens) * tile_tokens
     rounded = x.new_empty((parts, tokens, in_features), dtype=torch.int8)
-    steps = x.new_empty((blocks, padded, *(2,) * with_sums), dtype=torch.float32)
-    together = min(ROUND_VALUES // block_k, _power_of_two(blocks))
+    steps = x.new_empty((*(2,) * with_ratios, blocks, padded), dtype=torch.float32)
+    most = _power_of_two(blocks)
+    together = most if with_ratios else min(ROUND_VALUES // block_k, most)
     launch(
         "round_activations",
         (tokens, -(-blocks // together)),
         tokens,
         (x, x.stride(0), rounded, steps, padded, in_features),
         PARTS=parts,
-        WITH_SUMS=with_sums,
+        WITH_RATIOS=with_ratios,
         BLOCKS=together,
         BLOCK_K=block_k,
+        num_warps=min(32, max(4, together * block_k // ROUND_VALUES)),
     )
     return rounded, steps
 

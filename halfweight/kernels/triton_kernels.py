@@ -179,7 +179,7 @@ def matmul_int8(
 def round_activations(
     M, x, stride_x, rounded, steps, stride_steps, K,
     PARTS: tl.constexpr,
-    WITH_SUMS: tl.constexpr,
+    WITH_RATIOS: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -187,30 +187,34 @@ def round_activations(
     """x [M, K] -> int8 [PARTS, M, K] and float32 steps [K/BLOCK_K, M].
 
     By `two_bytes`: x = steps h, or with PARTS 2 x = steps (254 h + l). The steps lie
-    [blocks, tokens], padded to whole tiles of tokens. WITH_SUMS each is a pair, the step and
-    step (12582912 + 128 sum(h)), as hopper_int8.cu takes it.
+    [blocks, tokens], padded to whole tiles of tokens. WITH_RATIOS a program has all BLOCKS of its
+    token and writes [2, blocks, tokens]: the step of the block before over that of the block, and
+    then the steps, none below 2^-24 of the token's largest. That is for hopper_int8.cu.
     """
     if PDL:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    in_program = tl.arange(0, BLOCKS)
+    block = tl.program_id(1) * BLOCKS + in_program
     k = block[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     inside = k < K
     value = tl.load(x + token * stride_x + k, mask=inside, other=0).to(tl.float32)
     step = largest(value) / 127
+    place = block * stride_steps + token
+    exists = block * BLOCK_K < K
+    if WITH_RATIOS:
+        least = tl.maximum(tl.max(step, axis=0) * 5.9604645e-08, 1e-30)
+        step = tl.where(step < least, least, step)
+        before = tl.gather(step, tl.maximum(in_program - 1, 0), axis=0)
+        tl.store(steps + place, before / step, mask=exists)
+        steps += tl.cdiv(K, BLOCK_K) * stride_steps
     high, low = two_bytes(value, step)
     tl.store(rounded + token * K + k, high.to(tl.int8), mask=inside)
     if PARTS == 2:
         tl.store(rounded + (M + token) * K + k, low.to(tl.int8), mask=inside)
         step = step / 254
-    place = block * stride_steps + token
-    if WITH_SUMS:
-        tl.store(steps + 2 * place, step, mask=block * BLOCK_K < K)
-        offset = step * (12582912.0 + 128 * tl.sum(high, axis=1))
-        tl.store(steps + 2 * place + 1, offset, mask=block * BLOCK_K < K)
-    else:
-        tl.store(steps + place, step, mask=block * BLOCK_K < K)
+    tl.store(steps + place, step, mask=exists)
 
 
 @triton.jit(do_not_specialize=["M"])
