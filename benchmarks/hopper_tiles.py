@@ -72,18 +72,18 @@ def measure(tokens: int, shape: tuple[int, int], device: torch.device) -> dict[s
     dense = [torch.randn(shape, device=device, dtype=torch.float16) for _ in range(copies // 2 + 1)]
     rounds = {"float16": timing.Round([lambda w=w: torch.mm(x, w.T) for w in dense], device)}
     processors = cuda._num_multiprocessors(0)
+    rounded = {c: portable.round_activations(x, 1, c.k_bytes, c.tokens, True) for c in hopper.INT8}
     for plan in all_plans(tokens, shape, processors) + int8_plans(tokens, shape, processors):
-        rounded, steps = x, None
+        operands: tuple[Tensor, Tensor | None] = (x, None)
         if isinstance(plan.config, Int8):
-            sizes = plan.config.k_bytes, plan.config.tokens
-            parts, steps = portable.round_activations(x, 1, *sizes, with_ratios=True)
-            rounded = parts[0]
-        calls = [partial(_launch, rounded, w, y, plan, steps) for w in weights]
+            (part,), steps = rounded[plan.config]
+            operands = part, steps
+        calls = [partial(_launch, *operands, w, y, plan) for w in weights]
         rounds[label(plan)] = timing.Round(calls, device)
     return timing.interleaved(rounds, repeats=REPEATS)
 
 
-def _launch(x: Tensor, weight: Any, y: Tensor, plan: Plan, steps: Tensor | None) -> None:
+def _launch(x: Tensor, steps: Tensor | None, weight: Any, y: Tensor, plan: Plan) -> None:
     cuda._launch(x, weight.packed, weight.scales, weight.exponents, None, y, plan, steps)
 
 
