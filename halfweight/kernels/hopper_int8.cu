@@ -30,7 +30,7 @@ constexpr int COPIED_BYTES = RATIOS_AT + TOKENS * 4;
 constexpr int STAGE_BYTES = (COPIED_BYTES + 16 + 1023) / 1024 * 1024;
 typedef Place<STAGE_BYTES> Here;
 constexpr int STEPS = KB / 32;
-constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 240;
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 
 // A sum of 128 products of signed bytes is less than 2^21.
 constexpr int BASE = CHAIN << 21;
