@@ -160,7 +160,7 @@ def test_machine_code_that_cannot_be_kept_is_used_all_the_same(tmp_path, monkeyp
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's compiler, but no GPU")
-@pytest.mark.parametrize("config", [*LARGE, INT8[-1]], ids=str)
+@pytest.mark.parametrize("config", [*LARGE, *INT8], ids=str)
 def test_products_of_warpgroups_overlap(config: Large, tmp_path) -> None:
     """Where it cannot prove that they may, ptxas waits after each and only notes a number."""
     text = tmp_path / "kernel.cu"

@@ -263,3 +263,43 @@ def test_the_shipped_tables_answer_for_every_batch_and_shape():
             for shape in ((4096, 4096), (128256, 8192), (8, 32)):
                 for int8 in (False, True):
                     assert table.find(tokens, shape, int8=int8).kernel in triton.KERNELS
+
+
+def in_order_of_lanes(values):
+    """[.., tokens], each 16 of them as hopper_int8.cu reads ratios: pairs of t, t + 8 together."""
+    tokens = torch.arange(values.shape[-1])
+    place = tokens // 16 * 16 + tokens // 2 % 4 * 4 + tokens // 8 % 2 * 2 + tokens % 2
+    turned = torch.empty_like(values)
+    turned[..., place] = values
+    return turned
+
+
+@pytest.mark.parametrize(("tokens", "columns", "block"), [(3, 1000, 256), (35, 512, 128)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_activations_with_the_ratios_of_their_steps(tokens, columns, block, dtype):
+    x = torch.randn(tokens, columns).to(dtype)
+    x[0] = 0
+    x[1, :block] = 0
+    x[2] *= 1e-3
+    (rounded,), found = triton.round_activations(x, 1, block, 16, with_ratios=True)
+    num_blocks = -(-columns // block)
+    padded = torch.zeros(tokens, num_blocks * block).double()
+    padded[:, :columns] = x.double()
+    largest = padded.reshape(tokens, num_blocks, block).abs().amax(dim=2)
+    steps = torch.maximum(largest, largest.amax(dim=1, keepdim=True) * 2.0**-24) / 127
+    steps = steps.clamp(min=1e-30).T
+    assert torch.allclose(found[1, :, :tokens].double(), steps, rtol=1e-6)
+    ratios = torch.cat([steps[:1], steps[:-1]]) / steps
+    expected = in_order_of_lanes(torch.nn.functional.pad(ratios, (0, -tokens % 16), value=-1.0))
+    known = expected >= 0
+    assert torch.allclose(found[0].double()[known], expected[known], rtol=1e-5)
+    exact = padded[:, :columns] / steps.T.repeat_interleave(block, dim=1)[:, :columns]
+    assert (rounded.double() - exact).abs().max() < 0.501
+
+
+def test_a_token_that_is_not_a_number_stays_so_when_rounded():
+    x = torch.randn(2, 512).half()
+    x[1, 300] = torch.inf
+    _, found = triton.round_activations(x, 1, 256, 16, with_ratios=True)
+    assert found[1, :, 0].isfinite().all()
+    assert not found[1, 1, 1].isfinite()

@@ -113,8 +113,10 @@ class Large:
 
     file = "hopper_large.cu"
     entry = b"w8a16_large"
-    k_bytes = box = 64
+    box = 64
+    """Columns of a stage."""
     products = 2
+    """Instructions that a warpgroup queues at once, of 32 bytes of x each."""
     tile_us = 0.85
     even_fixup_us = 6.0
     collect_us = 2.0
@@ -142,6 +144,11 @@ class Large:
         from_l2 = weights + self.x_bytes // self.cluster
         in_memory = num_blocks * (weights if in_step else from_l2) / MEMORY_BYTES_PER_US
         return max(self.block_us, in_memory, num_blocks * from_l2 / L2_BYTES_PER_US)
+
+    @property
+    def k_bytes(self) -> int:
+        """Columns that the schedule deals out together."""
+        return self.box
 
     @property
     def rows(self) -> int:
@@ -188,7 +195,9 @@ class Large:
 
 @dataclass(frozen=True)
 class Int8(Large):
-    """A compiled form of hopper_int8.cu; a token has a step for each `chain` groups of 128."""
+    """A compiled form of hopper_int8.cu. A token has a step for each `chain` groups of 128 columns,
+    which the schedule deals out together; a stage is one group.
+    """
 
     chain: int = 2
 
@@ -204,13 +213,14 @@ class Int8(Large):
 
     @property
     def x_bytes(self) -> int:
-        """Activations of a stage and a float for each token."""
-        return (self.box + 4) * self.tokens
+        """Activations of these columns, and each stage a float for each token."""
+        return (self.k_bytes + 4 * self.chain) * self.tokens
 
     @property
     def stage_bytes(self) -> int:
         """W, x and the barriers, in whole kilobytes."""
-        return -(-(self.box * self.rows + self.x_bytes + 16) // 1024) * 1024
+        filled = self.box * self.rows + self.x_bytes // self.chain
+        return -(-(filled + 16) // 1024) * 1024
 
     def groups(self, group_size: int) -> int:
         """Groups are no smaller than a stage."""
@@ -244,11 +254,10 @@ LARGE = (
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.911, cluster=2),
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.726, split=2),
 )
-INT8 = tuple(
-    Int8(tokens=t, warpgroups=2, stages=st, block_us=1.0, cluster=cl, chain=ch)
-    for t, st in ((128, 6), (160, 5), (176, 5), (192, 5))
-    for cl in (1, 2)
-    for ch in (1, 2, 4)
+INT8 = (
+    Int8(tokens=128, warpgroups=2, stages=6, block_us=1.2),
+    Int8(tokens=176, warpgroups=2, stages=5, block_us=1.6),
+    Int8(tokens=176, warpgroups=2, stages=5, block_us=1.6, cluster=2),
 )
 
 

@@ -1,19 +1,20 @@
 // y[M, N] = x[M, K] dequantize(packed[N, K], codes[N, K/G], exponents[N])^T + bias[N] for int8 x =
 // steps[K/(128 CHAIN), M] rounded[M, K]: opt-in, for prefill, where arithmetic is the limit
 //
-// As in hopper_large.cu W is the first operand and comes from registers, here as signed bytes. What
-// costs is making floats of the int32 sums of each group and adding them up, so there is nothing
-// but multiply-adds in it, at full speed:
+// As in hopper_large.cu, W is the first operand and comes from registers: stored bytes with a bit
+// flipped, so that they are signed. What costs is to make floats of the int32 sums of every group
+// and to add them up. Nothing is left of that but multiply-adds:
 //
-//   no conversion   the sums begin at BASE, so that they are never negative, and stay below 2^24:
-//                   such an integer, read as a float, is that integer times 2^-149 (up to 2^23 a
-//                   denormal number, which the multiply-add takes in its stride), exactly
-//   no resetting    CHAIN groups share a step of the token, and the sums run on over them. With
-//                   R_j the sum up to group j, sum_j c_j P_j = sum_j (c_j - c_j+1) R_j - c_1 BASE
-//   no step         the total is in units of the current step; where that changes it is multiplied
-//                   by the ratio of the two, which also takes the constant off
+//   no conversion   sums begin at BASE, so that they are never negative, and stay below 2^24: such
+//                   an integer, read as a float, is exactly 2^-149 of itself (a denormal number
+//                   below 2^23, which a multiply-add takes in its stride)
+//   no resetting    CHAIN groups share a token's step, and the sums run on over them. With R_j the
+//                   sum to the end of group j, sum_j c_j P_j = sum_j (c_j - c_j+1) R_j - c_1 BASE
+//   no step         the total is in units of the step; from one to the next it is multiplied by the
+//                   ratio of the two, in the multiply-add that takes c_1 BASE off
 //
-// that is CHAIN + 1 multiply-adds and one move for CHAIN groups.
+// CHAIN + 1 multiply-adds and a move for CHAIN groups; the one with the ratio while the tensor
+// cores are busy.
 //
 //   warpgroup 0      producer: one thread asks for W [ROWS, 128] bytes, x [TOKENS, 128] bytes and
 //                    the ratios of TOKENS tokens a stage
@@ -104,20 +105,25 @@ struct Consumer {
     __device__ __forceinline__ u32 x() const {
         return (here.stage >> 4) + (W_BYTES / 16 + DESCRIPTOR_LOW);
     }
-    // From the unit of the step before to that of this step.
-    __device__ __forceinline__ void rescale(const Scales& scales, float (&total)[ACC]) const {
-        u32 address = here.stage + RATIOS_AT + lane % 4 * 8;
-#pragma unroll
-        for (int j = 0; j < ACC / 4; ++j) {
-            float ratio[2];
-            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                         : "=f"(ratio[0]), "=f"(ratio[1]) : "r"(address + j * 32));
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                total[4 * j + i] = fmaf(total[4 * j + i], ratio[i % 2], scales.offset[i / 2]);
-        }
-    }
 };
+
+// total += sum * factor, of a sum read as a float. Never put off: the sums go on in their registers.
+__device__ __forceinline__ void add_product(float& total, int sum, float factor) {
+    asm volatile("fma.rn.f32 %0, %1, %2, %0;"
+                 : "+f"(total) : "f"(__int_as_float(sum)), "f"(factor));
+}
+
+// From the unit of the step before to that of this step; `ratios` is where the lane's begin.
+__device__ __forceinline__ void rescale(u32 ratios, const Scales& scales, float (&total)[ACC]) {
+#pragma unroll
+    for (int j = 0; j < ACC / 8; ++j) {
+        uint4 ratio = load16(ratios + j * 64);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            total[8 * j + i] = fmaf(total[8 * j + i], __uint_as_float(word(ratio, i / 4 * 2 + i % 2)),
+                                    scales.offset[i / 2 % 2]);
+    }
+}
 
 __device__ __forceinline__ void add_chain(Consumer& c, Scales& scales, int block,
                                           float (&total)[ACC]) {
@@ -133,7 +139,7 @@ __device__ __forceinline__ void add_chain(Consumer& c, Scales& scales, int block
         queue_products(sums, a, c.x());
         if (j == 0) {
             scales.take(block);
-            c.rescale(scales, total);
+            rescale(c.here.stage + RATIOS_AT + c.lane % 4 * 16, scales, total);
         }
         wgmma_wait<0>();
         __syncwarp();
@@ -141,7 +147,7 @@ __device__ __forceinline__ void add_chain(Consumer& c, Scales& scales, int block
         c.here.advance();
 #pragma unroll
         for (int i = 0; i < ACC; ++i)
-            total[i] = fmaf(__int_as_float(sums[i]), scales.differences[j][i / 2 % 2], total[i]);
+            add_product(total[i], sums[i], scales.differences[j][i / 2 % 2]);
     }
 }
 
@@ -171,9 +177,9 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
         tile_position(p, s.tile, m, n);
         int tile_row = first_row(p, b, n);
         float total[ACC];
+        Scales scales(p, tile_row + row_in_tile, s.k_begin);
 #pragma unroll
         for (int i = 0; i < ACC; ++i) total[i] = 0.0f;
-        Scales scales(p, tile_row + row_in_tile, s.k_begin);
         for (int block = s.k_begin; block < s.k_end; ++block) add_chain(c, scales, block, total);
         apply_steps(p, s, m * TOKENS, lane, total);
         bool whole = finish_shared(p, b, schedule, s, thread, total);

@@ -201,9 +201,9 @@ __device__ __forceinline__ void store_rows(const Problem& p, int first_token, in
 
 // One thread feeds the ring: rows of W by bulk copies, activations by `copy_activations(stage's
 // address, m, k, barrier)`; COPIED_BYTES in all for a tile of ROWS. A K block of the schedule is
-// UNIT stages. Weights are nobody's output: those of the first stages are asked for before the
+// PER_BLOCK stages. Weights are nobody's output: those of the first stages are asked for before the
 // kernel ahead of this one has ended.
-template <int KB, int UNIT, int STAGE_BYTES, int COPIED_BYTES, typename Copy>
+template <int KB, int PER_BLOCK, int STAGE_BYTES, int COPIED_BYTES, typename Copy>
 __device__ __forceinline__ void produce(const TensorMap* w_map, const Problem& p, const Block& b,
                                         Copy copy_activations) {
     auto copy_weights = [&](const Place<STAGE_BYTES>& place, int n, int k) {
@@ -215,7 +215,7 @@ __device__ __forceinline__ void produce(const TensorMap* w_map, const Problem& p
     Place<STAGE_BYTES> place(b);
     for (Schedule first(p, b.worker); early < STAGES && next_run(first, b, s);) {
         tile_position(p, s.tile, m, n);
-        for (int k = s.k_begin * UNIT; k < s.k_end * UNIT && early < STAGES;
+        for (int k = s.k_begin * PER_BLOCK; k < s.k_end * PER_BLOCK && early < STAGES;
              ++k, ++early, place.advance())
             copy_weights(place, n, k);
     }
@@ -223,7 +223,7 @@ __device__ __forceinline__ void produce(const TensorMap* w_map, const Problem& p
     place = Place<STAGE_BYTES>(b);
     for (Schedule schedule(p, b.worker); next_run(schedule, b, s);) {
         tile_position(p, s.tile, m, n);
-        for (int k = s.k_begin * UNIT; k < s.k_end * UNIT; ++k, place.advance()) {
+        for (int k = s.k_begin * PER_BLOCK; k < s.k_end * PER_BLOCK; ++k, place.advance()) {
             if (early > 0) {
                 --early;
             } else {

@@ -207,7 +207,9 @@ def round_activations(
         least = tl.maximum(tl.max(step, axis=0) * 5.9604645e-08, 1e-30)
         step = tl.where(step < least, least, step)
         before = tl.gather(step, tl.maximum(in_program - 1, 0), axis=0)
-        tl.store(steps + place, before / step, mask=exists)
+        inside_16 = token // 2 % 4 * 4 + token // 8 % 2 * 2 + token % 2
+        turned = block * stride_steps + token // 16 * 16 + inside_16
+        tl.store(steps + turned, before / step, mask=exists)
         steps += tl.cdiv(K, BLOCK_K) * stride_steps
     high, low = two_bytes(value, step)
     tl.store(rounded + token * K + k, high.to(tl.int8), mask=inside)
