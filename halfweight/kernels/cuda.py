@@ -219,10 +219,11 @@ def _maps(plan: Plan, packed: Tensor, x: Tensor) -> tuple[Any, Any]:
     w_at, x_at, columns = packed.data_ptr(), x.data_ptr(), x.shape[1]
     if isinstance(config, Large):
         w_sizes, x_sizes = (columns, packed.shape[0]), (columns, x.shape[0])
-        x_box, x_stride = (config.box, config.tokens // config.cluster), x.element_size()
+        size = x.element_size()
+        x_box = (128 // size, config.tokens // config.cluster)
         return (
-            _tensor_map(w_at, "uint8", w_sizes, (columns,), (config.box, plan.rows)),
-            _tensor_map(x_at, kind, x_sizes, (columns * x_stride,), x_box),
+            _tensor_map(w_at, "uint8", w_sizes, (columns,), (config.columns, plan.rows)),
+            _tensor_map(x_at, kind, x_sizes, (columns * size,), x_box),
         )
     boxes = config.k_bytes // 128
     w_sizes3, x_sizes3 = (128, packed.shape[0], columns // 128), (64, x.shape[0], columns // 64)

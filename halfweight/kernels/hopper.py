@@ -101,7 +101,8 @@ class Large:
     """A compiled form of hopper_large.cu: tokens a tile, consumer warpgroups, stages of the ring.
 
     `cluster` blocks take neighbouring rows of W and share x, or `split` blocks take one tile, each
-    a part of K. `block_us` is how long a stage takes on an H100 where memory is not the limit.
+    a part of K. A stage has `columns` of K. `block_us` is how long what the schedule deals out
+    together takes on an H100 where memory is not the limit.
     """
 
     tokens: int
@@ -110,11 +111,10 @@ class Large:
     block_us: float
     cluster: int = 1
     split: int = 1
+    columns: int = 64
 
     file = "hopper_large.cu"
     entry = b"w8a16_large"
-    box = 64
-    """Columns of a stage."""
     products = 2
     """Instructions that a warpgroup queues at once, of 32 bytes of x each."""
     tile_us = 0.85
@@ -148,7 +148,7 @@ class Large:
     @property
     def k_bytes(self) -> int:
         """Columns that the schedule deals out together."""
-        return self.box
+        return self.columns
 
     @property
     def rows(self) -> int:
@@ -189,7 +189,7 @@ class Large:
         return {
             **{"TOKENS": self.tokens, "ROWS": self.rows, "WGS": self.warpgroups},
             **{"STAGES": self.stages, "CLUSTER": self.cluster, "SPLIT": self.split},
-            "GROUPS": groups,
+            **{"KB": self.columns, "GROUPS": groups},
         }
 
 
@@ -199,17 +199,17 @@ class Int8(Large):
     which the schedule deals out together; a stage is one group.
     """
 
+    columns: int = 128
     chain: int = 2
 
     file = "hopper_int8.cu"
     entry = b"w8a8_large"
-    box = 128
     products = 4
 
     @property
     def k_bytes(self) -> int:
         """Columns that share a step."""
-        return self.box * self.chain
+        return self.columns * self.chain
 
     @property
     def x_bytes(self) -> int:
@@ -219,7 +219,7 @@ class Int8(Large):
     @property
     def stage_bytes(self) -> int:
         """W, x and the barriers, in whole kilobytes."""
-        filled = self.box * self.rows + self.x_bytes // self.chain
+        filled = self.columns * self.rows + self.x_bytes // self.chain
         return -(-(filled + 16) // 1024) * 1024
 
     def groups(self, group_size: int) -> int:
@@ -246,6 +246,11 @@ SMALL = (
 )
 LARGE = (
     Large(tokens=64, warpgroups=2, stages=12, block_us=0.36),
+    Large(tokens=64, warpgroups=2, stages=6, block_us=0.52, columns=128),
+    Large(tokens=64, warpgroups=4, stages=4, block_us=0.9, columns=128),
+    Large(tokens=128, warpgroups=2, stages=4, block_us=0.8, columns=128),
+    Large(tokens=128, warpgroups=2, stages=4, block_us=0.7, split=2, columns=128),
+    Large(tokens=128, warpgroups=4, stages=3, block_us=1.3, columns=128),
     Large(tokens=64, warpgroups=4, stages=8, block_us=0.634),
     Large(tokens=128, warpgroups=2, stages=8, block_us=0.551),
     Large(tokens=128, warpgroups=2, stages=8, block_us=0.433, split=2),

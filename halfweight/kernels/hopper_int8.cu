@@ -20,10 +20,9 @@
 //                    the ratios of TOKENS tokens a stage
 //   warpgroups 1...  consumers: 64 rows of W each; while one adds, the other multiplies
 //
-// Compile-time: TOKENS and ROWS of a tile, WGS = ROWS / 64, STAGES, CLUSTER, CHAIN, BF16. The
-// launcher also generates `queue_products(sums, a, x)`.
+// Compile-time: TOKENS and ROWS of a tile, WGS = ROWS / 64, KB = 128 columns of a stage, STAGES,
+// CLUSTER, CHAIN, BF16. The launcher also generates `queue_products(sums, a, x)`.
 
-constexpr int KB = 128;
 constexpr int W_BYTES = ROWS * KB;
 constexpr int X_BYTES = TOKENS * KB;
 constexpr int RATIOS_AT = W_BYTES + X_BYTES;

@@ -13,16 +13,20 @@
 // A weight enters as q * code, an integer of at most 15 bits rounded once to the 16-bit type; the
 // row's power of two is applied to the float32 sum. Nothing overflows whatever the scales are.
 //
-// Compile-time: TOKENS and ROWS of a tile, WGS = ROWS / 64, STAGES, CLUSTER, SPLIT, GROUPS
+// Bulk copies move rows of 64 bytes no faster than rows of 128: where reading is the limit a stage
+// has KB = 128 columns, SUBS = 2 blocks of 64; where the ring would have too few stages, KB = 64.
+//
+// Compile-time: TOKENS and ROWS of a tile, WGS = ROWS / 64, KB, STAGES, CLUSTER, SPLIT, GROUPS
 // (scales in 64 columns: 1 or 2), BF16. The launcher also generates `queue_products(acc, a, x)`.
 
-constexpr int KB = 64;
+constexpr int SUBS = KB / 64;
 constexpr int W_BYTES = ROWS * KB;
 constexpr int X_BYTES = TOKENS * KB * 2;
 constexpr int COPIED_BYTES = W_BYTES + X_BYTES;
 constexpr int STAGE_BYTES = COPIED_BYTES + 1024;
 typedef Place<STAGE_BYTES> Here;
 constexpr int STEPS = 2;
+constexpr int X_BLOCK_BYTES = TOKENS * 128;
 constexpr int OWN = ACC / SPLIT;
 // Four warpgroups hide each other's conversions, and have no registers for another half.
 constexpr int AHEAD = WGS == 4 ? 0 : 1;
@@ -90,11 +94,11 @@ struct Consumer {
     u32 line, held, selector;
     int lane;
 
-    // Read half HALF of the stage.
-    template <int HALF> __device__ __forceinline__ void read(Raw& raw) const {
+    // Read half HALF of block SUB of the stage.
+    template <int SUB, int HALF> __device__ __forceinline__ void read(Raw& raw) const {
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
-            u32 address = here.stage + line ^ (HALF * STEPS + step) << 4;
+            u32 address = here.stage + line ^ (SUB * 4 + HALF * STEPS + step) << 4;
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 raw[step][i] = byte_pair(address + i % 2 * 8 * KB + i / 2 * 8);
@@ -110,9 +114,14 @@ struct Consumer {
             for (int i = 0; i < 4; ++i)
                 a[step][i] = multiply(to_16bit(raw[step][i], selector), pair[i % 2]);
     }
-    // Where the descriptor of half HALF of the stage's x begins.
-    template <int HALF> __device__ __forceinline__ u32 x() const {
-        return (here.stage >> 4) + (W_BYTES / 16 + DESCRIPTOR_LOW + HALF * STEPS * 2);
+    // Where the descriptor of half HALF of block SUB of the stage's x begins.
+    template <int SUB, int HALF> __device__ __forceinline__ u32 x() const {
+        constexpr int AT = W_BYTES + SUB * X_BLOCK_BYTES;
+        return (here.stage >> 4) + (AT / 16 + DESCRIPTOR_LOW + HALF * STEPS * 2);
+    }
+    __device__ __forceinline__ void leave_stage() {
+        held = here.stage;
+        here.advance();
     }
     __device__ __forceinline__ void release() {
         if (held) release_stage(held + STAGE_BYTES - 8, lane);
@@ -120,29 +129,32 @@ struct Consumer {
     }
 };
 
-// Multiply the first half of a K block from `a`; meanwhile fill `next` for the second.
+// Multiply the first half of block SUB of a stage from `a`; meanwhile fill `next` for the second.
+template <int SUB>
 __device__ __forceinline__ void multiply_first(Consumer& c, const Scales& scales,
                                                const Fragments& a, Fragments& next,
                                                float (&acc)[ACC]) {
-    queue_products(acc, a, c.x<0>());
+    queue_products(acc, a, c.x<SUB, 0>());
     Raw raw;
-    c.read<1>(raw);
+    c.read<SUB, 1>(raw);
     wgmma_wait<AHEAD>();
     c.release();
     c.convert<1>(raw, scales, next);
 }
 
-// Multiply the second half of K block k from `a`; meanwhile fill `next` for the block after it.
+// Multiply the second half of block SUB, the k-th of K, from `a`; meanwhile fill `next` for the
+// block after it.
+template <int SUB>
 __device__ __forceinline__ void multiply_second(const Problem& p, Consumer& c, Scales& scales,
                                                 int k, const Fragments& a, Fragments& next,
                                                 float (&acc)[ACC]) {
-    queue_products(acc, a, c.x<1>());
-    c.held = c.here.stage;
-    c.here.advance();
+    constexpr bool LAST = SUB == SUBS - 1;
+    queue_products(acc, a, c.x<SUB, 1>());
+    if (LAST) c.leave_stage();
     scales.reach(p, k + 1);
     Raw raw;
-    barrier_wait(c.here.full(), c.here.phase);
-    c.read<0>(raw);
+    if (LAST) barrier_wait(c.here.full(), c.here.phase);
+    c.read<LAST ? 0 : SUB + 1, 0>(raw);
     wgmma_wait<AHEAD>();
     c.convert<0>(raw, scales, next);
 }
@@ -212,7 +224,8 @@ __device__ __forceinline__ u32 kept_selector(u16* buffer, int lane) {
 __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
     int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
     int row_in_tile = warp * 16 + lane / 4;
-    u32 line = row_in_tile * KB + lane % 4 * 2 + (row_in_tile >> 1 & 3) * 16;
+    u32 swizzle = KB == 64 ? row_in_tile >> 1 & 3 : row_in_tile & 7;
+    u32 line = row_in_tile * KB + lane % 4 * 2 + swizzle * 16;
     u32 selector = kept_selector(b.buffers + warp * (STORE_BYTES / 2), lane);
     Consumer c = {Here(b), line, 0, selector, lane};
     Schedule schedule(p, b.worker);
@@ -227,18 +240,25 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
         Fragments first, other;
         Fragments& second = AHEAD ? other : first;
         Raw raw;
-        Scales scales(p, tile_row + row_in_tile, s.k_begin);
+        Scales scales(p, tile_row + row_in_tile, s.k_begin * SUBS);
         barrier_wait(c.here.full(), c.here.phase);
-        c.read<0>(raw);
+        c.read<0, 0>(raw);
         c.convert<0>(raw, scales, first);
         for (int k = s.k_begin; k + 1 < s.k_end; ++k) {
-            multiply_first(c, scales, first, second, acc);
-            multiply_second(p, c, scales, k, second, first, acc);
+            multiply_first<0>(c, scales, first, second, acc);
+            multiply_second<0>(p, c, scales, k * SUBS, second, first, acc);
+#if KB == 128
+            multiply_first<1>(c, scales, first, second, acc);
+            multiply_second<1>(p, c, scales, k * SUBS + 1, second, first, acc);
+#endif
         }
-        multiply_first(c, scales, first, second, acc);
-        queue_products(acc, second, c.x<1>());
-        c.held = c.here.stage;
-        c.here.advance();
+        multiply_first<0>(c, scales, first, second, acc);
+#if KB == 128
+        multiply_second<0>(p, c, scales, s.k_end * SUBS - 2, second, first, acc);
+        multiply_first<1>(c, scales, first, second, acc);
+#endif
+        queue_products(acc, second, c.x<SUBS - 1, 1>());
+        c.leave_stage();
         RowEnds ends = load_row_ends(p, tile_row + row_in_tile);
         wgmma_wait<0>();
         c.release();
@@ -257,7 +277,10 @@ w8a16_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
         auto copy = [&](u32 stage, int m, int k, u32 bar) {
-            copy_x(stage + W_BYTES, &x_map, k * KB, m * TOKENS, block.rank, bar);
+#pragma unroll
+            for (int sub = 0; sub < SUBS; ++sub)
+                copy_x(stage + W_BYTES + sub * X_BLOCK_BYTES, &x_map, k * KB + sub * 64, m * TOKENS,
+                       block.rank, bar);
         };
         if (threadIdx.x == 0) produce<KB, 1, STAGE_BYTES, COPIED_BYTES>(&w_map, p, block, copy);
         meet_collectors();

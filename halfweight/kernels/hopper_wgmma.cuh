@@ -203,12 +203,12 @@ __device__ __forceinline__ void store_rows(const Problem& p, int first_token, in
 // address, m, k, barrier)`; COPIED_BYTES in all for a tile of ROWS. A K block of the schedule is
 // PER_BLOCK stages. Weights are nobody's output: those of the first stages are asked for before the
 // kernel ahead of this one has ended.
-template <int KB, int PER_BLOCK, int STAGE_BYTES, int COPIED_BYTES, typename Copy>
+template <int COLUMNS, int PER_BLOCK, int STAGE_BYTES, int COPIED_BYTES, typename Copy>
 __device__ __forceinline__ void produce(const TensorMap* w_map, const Problem& p, const Block& b,
                                         Copy copy_activations) {
     auto copy_weights = [&](const Place<STAGE_BYTES>& place, int n, int k) {
-        barrier_expect(place.full(), COPIED_BYTES - (ROWS - p.tile_rows) * KB);
-        copy_tile(place.stage, w_map, k * KB, first_row(p, b, n), place.full());
+        barrier_expect(place.full(), COPIED_BYTES - (ROWS - p.tile_rows) * COLUMNS);
+        copy_tile(place.stage, w_map, k * COLUMNS, first_row(p, b, n), place.full());
     };
     Segment s;
     int m, n, early = 0;
