@@ -200,7 +200,7 @@ class Int8(Large):
     """
 
     columns: int = 128
-    chain: int = 2
+    chain: int = 4
 
     file = "hopper_int8.cu"
     entry = b"w8a8_large"
@@ -246,23 +246,20 @@ SMALL = (
 )
 LARGE = (
     Large(tokens=64, warpgroups=2, stages=12, block_us=0.36),
-    Large(tokens=64, warpgroups=2, stages=6, block_us=0.52, columns=128),
-    Large(tokens=64, warpgroups=4, stages=4, block_us=0.9, columns=128),
-    Large(tokens=128, warpgroups=2, stages=4, block_us=0.8, columns=128),
-    Large(tokens=128, warpgroups=2, stages=4, block_us=0.7, split=2, columns=128),
-    Large(tokens=128, warpgroups=4, stages=3, block_us=1.3, columns=128),
     Large(tokens=64, warpgroups=4, stages=8, block_us=0.634),
     Large(tokens=128, warpgroups=2, stages=8, block_us=0.551),
+    Large(tokens=128, warpgroups=2, stages=4, block_us=1.0, columns=128),
     Large(tokens=128, warpgroups=2, stages=8, block_us=0.433, split=2),
+    Large(tokens=128, warpgroups=2, stages=4, block_us=0.8, split=2, columns=128),
     Large(tokens=128, warpgroups=4, stages=6, block_us=0.916),
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.895),
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.911, cluster=2),
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.726, split=2),
 )
 INT8 = (
-    Int8(tokens=128, warpgroups=2, stages=6, block_us=1.2),
-    Int8(tokens=176, warpgroups=2, stages=5, block_us=1.6),
-    Int8(tokens=176, warpgroups=2, stages=5, block_us=1.6, cluster=2),
+    Int8(tokens=128, warpgroups=2, stages=6, block_us=2.3),
+    Int8(tokens=176, warpgroups=2, stages=5, block_us=3.0),
+    Int8(tokens=176, warpgroups=2, stages=5, block_us=3.0, cluster=2),
 )
 
 

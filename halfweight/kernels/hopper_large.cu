@@ -51,7 +51,7 @@ struct Scales {
     int shift;  // K blocks a group, as a power of two; never reached where a row has one scale
 
     __device__ __forceinline__ Scales(const Problem& p, int row, int k) {
-        shift = p.num_groups == 1 ? 30 : GROUPS == 2 ? 0 : 31 - __clz(p.group_size / KB);
+        shift = p.num_groups == 1 ? 30 : GROUPS == 2 ? 0 : 31 - __clz(p.group_size / 64);
         for (int h = 0; h < 2; ++h)
             codes[h] = p.codes + (long long)min(row + 8 * h, p.out_features - 1) * p.num_groups;
         ask(p, k >> shift);
