@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from halfweight.kernels.hopper import (
     LARGE,
     SMALL,
     Config,
+    Int8,
     Large,
     Small,
     candidates,
@@ -112,6 +114,15 @@ def test_few_tokens_or_small_groups_are_exact_with_int8_activations(monkeypatch,
     assert cuda.linear_int8(x, packed, scales, exponents, None) == "exact"
     many = torch.zeros(512, 512, dtype=torch.float16)
     assert cuda.takes_int8(many, packed, packed[:, :4], exponents)
+
+
+@pytest.mark.parametrize("config", INT8, ids=str)
+def test_sums_of_int8_products_are_exact_as_floats(config: Int8) -> None:
+    """hopper_int8.cu reads them as denormal floats: from 0 to 2^24 such bits are a straight line."""
+    base, most = config.chain << 21, config.chain * 128 * 128 * 127
+    ends = np.array([base - most, base, base + most], np.int32)
+    assert 0 <= ends.min() and ends.max() < 2**24
+    assert np.array_equal(ends.view(np.float32).astype(np.float64) * 2.0**149, ends)
 
 
 def test_tiles_are_not_shared_by_four_warpgroups() -> None:

@@ -238,28 +238,26 @@ SMALL = (
     Small(tokens=8, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=4, block_us=1.44),
     Small(tokens=8, row_tiles=3, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.64),
     Small(tokens=16, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.441),
-    Small(tokens=16, row_tiles=3, warps_n=1, warps_k=8, units=1, stages=4, block_us=0.811),
-    Small(tokens=16, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.927),
+    Small(tokens=16, row_tiles=3, warps_n=1, warps_k=8, units=1, stages=4, block_us=0.767),
+    Small(tokens=16, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.997),
     Small(tokens=32, row_tiles=1, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.785),
-    Small(tokens=32, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=3, block_us=1.177),
+    Small(tokens=32, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=3, block_us=1.166),
     Small(tokens=64, row_tiles=1, warps_n=4, warps_k=2, units=2, stages=4, block_us=0.986),
 )
 LARGE = (
-    Large(tokens=64, warpgroups=2, stages=12, block_us=0.36),
+    Large(tokens=64, warpgroups=2, stages=12, block_us=0.4),
     Large(tokens=64, warpgroups=4, stages=8, block_us=0.634),
-    Large(tokens=128, warpgroups=2, stages=8, block_us=0.551),
-    Large(tokens=128, warpgroups=2, stages=4, block_us=1.0, columns=128),
-    Large(tokens=128, warpgroups=2, stages=8, block_us=0.433, split=2),
+    Large(tokens=128, warpgroups=2, stages=4, block_us=1.047, columns=128),
     Large(tokens=128, warpgroups=2, stages=4, block_us=0.8, split=2, columns=128),
-    Large(tokens=128, warpgroups=4, stages=6, block_us=0.916),
+    Large(tokens=128, warpgroups=4, stages=6, block_us=0.938),
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.895),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.911, cluster=2),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.899, cluster=2),
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.726, split=2),
 )
 INT8 = (
-    Int8(tokens=128, warpgroups=2, stages=6, block_us=2.3),
-    Int8(tokens=176, warpgroups=2, stages=5, block_us=3.0),
-    Int8(tokens=176, warpgroups=2, stages=5, block_us=3.0, cluster=2),
+    Int8(tokens=128, warpgroups=2, stages=6, block_us=2.906),
+    Int8(tokens=176, warpgroups=2, stages=5, block_us=3.788),
+    Int8(tokens=176, warpgroups=2, stages=5, block_us=3.795, cluster=2),
 )
 
 
