@@ -236,7 +236,7 @@ Config = Small | Large
 
 SMALL = (
     Small(tokens=8, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=4, block_us=1.44),
-    Small(tokens=8, row_tiles=3, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.64),
+    Small(tokens=8, row_tiles=3, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.571),
     Small(tokens=16, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.441),
     Small(tokens=16, row_tiles=3, warps_n=1, warps_k=8, units=1, stages=4, block_us=0.767),
     Small(tokens=16, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.997),
@@ -245,7 +245,8 @@ SMALL = (
     Small(tokens=64, row_tiles=1, warps_n=4, warps_k=2, units=2, stages=4, block_us=0.986),
 )
 LARGE = (
-    Large(tokens=64, warpgroups=2, stages=12, block_us=0.4),
+    Large(tokens=64, warpgroups=2, stages=6, block_us=0.7, columns=128),
+    Large(tokens=64, warpgroups=2, stages=6, block_us=0.5, split=2, columns=128),
     Large(tokens=64, warpgroups=4, stages=8, block_us=0.634),
     Large(tokens=128, warpgroups=2, stages=4, block_us=1.047, columns=128),
     Large(tokens=128, warpgroups=2, stages=4, block_us=0.8, split=2, columns=128),
