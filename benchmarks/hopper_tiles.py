@@ -94,7 +94,7 @@ def chosen(row: Mapping[str, Any], plans_of: PlansOf) -> tuple[float, float] | N
     found = [plan for plan in known if label(plan) in times]
     if not found:
         return None
-    first = min(found, key=lambda plan: plan.microseconds)
+    first = min(found, key=hopper.preference)
     return times[label(first)], min(times[label(plan)] for plan in found)
 
 
