@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -141,22 +141,26 @@ def in_folder(folder: Path) -> Store:
 
 
 @torch.no_grad()
-def plant_outliers(model: nn.Module) -> None:
-    """Multiply a few input columns by 20, in place, and undo each in the norm before it.
+def plant_outliers(
+    model: nn.Module, factor: float = OUTLIER_FACTOR, num_columns: int = OUTLIER_COLUMNS
+) -> None:
+    """Multiply a few input columns by `factor`, in place, and undo each in the norm before it.
 
-    The function the model computes stays the same up to float32 rounding.
+    The columns are drawn at random for each norm. A factor above 1 plants outliers among weights,
+    below 1 among activations. The function the model computes stays the same up to float32
+    rounding.
     """
     parameters = dict(model.named_parameters())
     generator = torch.Generator().manual_seed(0)
     columns: dict[str, Tensor] = {}
     for name, norm in [(n, p) for n, p in parameters.items() if n.endswith("layernorm.weight")]:
-        columns[name] = torch.randperm(len(norm), generator=generator)[:OUTLIER_COLUMNS]
-        norm[columns[name]] /= OUTLIER_FACTOR
+        columns[name] = torch.randperm(len(norm), generator=generator)[:num_columns]
+        norm[columns[name]] /= factor
     for name, weight in parameters.items():
         for linear, norm_name in NORM_BEFORE.items():
             if name.endswith(f".{linear}.weight"):
                 layer = name.removesuffix(f".{linear}.weight")
-                weight[:, columns[f"{layer}.{norm_name}.weight"]] *= OUTLIER_FACTOR
+                weight[:, columns[f"{layer}.{norm_name}.weight"]] *= factor
 
 
 def samples(model: Path, texts: list[Path], num_windows: int) -> dict[str, Sample]:
@@ -182,12 +186,19 @@ class Runnable:
         return self._parts
 
 
+class Usable(Protocol):
+    """A model that runs with the weights it is given."""
+
+    def use(self, weights: dict[str, Tensor]) -> SplitModel:
+        """The model with these weights, until the next call."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of the table: a model, and what a format makes of its weights."""
 
     name: str
-    model: Runnable
+    model: Usable
     weights: dict[str, Tensor]
 
     @classmethod

@@ -1,14 +1,17 @@
-"""Write docs/accuracy.md from benchmarks/results/accuracy.json and accuracy_encoder.json."""
+"""Write docs/accuracy.md from benchmarks/results: accuracy*.json and activations.json."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
+from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from accuracy import OUTLIER_COLUMNS, PLANTED, SPREAD
+from accuracy import OUTLIER_COLUMNS, OUTLIER_FACTOR, PLANTED, SPREAD
+from activations import BLOCKS, EXACT, NUM_PLANTED, ROW, Block
 from envelope import RESULTS
 from variants import (
     CALIBRATED,
@@ -20,6 +23,8 @@ from variants import (
     TENSOR,
     VARIANTS,
 )
+
+from halfweight.kernels.hopper import INT8
 
 PAGE = Path(__file__).parent.parent / "docs" / "accuracy.md"
 PEERS = (Q8_0, "bitsandbytes row", "torchao row")
@@ -87,6 +92,10 @@ are what keeps it usable, and the smaller the better.
 
 {planted}
 
+## Int8 activations
+
+{activations}
+
 ## A float32 encoder
 
 all-MiniLM-L6-v2, whose weights have all their bits: 1 - cosine between embeddings before and after,
@@ -105,6 +114,39 @@ perplexity by {change}: what changes are near ties. The same weights in
 bfloat16, 16 bits each, change {sixteen:.1f} %. Changes fall with the error of the weights, and
 divergence with its square, so {goal:.1f} % would take {ratio:.1f} times less error than the
 default's, {bits:.1f} bits more a weight, on a model as small as this."""
+
+
+ACTIVATIONS_TEXT = """\
+`activations="int8"`, which is never on by default, rounds the inputs of linears to int8 too:
+symmetric, halves to even, one float32 step of absmax / 127 for each token and block of columns: a
+group of the weight, on Hopper {hopper} columns. Here the rounding is done in float32, on top of the
+default's weights, on {device}. The head's input is left exact, as `halfweight.load`
+leaves it where the head is tied to the embedding.
+
+- **columns**: how many share a step; where they do not divide a width, the last block is shorter.
+- **share**: of a row of {width} columns that is in a whole block.
+- **over exact**: the paired difference to the row with exact activations.
+
+{source}
+
+The same with {num_planted} random column of each norm's output multiplied by {factor:.0f}, and the
+weights that read it divided by {factor:.0f}: the same function, harder activations.
+
+{planted}
+
+The model has outliers as it is: the largest input of a token is {attention} times the root mean
+square of its others before attention, and {mlp} times before the MLP. The planted column comes
+beside it: {attention_2} and {mlp_2} times, where the others now hold one of the two.
+
+An outlier makes the step of its own block coarse and no other. So what should carry over to a wider
+model is the share, not the number of columns: blocks of {blocks} are {shares}
+of these rows, but {wider_shares} of rows of {wider:,}. No wider model has been measured.
+
+In blocks of {smallest} rounding adds {least} times the divergence of the INT8 weights alone, and
+with one step a row {most} times; with the planted outliers {least_2} and {most_2} times. From
+each block to the one of twice its columns it grows by a factor of {growth}."""
+WIDER = 4096
+"""Columns of the rows of a larger model."""
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -166,6 +208,81 @@ def formats(entries: list[dict[str, Any]]) -> str:
 
 def planted(entries: list[dict[str, Any]]) -> str:
     return table(["scales", *FIGURES], [[named(e), *figures(e)] for e in entries])
+
+
+class Activations:
+    """The rows of int8 activations on one model, by the columns that share a step."""
+
+    def __init__(self, result: dict[str, Any], planted: bool) -> None:
+        entries = [e for e in result["results"] if e["planted"] == planted]
+        self.by_block: dict[Block, dict[str, Any]] = {e["activations"]: e for e in entries}
+        self.width: int = result["width"]
+        self.outliers: dict[str, float] = result["outliers"]["planted" if planted else "source"]
+
+    def table(self) -> str:
+        rows = [
+            [name, share, *figures(entry), scientific(entry["kl_over_exact"], "+")]
+            for block in BLOCKS
+            for entry in [self.by_block[block]]
+            for name, share in [self._name_and_share(block)]
+        ]
+        return table(["columns", "share", *FIGURES, "over exact x 1000"], rows)
+
+    def _name_and_share(self, block: Block) -> tuple[str, str]:
+        if block == EXACT:
+            return "exact", ""
+        return ("the row", "1") if block == ROW else (str(block), str(Fraction(block, self.width)))
+
+    def added(self, block: Block) -> float:
+        """Divergence that rounding adds, over that of the INT8 weights alone."""
+        exact = self.by_block[EXACT]["comparison"]["comparison"]["kl_mean"]["value"]
+        return float(self.by_block[block]["kl_over_exact"]["value"] / exact)
+
+    @property
+    def growth(self) -> list[float]:
+        """How many times as much rounding adds from each block to the one of twice its columns."""
+        return [self.added(2 * b) / self.added(b) for b in self.sizes if 2 * b in self.by_block]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The blocks that are a number of columns."""
+        return [block for block in BLOCKS if isinstance(block, int)]
+
+
+def activations(result: dict[str, Any]) -> str:
+    """The section on int8 activations."""
+    source, planted = Activations(result, False), Activations(result, True)
+    growth = source.growth + planted.growth
+    smallest, *larger = source.sizes
+    return ACTIVATIONS_TEXT.format(
+        device=result["device"],
+        hopper=INT8[0].k_bytes,
+        width=source.width,
+        source=source.table(),
+        num_planted=NUM_PLANTED,
+        factor=OUTLIER_FACTOR,
+        planted=planted.table(),
+        attention=f"{source.outliers['q_proj']:.0f}",
+        mlp=f"{source.outliers['gate_proj']:.0f}",
+        attention_2=f"{planted.outliers['q_proj']:.0f}",
+        mlp_2=f"{planted.outliers['gate_proj']:.0f}",
+        blocks=listed(larger),
+        shares=listed(Fraction(block, source.width) for block in larger),
+        wider_shares=listed(Fraction(block, WIDER) for block in larger),
+        wider=WIDER,
+        smallest=smallest,
+        least=f"{source.added(smallest):.1f}",
+        most=f"{source.added(ROW):.1f}",
+        least_2=f"{planted.added(smallest):.1f}",
+        most_2=f"{planted.added(ROW):.1f}",
+        growth=f"{min(growth):.1f} to {max(growth):.1f}",
+    )
+
+
+def listed(values: Iterable[object]) -> str:
+    """'128, 256 and 512'."""
+    *rest, last = map(str, values)
+    return f"{', '.join(rest)} and {last}"
 
 
 def encoder(entries: list[dict[str, Any]]) -> str:
@@ -329,6 +446,7 @@ def page() -> str:
     result = json.loads((RESULTS / "accuracy.json").read_text())
     encoded = json.loads((RESULTS / "accuracy_encoder.json").read_text())
     spread = Spread(json.loads((RESULTS / "accuracy_spread.json").read_text())["results"])
+    rounded = json.loads((RESULTS / "activations.json").read_text())
     by_name = {entry["variant"]: entry for entry in result["results"]}
     default = by_name[DEFAULT]
     source = default["comparison"]["comparison"]["reference_perplexity"]
@@ -347,6 +465,7 @@ def page() -> str:
         calibrated=calibrated(by_name),
         top=top(by_name),
         planted=planted([by_name[n] for n in by_name if n.startswith(PLANTED)]),
+        activations=activations(rounded),
         encoder_device=encoded["device"],
         encoder=encoder(encoded["results"]),
         claims=claims(by_name, spread),

@@ -1,6 +1,7 @@
 """The accuracy benchmark on a tiny model: its rows agree with `evaluate`; its page is current."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -11,11 +12,15 @@ from test_cli_evaluate import pair  # noqa: F401
 from tiny import make_llama
 
 import halfweight
+from halfweight.evaluation import load_model
+from halfweight.modules import QuantizedLinear
+from halfweight.numerics import dequantize
 from halfweight.scoring import TokenScores, summarize
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import accuracy
 import accuracy_table
+import activations
 import variants
 
 PLAIN = "64-grid8-least_squares"
@@ -94,3 +99,110 @@ def test_filled_low_bits_are_within_half_a_step_and_on_no_grid_of_q8_0():
 
 def test_the_page_is_what_its_results_come_to():
     assert accuracy_table.PAGE.read_text() == accuracy_table.page()
+
+
+def rounded_one_by_one(x, columns):
+    """x [T, K] as int8 and back, value by value; Python rounds halves to even."""
+    out = np.zeros_like(x)
+    for token in range(x.shape[0]):
+        for begin in range(0, x.shape[1], columns):
+            block = x[token, begin : begin + columns]
+            step = np.float32(np.abs(block).max() / np.float32(127))
+            for i, value in enumerate(block):
+                out[token, begin + i] = np.float32(round(value / step)) * step if step else 0
+    return out
+
+
+@pytest.mark.parametrize("columns", [16, 64, 150, 200])
+def test_activations_are_rounded_block_by_block(columns):
+    x = torch.randn(5, 150, generator=torch.Generator().manual_seed(0))
+    x[1, :64] = 0
+    x[2] = 0
+    x[3, 149] = 300
+    found = activations.round_blocks(x, columns)
+    assert np.array_equal(found.numpy(), rounded_one_by_one(x.numpy(), columns))
+    assert torch.equal(activations.round_blocks(x[None], columns)[0], found)
+
+
+def test_halves_are_rounded_to_even():
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 0.51]])
+    expected = torch.tensor([[127.0, 0.0, 2.0, 2.0, 0.0, -2.0, 126.0, 1.0]])
+    assert torch.equal(activations.round_blocks(x, 64), expected)
+
+
+def small_model(tmp_path, **options):
+    folder = make_llama(tmp_path / "model", dtype=torch.float32, **options)
+    return load_model(folder, "cpu", torch.float32)
+
+
+def test_a_planted_activation_is_one_column_and_leaves_the_function_as_it_was(tmp_path):
+    model, ids, seen = small_model(tmp_path), torch.arange(40)[None], []
+    layer = model.model.layers[1]
+    for linear in (layer.self_attn.v_proj, layer.mlp.gate_proj):
+        linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        before = model(ids).logits
+        accuracy.plant_outliers(model, 1 / accuracy.OUTLIER_FACTOR, activations.NUM_PLANTED)
+        after = model(ids).logits
+    assert torch.allclose(before, after, atol=1e-5)
+    for plain, planted in zip(seen[:2], seen[2:], strict=True):
+        ratios = (planted / plain).flatten(0, -2).median(dim=0).values
+        assert (ratios - accuracy.OUTLIER_FACTOR).abs().lt(0.01).sum() == 1
+        assert (ratios - 1).abs().lt(0.01).sum() == len(ratios) - 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_linears_rounded_are_those_that_load_rounds(tmp_path, tied):
+    """Product by product, with blocks of 64; the head's too, unless it is tied."""
+    linears = activations.quantized_linears(small_model(tmp_path, tied=tied))
+    halfweight.quantize(tmp_path / "model", tmp_path / "out")
+    model = halfweight.load(tmp_path / "out", dtype=torch.float32, activations="int8")
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert modules.keys() - linears.keys() == ({"lm_head"} if tied else set())
+    for name, module in modules.items():
+        x = torch.randn(7, module.in_features, generator=torch.Generator().manual_seed(0))
+        weight = dequantize(module.quantized)
+        expected = activations.round_blocks(x, 64) if name in linears else x
+        error = (module(x) - expected @ weight.T).norm() / (x @ weight.T).norm()
+        assert error < 1e-5, name
+
+
+def test_a_row_with_exact_activations_is_the_plain_model_before_and_after_others(tmp_path):
+    model, ids = small_model(tmp_path), torch.arange(40)[None]
+    with torch.inference_mode():
+        plain = model(ids).logits[0]
+        linears, parts = activations.quantized_linears(model), accuracy.Runnable(model)
+        for block, same in ((activations.EXACT, True), (activations.ROW, False), (64, False)) * 2:
+            used = activations.Rounded(parts, linears, block).use(parts.source)
+            assert torch.equal(used.head(used.body(ids)[0]), plain) == same
+    assert not any(linear._forward_pre_hooks for linear in linears.values())
+
+
+def test_the_activations_result(short, pair, tmp_path):  # noqa: F811
+    source, _, text = pair
+    options = {"model": source, "texts": [text], "windows": 2, "work": tmp_path, "out": tmp_path}
+    activations.run(argparse.Namespace(**options))
+    result = json.loads((tmp_path / "activations.json").read_text())
+    assert result["command"] == activations.COMMAND
+    source_outliers, planted_outliers = (result["outliers"][k] for k in ("source", "planted"))
+    assert planted_outliers["gate_proj"] > 3 * source_outliers["gate_proj"]
+    assert planted_outliers["down_proj"] == pytest.approx(source_outliers["down_proj"], rel=0.01)
+    for planted in (False, True):
+        found = accuracy_table.Activations(result, planted)
+        assert list(found.by_block) == list(activations.BLOCKS)
+        exact, row = found.by_block[activations.EXACT], found.by_block[activations.ROW]
+        assert exact["comparison"]["num_tokens"] == 2 * 63
+        assert exact["kl_over_exact"]["value"] == 0 < row["kl_over_exact"]["value"]
+    run(source, text, tmp_path / "plain", windows=2, only=[variants.DEFAULT])
+    plain = np.fromfile(next((tmp_path / "plain").glob("*.scores")), TokenScores)
+    assert (plain == np.fromfile(tmp_path / f"exact.{text.stem}.scores", TokenScores)).all()
+
+
+def test_what_the_page_says_of_int8_activations_holds():
+    result = json.loads((accuracy_table.RESULTS / "activations.json").read_text())
+    assert accuracy_table.activations(result) in accuracy_table.PAGE.read_text()
+    for planted in (False, True):
+        found = accuracy_table.Activations(result, planted)
+        added = [found.added(block) for block in activations.BLOCKS]
+        assert added == sorted(added), "more columns a step are no better"
+        assert all(growth < 2 for growth in found.growth)
