@@ -1,0 +1,70 @@
+"""Every tile of the Hopper kernels on a shape that no tile divides, for compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python benchmarks/edge_shapes.py
+    compute-sanitizer --tool racecheck python benchmarks/edge_shapes.py
+
+Each configuration runs with its first and its last schedule (whole tiles, and shared ones where it
+has them). Results are compared with the float64 product; tests do that at length, this is so that
+a tool's silence is not that of kernels that did nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from halfweight.kernels import cuda, hopper
+from halfweight.kernels import triton as portable
+from halfweight.kernels.hopper import Config, Int8, Plan, Small
+from halfweight.numerics import QuantizedTensor, dequantize, quantize
+from halfweight.scheme import Scheme
+
+DEVICE = torch.device("cuda")
+OUT_FEATURES, IN_FEATURES, GROUP_SIZE = 333, 1536, 128
+MOST_ERROR = 1e-3
+
+
+def num_tokens(config: Config) -> int:
+    """One more than a tile has, or as many where there is but one tile."""
+    return config.tokens if isinstance(config, Small) else config.tokens + 1
+
+
+def error(plan: Plan, tensor: QuantizedTensor, exact: Tensor) -> float:
+    """Relative error of one launch, on fresh input and a poisoned result."""
+    config = plan.config
+    x = torch.randn(num_tokens(config), IN_FEATURES, device=DEVICE).half()
+    rounded, steps, values = x, None, x.double()
+    if isinstance(config, Int8):
+        sizes = config.k_bytes, config.tokens
+        (rounded,), steps = portable.round_activations(x, 1, *sizes, with_ratios=True)
+        by_column = steps[1, :, : len(x)].double().T.repeat_interleave(config.k_bytes, dim=1)
+        values = rounded.double() * by_column[:, :IN_FEATURES]
+    y = torch.full((len(x), OUT_FEATURES), torch.nan, device=DEVICE).half()
+    cuda._launch(rounded, tensor.packed, tensor.scales, tensor.exponents, None, y, plan, steps)
+    expected = values @ exact.T
+    return float((y.double() - expected).norm() / expected.norm())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="configurations whose names contain this")
+    options = parser.parse_args()
+    scheme = Scheme(GROUP_SIZE, "grid8")
+    tensor = quantize(torch.randn(OUT_FEATURES, IN_FEATURES, device=DEVICE), scheme)
+    exact = dequantize(tensor).double()
+    processors = cuda._num_multiprocessors(0)
+    for config in (*hopper.SMALL, *hopper.LARGE, *hopper.INT8):
+        if options.only not in str(config):
+            continue
+        sizes = num_tokens(config), OUT_FEATURES, IN_FEATURES, processors
+        found = hopper.plans(config, *sizes)
+        for plan in (found[0], found[-1]):
+            result = error(plan, tensor, exact)
+            print(f"{config} {plan.whole_waves}x{plan.num_workers}: {result:.1e}", flush=True)
+            assert result < MOST_ERROR, plan
+
+
+if __name__ == "__main__":
+    main()
