@@ -1,15 +1,18 @@
 """Does the GPU write what the CPU writes? Greedy text of one INT8 model on both, token by token.
 
-    python benchmarks/greedy.py MODEL [--tokens 64]
+    python benchmarks/greedy.py MODEL [--tokens 64] [--dtypes float32 float16]
 
 MODEL is a folder made by `halfweight quantize`, with a tokenizer. Twenty prompts are continued on
 the CPU and on the GPU with the same activation dtype. Where they part, the CPU's two best logits at
 that token are compared: closer than 0.001 is a near-tie, listed; anything else is a difference.
+Beside the gap stands the spacing of the dtype's numbers at the best logit: 0.0156 for a logit of 16
+in float16, whose gaps are multiples of that.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from halfweight.generate import Decoder, generate
 from halfweight.hf import load
 
 NEAR_TIE = 1e-3
+DTYPES = ("float32", "bfloat16", "float16")
 PROMPTS = (
     "The capital of France is",
     "Water boils at a temperature of",
@@ -48,11 +52,14 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Parting:
-    """Where both texts of a prompt part, and how far apart the CPU's two best logits are there."""
+    """Where both texts of a prompt part, how far apart the CPU's two best logits are there, and how
+    far the number after the best is from it.
+    """
 
     prompt: str
     position: int
     gap: float
+    spacing: float
 
     @property
     def is_near_tie(self) -> bool:
@@ -69,38 +76,50 @@ def parting(model: Any, prompt: str, ids: list[int], ours: Any, other: Any) -> P
     position = next((i for i, (a, b) in enumerate(pairs) if a != b), shortest)
     best = Decoder(model, 1, len(ids) + position).prefill([[*ids, *ours[:position]]])
     first, second = best[0].topk(2).values.tolist()
-    return Parting(prompt, position, first - second)
+    spacing = torch.finfo(model.dtype).eps * 2 ** math.floor(math.log2(abs(first)))
+    return Parting(prompt, position, first - second, spacing)
+
+
+def compare(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """All prompts with activations of `dtype`: how many are equal, and where the others part."""
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    here, there = (
+        load(options.model, device=name, dtype=getattr(torch, dtype))
+        for name in ("cpu", options.device)
+    )
+    partings = []
+    for prompt in PROMPTS[: options.prompts]:
+        ids = tokenizer(prompt)["input_ids"]
+        ours, other = (
+            generate(model, [ids], max_new_tokens=options.tokens)[0].tokens
+            for model in (here, there)
+        )
+        found = parting(here, prompt, ids, ours, other)
+        if found is not None:
+            partings.append(found)
+            print(f"{dtype}: {found}", flush=True)
+    different = sum(not p.is_near_tie for p in partings)
+    equal = options.prompts - len(partings)
+    print(f"{dtype}: {equal} equal, {len(partings) - different} near-ties, {different} different")
+    listed = [asdict(p) | {"near_tie": p.is_near_tie} for p in partings]
+    return {"dtype": dtype, "equal": equal, "different": different, "partings": listed}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float16")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="only the first so many")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    models = [load(options.model, device=name, dtype=dtype) for name in ("cpu", options.device)]
-    partings, num_equal = [], 0
-    for prompt in PROMPTS[: options.prompts]:
-        ids = tokenizer(prompt)["input_ids"]
-        here, there = (
-            generate(model, [ids], max_new_tokens=options.tokens)[0].tokens for model in models
-        )
-        found = parting(models[0], prompt, ids, here, there)
-        num_equal += found is None
-        if found is not None:
-            partings.append(asdict(found) | {"near_tie": found.is_near_tie})
-            print(found)
-        results = {"tokens": options.tokens, "dtype": options.dtype, "near_tie_below": NEAR_TIE}
-        results |= {"prompts": options.prompts, "equal": num_equal, "partings": partings}
-        facts = envelope(torch.device(options.device), {})
-        write_result("greedy", facts, results, out=options.out)
-    different = sum(not p["near_tie"] for p in partings)
-    print(f"{num_equal} equal, {len(partings) - different} near-ties, {different} different")
+    facts = envelope(torch.device(options.device), {})
+    heading = {"tokens": options.tokens, "near_tie_below": NEAR_TIE, "prompts": options.prompts}
+    found = []
+    for dtype in options.dtypes:
+        found.append(compare(options, dtype))
+        write_result("greedy", facts, {**heading, "dtypes": found}, out=options.out)
 
 
 if __name__ == "__main__":
