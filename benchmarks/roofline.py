@@ -1,7 +1,7 @@
-"""The roofline picture of one weight, from results of benchmarks/kernels.py on one kind of GPU.
+"""The roofline picture of one weight, from a result of benchmarks/kernels.py.
 
     cd benchmarks/results
-    python ../roofline.py kernels.json kernels-gate_up.json ../../docs/images/roofline.png
+    python ../roofline.py kernels.json ../../docs/images/roofline.png
 
 Each point is a kernel at one batch. Its height is measured; its place along the axis follows from
 the bytes its weight takes, so INT8 kernels stand further right than 16-bit ones at the same batch.
@@ -77,13 +77,11 @@ def draw(result: dict[str, Any], shape: str, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("result", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", default="gate_up")
     options = parser.parse_args()
-    found = [json.loads(path.read_text()) for path in options.results]
-    rows = [row for result in found for row in result["results"]]
-    draw({**found[0], "results": rows}, options.shape, options.out)
+    draw(json.loads(options.result.read_text()), options.shape, options.out)
 
 
 if __name__ == "__main__":

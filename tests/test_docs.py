@@ -93,10 +93,9 @@ def test_the_readmes_figures_are_those_of_the_results():
     assert readme_tables.PAGE.read_text() == readme_tables.page()
 
 
-@pytest.mark.parametrize("name", ["kernels", "kernels-gate_up", "kernels-70b"])
-def test_the_kernels_pages_tables_are_those_of_the_results(name):
+def test_the_kernels_pages_tables_are_those_of_the_results():
     page = (ROOT / "docs" / "kernels.md").read_text()
-    assert kernels.markdown(readme_tables.results(name)["results"]) in page
+    assert kernels.markdown(readme_tables.results("kernels")["results"]) in page
 
 
 def test_the_table_of_chosen_tiles_is_that_of_the_result():
