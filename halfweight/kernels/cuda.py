@@ -43,7 +43,8 @@ from halfweight.kernels.hopper import (
 COMPUTE_CAPABILITY = (9, 0)
 GEMV_COLUMNS = 8192
 """One token with at most so many columns is the Triton backend's GEMV, which starts sooner."""
-INT8_BLOCK = 128
+INT8_GROUP = 128
+"""Int8 activations meet groups of multiples of this, which hopper_int8.cu sums as integers."""
 OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17")
 """What NVRTC is told."""
 INT8_TOKENS = 512
@@ -81,7 +82,7 @@ def source(config: Config, groups: int, dtype: torch.dtype) -> str:
     parts.append((folder / "hopper.cuh").read_text())
     if isinstance(config, Large):
         parts.append((folder / "hopper_wgmma.cuh").read_text())
-        parts.append(_wgmma(config, dtype == torch.bfloat16))
+        parts.append(_wgmma(config, "bf16" if dtype == torch.bfloat16 else "f16"))
     parts.append((folder / config.file).read_text())
     return "\n".join(parts)
 
@@ -90,30 +91,26 @@ DESCRIPTOR_HIGH = 0x40000040
 """The high word of every operand's descriptor: see hopper_wgmma.cuh."""
 
 
-def _wgmma(config: Large, bf16: bool) -> str:
+def _wgmma(config: Large, kind: str) -> str:
     """`queue_products`: W from registers, x from shared memory, added to what the sums hold."""
-    kind = "bf16" if bf16 else "f16"
     sums, steps = config.tokens // 2, config.products
-    at = sums + 4 * steps
+    number, constraint, form, signs = "float", "+f", f"k16.f32.{kind}.{kind}", ", 1, 1, 0"
     if isinstance(config, Int8):
-        number, form, scales = "int", "k32.s32.s8.s8", "yes"
-    else:
-        number, form, scales = "float", f"k16.f32.{kind}.{kind}", "yes, 1, 1, 0"
-    lines = []
-    for i in range(steps):
-        a = ", ".join(f"%{sums + 4 * i + j}" for j in range(4))
-        lines += [
-            f"add.u32 low, %{at}, {2 * i}; mov.b64 x, {{low, {DESCRIPTOR_HIGH}}};",
-            f"wgmma.mma_async.sync.aligned.m64n{config.tokens}{form} "
-            f"{{{_places(sums)}}}, {{{a}}}, x, {scales};",
-        ]
-    begin = [
+        number, constraint, form, signs = "int", "+r", "k32.s32.s8.s8", ""
+    places = ", ".join(f"%{i}" for i in range(sums))
+    lines = [
         "{ .reg .b64 x; .reg .b32 low; .reg .pred yes; setp.eq.u32 yes, 0, 0;",
         "wgmma.fence.sync.aligned;",
     ]
-    end = ["wgmma.commit_group.sync.aligned;", "}"]
-    text = "\n".join(f'"{line}\\n"' for line in [*begin, *lines, *end])
-    constraint = "+r" if number == "int" else "+f"
+    for step in range(steps):
+        a = ", ".join(f"%{sums + 4 * step + i}" for i in range(4))
+        lines += [
+            f"add.u32 low, %{sums + 4 * steps}, {2 * step}; mov.b64 x, {{low, {DESCRIPTOR_HIGH}}};",
+            f"wgmma.mma_async.sync.aligned.m64n{config.tokens}{form} "
+            f"{{{places}}}, {{{a}}}, x, yes{signs};",
+        ]
+    lines += ["wgmma.commit_group.sync.aligned;", "}"]
+    text = "\n".join(f'"{line}\\n"' for line in lines)
     outputs = ", ".join(f'"{constraint}"(sums[{i}])' for i in range(sums))
     inputs = ", ".join(f'"r"(a[{i}][{j}])' for i in range(steps) for j in range(4))
     return (
@@ -121,10 +118,6 @@ def _wgmma(config: Large, bf16: bool) -> str:
         f"const unsigned (&a)[{steps}][4], unsigned x) {{\n"
         f'asm volatile({text} : {outputs} : {inputs}, "r"(x));\n}}'
     )
-
-
-def _places(count: int) -> str:
-    return ", ".join(f"%{i}" for i in range(count))
 
 
 def cubin(text: str) -> bytes:
@@ -347,14 +340,14 @@ def takes_int8(x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | No
     return (
         takes(x, packed, scales, exponents)
         and x.numel() >= INT8_TOKENS * packed.shape[1]
-        and (group_size % INT8_BLOCK == 0 or scales.shape[1] == 1)
+        and (group_size % INT8_GROUP == 0 or scales.shape[1] == 1)
     )
 
 
 def linear_int8(
     x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """Like `linear`, with x rounded to int8 per token and 128 columns: opt-in, not exact.
+    """Like `linear`, with x rounded to int8 per token and 512 columns: opt-in, not exact.
 
     What hopper_int8.cu does not take is `linear`, exact and faster than int8 without it.
     """
