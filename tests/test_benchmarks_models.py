@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tiny import make_llama
+
+import halfweight
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -40,9 +44,26 @@ def test_a_good_guess_saves_tries(limit):
 
 
 def test_a_parting_is_judged_by_the_gap_where_it_happens():
-    assert greedy.Parting("p", 3, 9e-4).is_near_tie
-    assert not greedy.Parting("p", 3, 2e-3).is_near_tie
+    assert greedy.Parting("p", 3, 9e-4, 1e-6).is_near_tie
+    assert not greedy.Parting("p", 3, 2e-3, 0.016).is_near_tie
     assert greedy.parting(None, "p", [1], (1, 2), (1, 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(torch.float32, torch.int32), (torch.bfloat16, torch.int16)]
+)
+def test_a_parting_has_the_models_own_gap_and_the_spacing_of_its_numbers(tmp_path, dtype, bits):
+    halfweight.quantize(make_llama(tmp_path / "model", dtype=dtype), tmp_path / "out")
+    model = halfweight.load(tmp_path / "out", dtype=dtype)
+    ids, ours = [1, 2, 3], [5, 6, 7]
+    found = greedy.parting(model, "p", ids, ours, [5, 6, 8])
+    assert found.position == 2
+    logits = model(torch.tensor([[*ids, 5, 6]])).logits[0, -1].float()
+    first, second = logits.topk(2).values
+    assert found.gap == pytest.approx(float(first - second), abs=1e-5)
+    best = first.abs().to(dtype)
+    after = (best.view(bits) + 1).view(dtype)
+    assert found.spacing == pytest.approx(float(after - best))
 
 
 @pytest.mark.parametrize(
