@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from halfweight.kernels import cuda, hopper
-from halfweight.kernels import triton as portable
 from halfweight.kernels.hopper import Config, Int8, Plan, Small
 from halfweight.numerics import QuantizedTensor, dequantize, quantize
 from halfweight.scheme import Scheme
@@ -35,14 +34,13 @@ def error(plan: Plan, tensor: QuantizedTensor, exact: Tensor) -> float:
     """Relative error of one launch, on fresh input and a poisoned result."""
     config = plan.config
     x = torch.randn(num_tokens(config), IN_FEATURES, device=DEVICE).half()
-    rounded, steps, values = x, None, x.double()
+    operand, steps, values = x, None, x.double()
     if isinstance(config, Int8):
-        sizes = config.k_bytes, config.tokens
-        (rounded,), steps = portable.round_activations(x, 1, *sizes, with_ratios=True)
+        operand, steps = cuda.rounded_for(config, x)
         by_column = steps[1, :, : len(x)].double().T.repeat_interleave(config.k_bytes, dim=1)
-        values = rounded.double() * by_column[:, :IN_FEATURES]
+        values = operand.double() * by_column[:, :IN_FEATURES]
     y = torch.full((len(x), OUT_FEATURES), torch.nan, device=DEVICE).half()
-    cuda._launch(rounded, tensor.packed, tensor.scales, tensor.exponents, None, y, plan, steps)
+    cuda._launch(operand, tensor.packed, tensor.scales, tensor.exponents, None, y, plan, steps)
     expected = values @ exact.T
     return float((y.double() - expected).norm() / expected.norm())
 

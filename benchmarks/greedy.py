@@ -76,7 +76,7 @@ def parting(model: Any, prompt: str, ids: list[int], ours: Any, other: Any) -> P
     position = next((i for i, (a, b) in enumerate(pairs) if a != b), shortest)
     best = Decoder(model, 1, len(ids) + position).prefill([[*ids, *ours[:position]]])
     first, second = best[0].topk(2).values.tolist()
-    spacing = torch.finfo(model.dtype).eps * 2 ** math.floor(math.log2(abs(first)))
+    spacing = math.ldexp(torch.finfo(model.dtype).eps, math.frexp(first)[1] - 1)
     return Parting(prompt, position, first - second, spacing)
 
 

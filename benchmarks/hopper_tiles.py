@@ -30,7 +30,6 @@ from kernels import SHAPES
 from torch import Tensor
 
 from halfweight.kernels import cuda, hopper, timing
-from halfweight.kernels import triton as portable
 from halfweight.kernels.hopper import Config, Int8, Plan, Small, plans
 
 BATCHES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -72,13 +71,11 @@ def measure(tokens: int, shape: tuple[int, int], device: torch.device) -> dict[s
     dense = [torch.randn(shape, device=device, dtype=torch.float16) for _ in range(copies // 2 + 1)]
     rounds = {"float16": timing.Round([lambda w=w: torch.mm(x, w.T) for w in dense], device)}
     processors = cuda._num_multiprocessors(0)
-    rounded = {c: portable.round_activations(x, 1, c.k_bytes, c.tokens, True) for c in hopper.INT8}
-    for plan in all_plans(tokens, shape, processors) + int8_plans(tokens, shape, processors):
-        operands: tuple[Tensor, Tensor | None] = (x, None)
-        if isinstance(plan.config, Int8):
-            (part,), steps = rounded[plan.config]
-            operands = part, steps
-        calls = [partial(_launch, *operands, w, y, plan) for w in weights]
+    exact, int8 = (of(tokens, shape, processors) for of in (all_plans, int8_plans))
+    rounded = {config: cuda.rounded_for(config, x) for config in {plan.config for plan in int8}}
+    for plan in exact + int8:
+        operand, steps = rounded.get(plan.config, (x, None))
+        calls = [partial(_launch, operand, steps, w, y, plan) for w in weights]
         rounds[label(plan)] = timing.Round(calls, device)
     return timing.interleaved(rounds, repeats=REPEATS)
 

@@ -7,7 +7,6 @@ import torch
 
 from halfweight import kernels
 from halfweight.kernels import cuda, hopper
-from halfweight.kernels import triton as portable
 from halfweight.numerics import QuantizedTensor, dequantize, quantize
 from halfweight.scheme import SCALE_FORMATS, Scheme
 
@@ -207,12 +206,11 @@ def test_every_plan_for_int8_activations(config):
         exact = dequantize(tensor).double().T
         for tokens in (100, 700, 1025):
             x = torch.randn(tokens, shape[1], device=GPU).half()
-            sizes = config.k_bytes, config.tokens
-            rounded, steps = portable.round_activations(x, 1, *sizes, with_ratios=True)
-            by_token = steps[1, :, :tokens].double().T.repeat_interleave(sizes[0], dim=1)
-            expected = (rounded[0].double() * by_token[:, : shape[1]]) @ exact
+            rounded, steps = cuda.rounded_for(config, x)
+            by_token = steps[1, :, :tokens].double().T.repeat_interleave(config.k_bytes, dim=1)
+            expected = (rounded.double() * by_token[:, : shape[1]]) @ exact
             for plan in hopper.plans(config, tokens, *shape, cuda._num_multiprocessors(0)):
-                results = [launch(rounded[0], tensor, plan, steps) for _ in range(3)]
+                results = [launch(rounded, tensor, plan, steps) for _ in range(3)]
                 error = (results[0].double() - expected).norm() / expected.norm()
                 assert error < 1e-3, plan
                 assert all(torch.equal(y, results[0]) for y in results), plan

@@ -117,6 +117,17 @@ def test_few_tokens_or_small_groups_are_exact_with_int8_activations(monkeypatch,
 
 
 @pytest.mark.parametrize("config", INT8, ids=str)
+def test_activations_are_rounded_for_the_tile_that_takes_them(config: Int8) -> None:
+    x = torch.randn(3, 1000).half()
+    rounded, steps = cuda.rounded_for(config, x)
+    assert rounded.dtype == torch.int8
+    assert rounded.shape == x.shape
+    assert steps.shape == (2, -(-1000 // config.k_bytes), config.tokens)
+    values = rounded * steps[1, :, :3].T.repeat_interleave(config.k_bytes, dim=1)[:, :1000]
+    assert (values - x).norm() < 0.012 * x.norm()
+
+
+@pytest.mark.parametrize("config", INT8, ids=str)
 def test_sums_of_int8_products_are_exact_as_floats(config: Int8) -> None:
     """hopper_int8.cu reads them as floats: from 0 to 2^24 their bits are a straight line."""
     base, most = config.chain << 21, config.chain * 128 * 128 * 127

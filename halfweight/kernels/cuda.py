@@ -344,6 +344,15 @@ def takes_int8(x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | No
     )
 
 
+def rounded_for(config: Config, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] as hopper_int8.cu takes it: int8 [M, K] and float32 [2, blocks of K, padded M], the
+    ratios of a token's steps and the steps.
+    """
+    sizes = config.k_bytes, config.tokens
+    (rounded,), steps = portable.round_activations(x, 1, *sizes, with_ratios=True)
+    return rounded, steps
+
+
 def linear_int8(
     x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
 ) -> Tensor:
@@ -357,12 +366,10 @@ def linear_int8(
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     chosen = choose_int8(rows.shape[0], *packed.shape, _num_multiprocessors(x.device.index))
-    rounded, steps = portable.round_activations(
-        rows, 1, chosen.config.k_bytes, chosen.config.tokens, with_ratios=True
-    )
+    rounded, steps = rounded_for(chosen.config, rows)
     y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    _launch(rounded[0], packed, scales.contiguous(), exponents, bias, y, chosen, steps)
+    _launch(rounded, packed, scales.contiguous(), exponents, bias, y, chosen, steps)
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
 

@@ -247,16 +247,15 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
         for (int k = s.k_begin; k + 1 < s.k_end; ++k) {
             multiply_first<0>(c, scales, first, second, acc);
             multiply_second<0>(p, c, scales, k * SUBS, second, first, acc);
-#if KB == 128
+            if (SUBS == 1) continue;
             multiply_first<1>(c, scales, first, second, acc);
             multiply_second<1>(p, c, scales, k * SUBS + 1, second, first, acc);
-#endif
         }
         multiply_first<0>(c, scales, first, second, acc);
-#if KB == 128
-        multiply_second<0>(p, c, scales, s.k_end * SUBS - 2, second, first, acc);
-        multiply_first<1>(c, scales, first, second, acc);
-#endif
+        if (SUBS == 2) {
+            multiply_second<0>(p, c, scales, s.k_end * SUBS - 2, second, first, acc);
+            multiply_first<1>(c, scales, first, second, acc);
+        }
         queue_products(acc, second, c.x<SUBS - 1, 1>());
         c.leave_stage();
         RowEnds ends = load_row_ends(p, tile_row + row_in_tile);

@@ -189,7 +189,8 @@ def round_activations(
     By `two_bytes`: x = steps h, or with PARTS 2 x = steps (254 h + l). The steps lie
     [blocks, tokens], padded to whole tiles of tokens. WITH_RATIOS a program has all BLOCKS of its
     token and writes [2, blocks, tokens]: the step of the block before over that of the block, and
-    then the steps, none below 2^-24 of the token's largest. That is for hopper_int8.cu.
+    then the steps, none below 2^-24 of the token's largest. That is for hopper_int8.cu, whose lanes
+    read four ratios at once: of 16 tokens, t, t + 1, t + 8 and t + 9 lie together.
     """
     if PDL:
         cuda.gdc_launch_dependents()
