@@ -47,13 +47,13 @@ from variants import (
     Variant,
 )
 
-from halfweight.checkpoint import quantized_modules, read_headers
-from halfweight.evaluation import SplitModel, load_model, split, tokenize
-from halfweight.numerics import QuantizedTensor, dequantize
-from halfweight.numerics_cpu import as_float32
-from halfweight.scheme import Recipe, TensorInfo
-from halfweight.scoring import Estimate, Sample, TokenScores, sample, score, summarize
-from halfweight.shard import StoredTensor
+from halfweight.checkpoint.headers import quantized_modules, read_headers
+from halfweight.checkpoint.shard import StoredTensor
+from halfweight.evaluation.comparison import SplitModel, load_model, split, tokenize
+from halfweight.evaluation.scoring import Estimate, Sample, TokenScores, sample, score, summarize
+from halfweight.quantization.fast_pass import as_float32
+from halfweight.quantization.numerics import QuantizedTensor, dequantize
+from halfweight.quantization.scheme import Recipe, TensorInfo
 
 CONTEXT = 1024
 COMMAND = "python benchmarks/accuracy.py {}"

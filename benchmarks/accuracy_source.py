@@ -18,7 +18,7 @@ import torch
 from accuracy import fill_low_bits, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halfweight.evaluation import load_model
+from halfweight.evaluation.comparison import load_model
 
 
 def main() -> None:

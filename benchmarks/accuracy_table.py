@@ -24,7 +24,7 @@ from variants import (
     VARIANTS,
 )
 
-from halfweight.kernels.hopper import INT8
+from halfweight.kernels.hopper.tiles import INT8
 
 PAGE = Path(__file__).parent.parent / "docs" / "accuracy.md"
 PEERS = (Q8_0, "bitsandbytes row", "torchao row")

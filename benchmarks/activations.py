@@ -42,8 +42,8 @@ from envelope import RESULTS, envelope, write_result
 from torch import Tensor, nn
 from variants import DEFAULT, VARIANTS
 
-from halfweight.evaluation import SplitModel, load_model
-from halfweight.scoring import Sample, TokenScores, summarize
+from halfweight.evaluation.comparison import SplitModel, load_model
+from halfweight.evaluation.scoring import Sample, TokenScores, summarize
 
 COMMAND = "python benchmarks/activations.py MODEL TEXTS"
 """As recorded: without the paths of a machine."""

@@ -21,13 +21,13 @@ from arguments import parse, workplace
 from envelope import envelope, write_result
 from models import DEVICE, folders
 
-from halfweight.fit import solve
-from halfweight.generate import Decoder, KvCache
-from halfweight.plan import Weights, Workload
-from halfweight.planned import planned_model
-from halfweight.speed.generate import random_prompts
-from halfweight.speed.process import from_fresh_process
-from halfweight.speed.rivals import HALFWEIGHT, SIXTEEN_BIT, Folders, open_model
+from halfweight.engine.decoder import Decoder, KvCache
+from halfweight.evaluation.speed.generate import random_prompts
+from halfweight.evaluation.speed.process import from_fresh_process
+from halfweight.evaluation.speed.rivals import HALFWEIGHT, SIXTEEN_BIT, Folders, open_model
+from halfweight.memory.named_model import planned_model
+from halfweight.memory.plan import Weights, Workload
+from halfweight.memory.what_fits import solve
 
 NEW_TOKENS = 8
 VARIANTS: dict[str, tuple[str, KvCache]] = {

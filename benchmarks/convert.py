@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from envelope import envelope, write_result
 
-from halfweight.layout import header, index, plan_shards
-from halfweight.scheme import Decision, TensorInfo
+from halfweight.checkpoint.layout import header, index, plan_shards
+from halfweight.quantization.scheme import Decision, TensorInfo
 
 HIDDEN, FFN, KV, VOCAB = 4096, 14336, 1024, 128256
 SHARD_BYTES = 500_000_000

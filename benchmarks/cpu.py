@@ -93,9 +93,9 @@ def kernels(options: argparse.Namespace) -> list[dict[str, Any]]:
     """
     import torch
 
-    from halfweight.kernels import cpu
+    from halfweight.kernels.cpu import backend as cpu
     from halfweight.kernels.timing import Round, random_weight
-    from halfweight.numerics import QuantizedTensor
+    from halfweight.quantization.numerics import QuantizedTensor
 
     device, rows = torch.device("cpu"), []
     memory = torch.ones(READ_BYTES // 8, dtype=torch.int64)
@@ -138,20 +138,20 @@ def kernels(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def linear_call(x: Any, weight: Any) -> Callable[[], object]:
     """The product as a call from Python."""
-    from halfweight.kernels import cpu
+    from halfweight.kernels.cpu import backend as cpu
 
     return lambda: cpu.linear(x, weight.packed, weight.scales, weight.exponents, None)
 
 
 COMPILE = """
 import time
-from halfweight.kernels import cpu
-from halfweight import cpu_decode
-import halfweight.generate
+from halfweight.kernels.cpu import backend as cpu
+from halfweight.engine import cpu_step
+import halfweight.engine.decoder
 begin = time.perf_counter()
 many = (cpu._linear_bfloat16,) if cpu.has_matrix_unit() else (cpu._round_tokens, cpu._linear_many)
 kernels = (cpu._digit_product if cpu.has_int8_products() else cpu._float_product,
-           cpu._linear_few, *many, cpu_decode._kernel())
+           cpu._linear_few, *many, cpu_step._kernel())
 for kernel in kernels:
     kernel.compiled
 print(time.perf_counter() - begin)
@@ -233,7 +233,7 @@ def models(options: argparse.Namespace) -> dict[str, Any]:
         }
         print(rival, json.dumps(row))
     weights = sum(file.stat().st_size for file in (options.work / "int8").glob("*.safetensors"))
-    from halfweight.kernels import cpu
+    from halfweight.kernels.cpu import backend as cpu
 
     return {"int8_bytes": weights, "matrix_unit": cpu.has_matrix_unit(), "rivals": found}
 
@@ -306,7 +306,7 @@ class Transformers:
         from transformers import AutoModelForCausalLM
 
         import halfweight
-        from halfweight.generate import Decoder
+        from halfweight.engine.decoder import Decoder
 
         ours = rival.startswith("halfweight")
         activations = "int8" if rival.endswith("int8") else "exact"
@@ -381,7 +381,7 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     import halfweight
-    from halfweight.generate import Decoder
+    from halfweight.engine.decoder import Decoder
 
     folder = options.work / "llama-3-8b-int8"
     in_a_process(make_large, folder)

@@ -15,10 +15,11 @@ import argparse
 import torch
 from torch import Tensor
 
-from halfweight.kernels import cuda, hopper
-from halfweight.kernels.hopper import Config, Int8, Plan, Small
-from halfweight.numerics import QuantizedTensor, dequantize, quantize
-from halfweight.scheme import Scheme
+from halfweight.kernels.hopper import backend as cuda
+from halfweight.kernels.hopper import tiles
+from halfweight.kernels.hopper.tiles import Config, Int8, Plan, Small
+from halfweight.quantization.numerics import QuantizedTensor, dequantize, quantize
+from halfweight.quantization.scheme import Scheme
 
 DEVICE = torch.device("cuda")
 OUT_FEATURES, IN_FEATURES, GROUP_SIZE = 333, 1536, 128
@@ -53,11 +54,11 @@ def main() -> None:
     tensor = quantize(torch.randn(OUT_FEATURES, IN_FEATURES, device=DEVICE), scheme)
     exact = dequantize(tensor).double()
     processors = cuda._num_multiprocessors(0)
-    for config in (*hopper.SMALL, *hopper.LARGE, *hopper.INT8):
+    for config in (*tiles.SMALL, *tiles.LARGE, *tiles.INT8):
         if options.only not in str(config):
             continue
         sizes = num_tokens(config), OUT_FEATURES, IN_FEATURES, processors
-        found = hopper.plans(config, *sizes)
+        found = tiles.plans(config, *sizes)
         for plan in (found[0], found[-1]):
             result = error(plan, tensor, exact)
             print(f"{config} {plan.whole_waves}x{plan.num_workers}: {result:.1e}", flush=True)

@@ -18,9 +18,15 @@ from arguments import parse, workplace
 from envelope import envelope, write_result
 from models import DEVICE, folders
 
+from halfweight.evaluation.speed import generate
+from halfweight.evaluation.speed.rivals import (
+    HALFWEIGHT,
+    HALFWEIGHT_INT8,
+    RIVALS,
+    SIXTEEN_BIT,
+    TORCHAO,
+)
 from halfweight.kernels.timing import read_bandwidth
-from halfweight.speed import generate
-from halfweight.speed.rivals import HALFWEIGHT, HALFWEIGHT_INT8, RIVALS, SIXTEEN_BIT, TORCHAO
 
 
 def line(row: generate.Row) -> str:

@@ -21,8 +21,8 @@ import torch
 from envelope import RESULTS, envelope, write_result
 from transformers import AutoTokenizer
 
-from halfweight.generate import Decoder, generate
-from halfweight.hf import load
+from halfweight.engine.decoder import Decoder, generate
+from halfweight.model.loading import load
 
 NEAR_TIE = 1e-3
 DTYPES = ("float32", "bfloat16", "float16")

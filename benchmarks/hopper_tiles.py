@@ -4,10 +4,10 @@
     python benchmarks/hopper_tiles.py --fit benchmarks/results/hopper_tiles.json
     python benchmarks/hopper_tiles.py --markdown benchmarks/results/hopper_tiles.json
 
-`halfweight/kernels/hopper.py` estimates the time of a product from a few constants. --fit searches
-for those under which its choice loses the least against the fastest that was measured, and says how
-much that is; without --fit, the same for the constants of today. --markdown prints the table of the
-tiles that are chosen.
+`halfweight/kernels/hopper/tiles.py` estimates the time of a product from a few constants. --fit
+searches for those under which its choice loses the least against the fastest that was measured, and
+says how much that is; without --fit, the same for the constants of today. --markdown prints the
+table of the tiles that are chosen.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from envelope import RESULTS, envelope, write_result
 from kernels import SHAPES
 from torch import Tensor
 
-from halfweight.kernels import cuda, hopper, timing
-from halfweight.kernels.hopper import Config, Int8, Plan, Small, plans
+from halfweight.kernels import timing
+from halfweight.kernels.hopper import backend as cuda
+from halfweight.kernels.hopper import tiles
+from halfweight.kernels.hopper.tiles import Config, Int8, Plan, Small, plans
 
 BATCHES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 GROUP_SIZE = 128
@@ -51,7 +53,7 @@ def label(plan: Plan) -> str:
 
 def all_plans(tokens: int, shape: tuple[int, int], multiprocessors: int) -> list[Plan]:
     """Every schedule of every configuration that may be chosen for such a product."""
-    configs = hopper.candidates(tokens, shape[1], GROUP_SIZE)
+    configs = tiles.candidates(tokens, shape[1], GROUP_SIZE)
     return [p for c in configs for p in plans(c, tokens, *shape, multiprocessors)]
 
 
@@ -59,7 +61,7 @@ def int8_plans(tokens: int, shape: tuple[int, int], multiprocessors: int) -> lis
     """The same for activations in int8."""
     if tokens < cuda.INT8_TOKENS:
         return []
-    return [p for c in hopper.INT8 for p in plans(c, tokens, *shape, multiprocessors)]
+    return [p for c in tiles.INT8 for p in plans(c, tokens, *shape, multiprocessors)]
 
 
 def measure(tokens: int, shape: tuple[int, int], device: torch.device) -> dict[str, float]:
@@ -91,7 +93,7 @@ def chosen(row: Mapping[str, Any], plans_of: PlansOf) -> tuple[float, float] | N
     found = [plan for plan in known if label(plan) in times]
     if not found:
         return None
-    first = min(found, key=hopper.preference)
+    first = min(found, key=tiles.preference)
     return times[label(first)], min(times[label(plan)] for plan in found)
 
 
@@ -136,14 +138,14 @@ def using(configs: Sequence[Config]) -> Iterator[None]:
     small = tuple(c for c in configs if isinstance(c, Small))
     int8 = tuple(c for c in configs if isinstance(c, Int8))
     large = tuple(c for c in configs if not isinstance(c, Int8 | Small))
-    with mock.patch.multiple(hopper, SMALL=small, LARGE=large, INT8=int8):
+    with mock.patch.multiple(tiles, SMALL=small, LARGE=large, INT8=int8):
         yield
 
 
 def fit(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> tuple[Config, ...]:
     """Stage times, near those of today, under which the choice loses the least."""
     chance = random.Random(seed)
-    best = (*hopper.SMALL, *hopper.LARGE, *hopper.INT8)
+    best = (*tiles.SMALL, *tiles.LARGE, *tiles.INT8)
     least = penalty(rows)
     for _ in range(TRIES):
         factors = dict.fromkeys(best, 1.0)

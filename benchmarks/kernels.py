@@ -23,8 +23,7 @@ import torch
 from envelope import RESULTS, envelope, write_result
 from torch import Tensor
 
-from halfweight import kernels
-from halfweight.kernels import timing
+from halfweight.kernels import operations, timing
 
 SHAPES = {
     "gate_up": (28672, 4096),
@@ -57,7 +56,7 @@ def vendor(shape: tuple[int, int]) -> Product:
 
 
 def ours(backend: str, int8: bool = False) -> Callable[[tuple[int, int]], Product]:
-    found = kernels.backend(backend)
+    found = operations.backend(backend)
     function = found.linear_int8 if int8 else found.linear
     assert function is not None
 
@@ -122,10 +121,10 @@ def rivals(with_peers: bool) -> dict[str, Rival]:
     scales = 1 / GROUP_SIZE
     found = {VENDOR: Rival(vendor, FLOAT16_BYTES)}
     for name in ("cuda", "triton", "cpu"):
-        if kernels.backend(name).unavailable(DEVICE) is not None:
+        if operations.backend(name).unavailable(DEVICE) is not None:
             continue
         found[f"halfweight {name}"] = Rival(ours(name), 1 + scales)
-        if kernels.backend(name).linear_int8 is not None:
+        if operations.backend(name).linear_int8 is not None:
             found[f"halfweight {name} int8"] = Rival(ours(name, True), 1 + scales, True)
     if with_peers:
         found |= {

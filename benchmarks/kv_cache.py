@@ -21,11 +21,11 @@ from envelope import RESULTS, envelope, write_result
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
-from halfweight import scoring
-from halfweight.checkpoint import quantized_modules, read_headers
-from halfweight.generate import cache_argument
-from halfweight.hf import load
-from halfweight.kv_cache import Int8Cache
+from halfweight.checkpoint.headers import quantized_modules, read_headers
+from halfweight.engine.decoder import cache_argument
+from halfweight.engine.kv_cache import Int8Cache
+from halfweight.evaluation import scoring
+from halfweight.model.loading import load
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 

@@ -18,8 +18,8 @@ from arguments import parse, workplace
 from envelope import envelope, write_result
 from models import DEVICE, folders
 
+from halfweight.evaluation.speed import load
 from halfweight.kernels.timing import Round
-from halfweight.speed import load
 
 COPY_BYTES = 1 << 30
 

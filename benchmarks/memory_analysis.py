@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from halfweight import fit
-from halfweight.architecture import architecture
-from halfweight.cards import parse_gpus
-from halfweight.costs import loading, serving
-from halfweight.plan import GIB, Model, Workload, footprint
-from halfweight.presets import preset
-from halfweight.scheme import GROUP_SIZES, Recipe, Scheme
+from halfweight.memory import what_fits
+from halfweight.memory.architecture import architecture
+from halfweight.memory.cards import parse_gpus
+from halfweight.memory.costs import loading, serving
+from halfweight.memory.plan import GIB, Model, Workload, footprint
+from halfweight.memory.presets import preset
+from halfweight.quantization.scheme import GROUP_SIZES, Recipe, Scheme
 
 PAGE = Path(__file__).parent.parent / "docs" / "memory-analysis.md"
 GROUP = 128
@@ -123,7 +123,7 @@ def largest_batches() -> str:
     for card in CARDS:
         budget = parse_gpus(card).num_bytes
         before, after = (
-            fit.solve(found, work, budget, "batch", weights) for weights in ("16bit", "int8")
+            what_fits.solve(found, work, budget, "batch", weights) for weights in ("16bit", "int8")
         )
         ratio = f"{after / before:.2f} x" if before and after else ""
         rows.append((card, gb(budget, 1), before or "none", after or "none", ratio))

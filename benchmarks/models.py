@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import halfweight
-from halfweight.speed.rivals import Folders, activation_dtype
+from halfweight.evaluation.speed.rivals import Folders, activation_dtype
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 

@@ -22,11 +22,11 @@ from arguments import parse, workplace
 from envelope import envelope, write_result
 from models import DEVICE, folders
 
-from halfweight.machine import Device, local_device, processor_device
-from halfweight.measure import measure
-from halfweight.memory_record import Record, calibrated_overhead
-from halfweight.plan import DeviceKind, KvDtype, Weights, Workload
-from halfweight.planned import planned_model
+from halfweight.evaluation.memory_run import measure
+from halfweight.memory.devices import Device, local_device, processor_device
+from halfweight.memory.measurements import Record, calibrated_overhead
+from halfweight.memory.named_model import planned_model
+from halfweight.memory.plan import DeviceKind, KvDtype, Weights, Workload
 
 Configuration = tuple[Weights, int, int, KvDtype]
 CONFIGURATIONS: tuple[Configuration, ...] = (

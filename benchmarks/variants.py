@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfweight.numerics import QuantizedTensor, dequantize
-from halfweight.numerics_cpu import quantize_rows
-from halfweight.scheme import GroupSize, ScaleChoice, Scheme
+from halfweight.quantization.fast_pass import quantize_rows
+from halfweight.quantization.numerics import QuantizedTensor, dequantize
+from halfweight.quantization.scheme import GroupSize, ScaleChoice, Scheme
 
 Q8_0_BLOCK, Q8_0_BYTES = 32, 34
 

@@ -4,7 +4,7 @@
 
 Both read one row of the weight a program. The second reads half the bytes: that is the whole gain,
 and on any GPU the product of one token with a large weight takes the time of reading the weight.
-halfweight's own kernels (halfweight/kernels/triton_kernels.py) do the same with more of the weight
+halfweight's own kernels (halfweight/kernels/triton/tiled.py) do the same with more of the weight
 on its way at a time.
 """
 
@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from halfweight import numerics
-from halfweight.scheme import Scheme
+from halfweight.quantization import numerics
+from halfweight.quantization.scheme import Scheme
 
 
 @triton.jit

@@ -8,16 +8,16 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "ConversionReport": "convert",
-    "HalfweightConfig": "hf",
+    "ConversionReport": "conversion.convert",
+    "HalfweightConfig": "model.loading",
     "HalfweightError": "errors",
-    "Recipe": "scheme",
-    "Scheme": "scheme",
-    "evaluate": "evaluation",
-    "inspect": "contents",
-    "load": "hf",
-    "quantize": "convert",
-    "verify": "verification",
+    "Recipe": "quantization.scheme",
+    "Scheme": "quantization.scheme",
+    "evaluate": "evaluation.comparison",
+    "inspect": "checkpoint.inspection",
+    "load": "model.loading",
+    "quantize": "conversion.convert",
+    "verify": "conversion.verification",
 }
 """Public name -> the module of this package that defines it, imported when first asked for."""
 

@@ -8,18 +8,16 @@ import shlex
 import sys
 from pathlib import Path
 
+import envelope
+import hopper_tiles
+import kernels
 import pytest
+import readme_tables
 import torch
-from test_cli_run import folder as int8_folder  # noqa: F401  a fixture
 
 from halfweight.cli import main
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import envelope  # noqa: E402
-import hopper_tiles  # noqa: E402
-import kernels  # noqa: E402
-import readme_tables  # noqa: E402
 
 DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.json"))
@@ -35,7 +33,7 @@ def commands(kind: str) -> list[str]:
 
 
 @pytest.fixture
-def workplace(int8_folder, tmp_path, monkeypatch):  # noqa: F811
+def workplace(int8_folder, tmp_path, monkeypatch):
     """A folder with the names that the quickstart uses: SRC and FILE."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "SRC").symlink_to(Path(int8_folder).parent / "source")

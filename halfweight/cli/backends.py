@@ -18,7 +18,7 @@ def backends(
     import torch
     from rich.table import Table
 
-    from halfweight.kernels import BACKENDS, backend
+    from halfweight.kernels.operations import BACKENDS, backend
 
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     reasons = {

@@ -52,8 +52,9 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _tune(device: Any, shapes: list[tuple[int, int]] | None, limit_seconds: float) -> None:
-    from halfweight.kernels import triton, tune, tuning
-    from halfweight.kernels.launch import device_info
+    from halfweight.kernels.triton import backend as triton
+    from halfweight.kernels.triton import tables, tune
+    from halfweight.kernels.triton.launch import device_info
 
     reason = triton.unavailable(device)
     if reason is not None:
@@ -64,7 +65,7 @@ def _tune(device: Any, shapes: list[tuple[int, int]] | None, limit_seconds: floa
     table = tune.tune(
         device, shapes or tune.SHAPES, limit_seconds=limit_seconds, progress=stderr.print
     )
-    path = tuning.write_table(device_info(device).architecture, table)
+    path = tables.write_table(device_info(device).architecture, table)
     stderr.print(f"wrote {path}")
 
 

@@ -13,7 +13,7 @@ from halfweight.cli.bench import bench
 from halfweight.cli.output import print_json, size, stderr, stdout
 
 if TYPE_CHECKING:
-    from halfweight.speed.rivals import Folders
+    from halfweight.evaluation.speed.rivals import Folders
 
 Source = Annotated[str, typer.Argument(help="The 16-bit model: a folder or Hub id.")]
 Quantized = Annotated[str, typer.Argument(help="What `halfweight quantize` made of it.")]
@@ -30,7 +30,7 @@ def load(
     json_output: Json = False,
 ) -> None:
     """Time loading from a warm page cache, each time in a fresh process."""
-    from halfweight.speed import load as speed
+    from halfweight.evaluation.speed import load as speed
 
     def report(row: speed.LoadTime) -> None:
         stderr.print(f"{row.rival}: {row.seconds:.2f} s, {size(row.resident_bytes)}")
@@ -69,9 +69,9 @@ def generate(
     json_output: Json = False,
 ) -> None:
     """Time decoding and the first token, beside the 16-bit model in the same loop."""
-    from halfweight.generate import Step
-    from halfweight.speed import generate as speed
-    from halfweight.speed.rivals import HALFWEIGHT, SIXTEEN_BIT
+    from halfweight.engine.decoder import Step
+    from halfweight.evaluation.speed import generate as speed
+    from halfweight.evaluation.speed.rivals import HALFWEIGHT, SIXTEEN_BIT
 
     device = _device()
     also_compiled = compiled and device.type == "cuda"
@@ -102,7 +102,7 @@ def generate(
 
 
 def _line(row: Any) -> str:
-    from halfweight.speed.generate import FirstTokenTime
+    from halfweight.evaluation.speed.generate import FirstTokenTime
 
     if isinstance(row, str):
         return row
@@ -115,8 +115,8 @@ def _line(row: Any) -> str:
 
 
 def _folders(source: str, quantized: str) -> Folders:
-    from halfweight.checkpoint import resolve
-    from halfweight.speed.rivals import Folders
+    from halfweight.checkpoint.headers import resolve
+    from halfweight.evaluation.speed.rivals import Folders
 
     return Folders(Path(resolve(source)), Path(resolve(quantized)))
 

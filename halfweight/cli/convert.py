@@ -15,13 +15,13 @@ import typer
 from halfweight.cli import app
 from halfweight.cli.output import bytes_bar, print_json, size, stderr, stdout
 from halfweight.errors import InterruptedConversionError, UsageError, VerificationError
-from halfweight.scheme import GroupSize, Recipe, Scheme
+from halfweight.quantization.scheme import GroupSize, Recipe, Scheme
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from halfweight.contents import Contents
-    from halfweight.convert import ConversionReport, Refinement
+    from halfweight.checkpoint.inspection import Contents
+    from halfweight.conversion.convert import ConversionReport, Refinement
 
 MAX_KL = 0.01
 """Nats; a model that diverges more from its source than this fails --check."""
@@ -64,7 +64,7 @@ def quantize(
     json_output: Json = False,
 ) -> None:
     """Quantize a model to INT8. Interrupted or killed, the same command goes on where it was."""
-    from halfweight import convert
+    from halfweight.conversion import convert
 
     scheme = Scheme(_group_size(group_size), scale, scale_choice)  # type: ignore[arg-type]
     with _stop_on_ctrl_c() as stop, bytes_bar() as bar:
@@ -108,15 +108,15 @@ def inspect(
     json_output: Json = False,
 ) -> None:
     """Show what a checkpoint holds, in bytes by kind; reads headers only."""
-    from halfweight import contents
+    from halfweight.checkpoint import inspection
 
     if errors or source or html:
-        from halfweight.checkpoint import resolve
+        from halfweight.checkpoint.headers import resolve
         from halfweight.cli.weight_errors import show_errors
 
         show_errors(resolve(path), source, html, json_output)
         return
-    found = contents.inspect(path)
+    found = inspection.inspect(path)
     if json_output:
         print_json(_contents_json(found, tensors))
         return
@@ -133,7 +133,7 @@ def verify(
     """Check every file's sha256, the structure, the scales, and that the model loads."""
     from dataclasses import asdict
 
-    from halfweight.verification import verify as check
+    from halfweight.conversion.verification import verify as check
 
     with bytes_bar() as bar:
         task = bar.add_task("verifying", total=None)
@@ -158,8 +158,8 @@ def verify(
 
 
 def _calibration(source: str, text: Path, bar: Progress) -> Refinement:
-    from halfweight.calibration import calibration
-    from halfweight.checkpoint import resolve
+    from halfweight.checkpoint.headers import resolve
+    from halfweight.evaluation.calibration import calibration
 
     task = bar.add_task("calibrating", total=None)
 
@@ -180,9 +180,9 @@ def _divergence_check(
                 hint="give a file of plain text with --check",
             )
         return None
-    from halfweight.checkpoint import resolve
-    from halfweight.evaluation import require, tokenize
-    from halfweight.scoring import sample
+    from halfweight.checkpoint.headers import resolve
+    from halfweight.evaluation.comparison import require, tokenize
+    from halfweight.evaluation.scoring import sample
 
     sample(tokenize(resolve(source), text))
     limit = MAX_KL if max_kl is None else max_kl

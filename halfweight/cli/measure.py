@@ -13,9 +13,9 @@ from halfweight.cli.output import print_json, size, stderr, stdout
 from halfweight.errors import UsageError
 
 if TYPE_CHECKING:
-    from halfweight.machine import Device
-    from halfweight.memory_record import Record
-    from halfweight.plan import Model, Weights, Workload
+    from halfweight.memory.devices import Device
+    from halfweight.memory.measurements import Record
+    from halfweight.memory.plan import Model, Weights, Workload
 
 
 @app.command()
@@ -33,19 +33,19 @@ def measure(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run a workload in a process of its own and compare its memory with the plan."""
-    from halfweight import memory_record
-    from halfweight.checkpoint import quantized_modules, read_headers, resolve
-    from halfweight.fit import require_fit
-    from halfweight.measure import measure as run
-    from halfweight.plan import Workload
-    from halfweight.planned import planned_model
+    from halfweight.checkpoint.headers import quantized_modules, read_headers, resolve
+    from halfweight.evaluation.memory_run import measure as run
+    from halfweight.memory import measurements
+    from halfweight.memory.named_model import planned_model
+    from halfweight.memory.plan import Workload
+    from halfweight.memory.what_fits import require_fit
 
     folder = resolve(model)
     planned = planned_model(str(folder))
     weights: Weights = "int8" if quantized_modules(read_headers(folder)) else "16bit"
     here = _device(device)
-    records = memory_record.records_for(memory_record.key_of(here, planned.architecture))
-    overhead = memory_record.calibrated_overhead(records, here.kind)
+    records = measurements.records_for(measurements.key_of(here, planned.architecture))
+    overhead = measurements.calibrated_overhead(records, here.kind)
     work = Workload(
         context, batch, kv_dtype, device=here.kind, overhead=overhead if records else None
     )
@@ -53,7 +53,7 @@ def measure(
     if not force:
         require_fit(planned, work, here.free_bytes, weights=weights)
     found = run(str(folder), planned, work, weights)
-    path = memory_record.add_record(found)
+    path = measurements.add_record(found)
     if json_output:
         print_json({**asdict(found), "error": found.error})
         return
@@ -62,7 +62,7 @@ def measure(
 
 
 def _device(wanted: str | None) -> Device:
-    from halfweight.machine import local_device, processor_device
+    from halfweight.memory.devices import local_device, processor_device
 
     found = local_device()
     if wanted == "cuda" and found.kind != "cuda":

@@ -12,15 +12,15 @@ import typer
 from halfweight.cli import app
 from halfweight.cli.output import print_json, size, stderr, stdout
 from halfweight.errors import DoesNotFitError, UsageError
-from halfweight.scheme import Recipe, Scheme
+from halfweight.quantization.scheme import Recipe, Scheme
 
 if TYPE_CHECKING:
-    from halfweight.cards import Gpus
-    from halfweight.costs import Conversion, Loading, Serving
-    from halfweight.fit import Cell
-    from halfweight.machine import Device
-    from halfweight.memory_record import Record
-    from halfweight.plan import DeviceKind, Footprint, Model, Plan, Workload
+    from halfweight.memory.cards import Gpus
+    from halfweight.memory.costs import Conversion, Loading, Serving
+    from halfweight.memory.devices import Device
+    from halfweight.memory.measurements import Record
+    from halfweight.memory.plan import DeviceKind, Footprint, Model, Plan, Workload
+    from halfweight.memory.what_fits import Cell
 
 MODEL_HELP = "A folder, a .gguf file, a Hub id, a config.json, or a preset such as llama-3-8b."
 STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red"}
@@ -71,8 +71,8 @@ def plan(
 
     Reads headers or a config only; FP16 stands beside INT8.
     """
-    from halfweight.plan import plan as make_plan
-    from halfweight.planned import planned_model
+    from halfweight.memory.named_model import planned_model
+    from halfweight.memory.plan import plan as make_plan
 
     size_or_row: Any = int(group_size) if group_size.isdigit() else group_size
     scheme = Scheme(size_or_row, scale)
@@ -137,8 +137,8 @@ class _Answer:
 
 
 def _target(gpus: str | None, budget: str | None, reserve: str | None) -> _Target:
-    from halfweight.cards import Gpus, parse_bytes, parse_gpus
-    from halfweight.machine import local_device
+    from halfweight.memory.cards import Gpus, parse_bytes, parse_gpus
+    from halfweight.memory.devices import local_device
 
     here = None if gpus else local_device()
     kind: DeviceKind = here.kind if here else "cuda"
@@ -154,7 +154,7 @@ def _target(gpus: str | None, budget: str | None, reserve: str | None) -> _Targe
 
 def _records(target: _Target, model: Model) -> list[Record]:
     """What was measured of this model on the very device that it is planned for."""
-    from halfweight.memory_record import key_of, records_for, records_path
+    from halfweight.memory.measurements import key_of, records_for, records_path
 
     if target.here is None or not records_path().exists():
         return []
@@ -170,8 +170,8 @@ def _workload(
     target: _Target,
     records: Sequence[Record],
 ) -> Workload:
-    from halfweight.memory_record import calibrated_overhead
-    from halfweight.plan import Workload
+    from halfweight.memory.measurements import calibrated_overhead
+    from halfweight.memory.plan import Workload
 
     return Workload(
         context,
@@ -187,7 +187,7 @@ def _workload(
 def _answer(
     made: Plan, gpus: Gpus, read_bandwidth: str | None, price: float | None, model: str
 ) -> _Answer:
-    from halfweight import costs
+    from halfweight.memory import costs
 
     rate = _read_rate(read_bandwidth, model)
     convertible = made.model.recipe is not None
@@ -202,8 +202,8 @@ def _answer(
 
 
 def _read_rate(text: str | None, model: str) -> float | None:
-    from halfweight.cards import parse_bytes
-    from halfweight.costs import read_rate
+    from halfweight.memory.cards import parse_bytes
+    from halfweight.memory.costs import read_rate
 
     if text is None:
         return None
@@ -214,27 +214,29 @@ def _read_rate(text: str | None, model: str) -> float | None:
 
 
 def _solved(answer: _Answer, quantity: Any) -> _Answer:
-    from halfweight import fit
+    from halfweight.memory import what_fits
 
     made = answer.plan
     assert made.budget is not None
     values = {
-        weights: fit.solve(made.model, made.workload, made.budget, quantity, weights)
+        weights: what_fits.solve(made.model, made.workload, made.budget, quantity, weights)
         for weights in ("16bit", "int8")
         if quantity != "group-size" or weights == "int8"
     }
-    cells = list(fit.grid(made.model, made.workload, *fit.grid_axes(made.model, made.workload)))
+    cells = list(
+        what_fits.grid(made.model, made.workload, *what_fits.grid_axes(made.model, made.workload))
+    )
     solution = {"quantity": quantity, **{k: values.get(k) for k in ("16bit", "int8")}}
     return replace(answer, solution=solution, cells=cells)
 
 
 def _write(answer: _Answer, html: Path | None, png: Path | None) -> None:
     if html is not None:
-        from halfweight.plan_page import render
+        from halfweight.memory.plan_page import render
 
         html.write_text(render(answer.plan, answer.gpus))
     if png is not None:
-        from halfweight.plan_figure import draw
+        from halfweight.memory.plan_figure import draw
 
         draw(answer.plan, answer.gpus, png)
     for path in (html, png):
@@ -249,7 +251,7 @@ def _fails(answer: _Answer) -> bool:
 
 
 def _document(answer: _Answer) -> dict[str, Any]:
-    from halfweight.plan_document import document
+    from halfweight.memory.plan_document import document
 
     return document(
         answer.plan,
@@ -314,8 +316,8 @@ def _units(num_bytes: int | None) -> tuple[str, str]:
 
 
 def _print_verdict(answer: _Answer) -> None:
-    from halfweight.fit import advice
-    from halfweight.plan import legal_ranks
+    from halfweight.memory.plan import legal_ranks
+    from halfweight.memory.what_fits import advice
 
     made, gpus = answer.plan, answer.gpus
     assert made.budget is not None

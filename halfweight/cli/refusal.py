@@ -23,11 +23,11 @@ def require_room(
     """
     import torch
 
-    from halfweight.checkpoint import quantized_modules, read_headers, resolve
-    from halfweight.device_memory import available_bytes
-    from halfweight.fit import require_fit
-    from halfweight.plan import Workload
-    from halfweight.planned import planned_model
+    from halfweight.checkpoint.headers import quantized_modules, read_headers, resolve
+    from halfweight.memory.device_memory import available_bytes
+    from halfweight.memory.named_model import planned_model
+    from halfweight.memory.plan import Workload
+    from halfweight.memory.what_fits import require_fit
 
     free = available_bytes(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if free is None:
@@ -42,7 +42,7 @@ def longest_prompt(model: str, texts: Sequence[str]) -> int:
     """Tokens of the longest text."""
     from transformers import AutoTokenizer
 
-    from halfweight.checkpoint import resolve
+    from halfweight.checkpoint.headers import resolve
 
     tokenizer = AutoTokenizer.from_pretrained(resolve(model))
     return max(len(tokenizer(text)["input_ids"]) for text in texts)

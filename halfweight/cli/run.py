@@ -65,7 +65,7 @@ def generate(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Continue a prompt, or every line of a file."""
-    from halfweight.generate import Sampling
+    from halfweight.engine.decoder import Sampling
 
     if (prompt is None) == (prompts is None):
         raise UsageError("no prompt, or two kinds of them", hint="give PROMPT or --prompts FILE")
@@ -110,7 +110,7 @@ def chat(
     kv_cache: Cache = "16bit",
 ) -> None:
     """Talk with a model. /reset forgets what was said, /quit ends."""
-    from halfweight.generate import Sampling
+    from halfweight.engine.decoder import Sampling
 
     loaded, tokenizer = open_model(model, device, dtype, backend, activations)
     if tokenizer.chat_template is None:
@@ -140,8 +140,8 @@ def open_model(
     import torch
     from transformers import AutoTokenizer
 
-    from halfweight.checkpoint import resolve
-    from halfweight.hf import load
+    from halfweight.checkpoint.headers import resolve
+    from halfweight.model.loading import load
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     begin = time.perf_counter()
@@ -184,7 +184,7 @@ def _lines(path: Path | None) -> list[str]:
 
 def _print_stream(loaded: Any, tokenizer: Any, ids: list[int], options: dict[str, Any]) -> str:
     """Print the continuation of one prompt as it comes; returns it."""
-    from halfweight.generate import stream
+    from halfweight.engine.decoder import stream
 
     tokens: list[int] = []
     shown = ""
@@ -218,8 +218,8 @@ def _print_batches(
 
     Batches share their decoder, and so what a GPU has recorded for their size.
     """
-    from halfweight.generate import Decoder
-    from halfweight.generate import generate as generate_tokens
+    from halfweight.engine.decoder import Decoder
+    from halfweight.engine.decoder import generate as generate_tokens
 
     ids = [tokenizer(text)["input_ids"] for text in texts]
     size = _batch_size(batch_size, loaded, ids, options)
@@ -242,7 +242,7 @@ def _print_batches(
 
 
 def _batch_size(wanted: str, loaded: Any, ids: list[list[int]], options: dict[str, Any]) -> int:
-    from halfweight.generate import largest_batch
+    from halfweight.engine.decoder import largest_batch
 
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)

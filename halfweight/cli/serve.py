@@ -49,7 +49,7 @@ def serve(
             hint="pip install 'halfweight[serve]'",
         ) from error
     from halfweight.cli.run import open_model
-    from halfweight.serve.engine import Engine
+    from halfweight.engine.continuous import Engine
 
     if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
         stderr.print(f"{host} is reachable by others and there is no --api-key: anyone can use it")

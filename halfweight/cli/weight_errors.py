@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from halfweight.cli.output import print_json, stderr, stdout
 
 if TYPE_CHECKING:
-    from halfweight.weight_errors import TensorError
+    from halfweight.evaluation.weight_errors import TensorError
 
 
 def show_errors(path: Path, source: str | None, page: Path | None, json_output: bool) -> None:
     """Print each weight's error, worst first, and write the heat map to `page`."""
-    from halfweight import weight_errors
-    from halfweight.checkpoint import resolve
+    from halfweight.checkpoint.headers import resolve
+    from halfweight.evaluation import weight_errors
 
     if source is None:
         errors = weight_errors.recorded_errors(path)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halfweight.kernels import Backend
-from halfweight.numerics import QuantizedTensor, dequantize
+from halfweight.kernels.operations import Backend
+from halfweight.quantization.numerics import QuantizedTensor, dequantize
 
 
 def linear(

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfweight import kernels
-from halfweight.numerics import QuantizedTensor
+from halfweight.kernels import operations
+from halfweight.quantization.numerics import QuantizedTensor
 
 Call = Callable[[], object]
 _cuda: Any = torch.cuda
@@ -138,7 +138,7 @@ def compare(device: torch.device, shape: tuple[int, int], tokens: int) -> list[P
     rounds = {VENDOR: _vendor_round(x, shape)}
     weights = [random_weight(shape, device) for _ in range(num_copies(shape[0] * shape[1]))]
     for name in COMPARED:
-        if kernels.backend(name).unavailable(device) is None:
+        if operations.backend(name).unavailable(device) is None:
             rounds[name] = Round([_product(name, x, weight) for weight in weights], device)
             num_bytes[name] = weights[0].num_bytes
     times, peak = interleaved(rounds), read_bandwidth(device)
@@ -161,7 +161,7 @@ def _vendor_round(x: Tensor, shape: tuple[int, int]) -> Round:
 
 def _product(name: str, x: Tensor, weight: QuantizedTensor) -> Call:
     parts = (weight.packed, weight.scales, weight.exponents)
-    linear = kernels.backend(name).linear
+    linear = operations.backend(name).linear
     return lambda: linear(x, *parts, None)
 
 
@@ -171,13 +171,13 @@ def read_bandwidth(device: torch.device) -> float:
     if device.type != "cuda":
         data = torch.ones(BANDWIDTH_BYTES // 16, dtype=torch.float32)
         return data.nbytes / _best_microseconds(data.sum, device) * 1e6
-    from halfweight.kernels import triton_kernels
+    from halfweight.kernels.triton import tiled
 
     words = torch.randint(1 << 30, (BANDWIDTH_BYTES // 4,), dtype=torch.int32, device=device)
     sums = torch.empty(BANDWIDTH_BYTES // READ_BLOCK_BYTES, dtype=torch.int32, device=device)
 
     def read() -> None:
-        triton_kernels.read[(sums.numel(),)](words, sums, BLOCK=READ_BLOCK_BYTES // 4, num_warps=8)
+        tiled.read[(sums.numel(),)](words, sums, BLOCK=READ_BLOCK_BYTES // 4, num_warps=8)
 
     return BANDWIDTH_BYTES / _best_microseconds(read, device) * 1e6
 

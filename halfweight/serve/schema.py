@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from halfweight.generate import Sampling
+from halfweight.engine.decoder import Sampling
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),

@@ -1,0 +1,193 @@
+"""What a conversion reads: tensors as bytes in row-major order, a config, companion files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfweight.checkpoint.headers import Checkpoint, check_inside, read_headers
+from halfweight.checkpoint.shard import Shard, broken, read_json
+from halfweight.errors import CheckpointError
+from halfweight.quantization.scheme import FLOAT_DTYPE_BYTES, TensorInfo
+
+COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+COMPANION_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
+NOT_COMPANIONS = ("config.json", "quantize_config.json", "quant_config.json", "halfweight.json")
+CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
+"""Keys by which a checkpoint asks for its own Python to be run: never copied."""
+
+
+SPAN = 4_000_000
+
+
+class Source(Protocol):
+    """A checkpoint to convert. `read` may be called from several threads."""
+
+    name: str
+    config: dict[str, Any]
+    tensors: tuple[TensorInfo, ...]
+
+    def read(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
+        """Bytes [begin, end) of a tensor, in the dtype that `tensors` states."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the source without reading its weights; goes into the manifest."""
+        ...
+
+    def state(self) -> list[Any]:
+        """Sizes and times of the source's files: equal while nobody changes them."""
+        ...
+
+    def write_companions(self, folder: Path) -> None:
+        """Write tokenizer and generation files into `folder`."""
+        ...
+
+
+class FolderSource:
+    """A Hugging Face folder of safetensors shards."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        checkpoint = read_headers(path)
+        if not checkpoint.config:
+            raise CheckpointError(
+                f"{path}: no config.json, expected a model folder",
+                hint="quantize needs the folder that transformers loads",
+            )
+        _refuse_quantized(path, checkpoint)
+        self.name = name
+        self.config = publishable(checkpoint.config)
+        self._checkpoint = checkpoint
+        self._stored = {tensor.name: tensor for tensor in checkpoint.tensors}
+        self.tensors = tuple(t.info for t in checkpoint.tensors if not self._is_tied_head(t.info))
+
+    def read(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
+        """Bytes [begin, end) of a tensor; raises CheckpointError if the file got shorter."""
+        stored = self._stored[tensor.name]
+        block = np.empty(end - begin, np.uint8)
+        rest = block.data
+        with open(stored.shard, "rb", buffering=0) as file:
+            file.seek(stored.begin + begin)
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise broken(stored.shard, f"ended at byte {file.tell()}, inside {tensor.name}")
+                rest = rest[count:]
+        return block
+
+    def _is_tied_head(self, head: TensorInfo) -> bool:
+        """Whether this is a head stored beside the embedding that it shares its values with."""
+        if not (head.name.endswith("lm_head.weight") and is_tied(self.config)):
+            return False
+        twins = (t.info for t in self._checkpoint.tensors if t.name != head.name)
+        if any(_same_form(head, twin) and self._same_bytes(head, twin) for twin in twins):
+            return True
+        raise CheckpointError(
+            f"tensor {head.name}: config.json ties it to the embedding, but it differs from it",
+            hint="set tie_word_embeddings to false in config.json if the head is its own",
+        )
+
+    def _same_bytes(self, a: TensorInfo, b: TensorInfo) -> bool:
+        spans = ((i, min(i + SPAN, a.num_bytes)) for i in range(0, a.num_bytes, SPAN))
+        return all(np.array_equal(self.read(a, *span), self.read(b, *span)) for span in spans)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Name, size and header hash of each shard, and the hash of config.json."""
+        config = (self._checkpoint.root / "config.json").read_bytes()
+        return {
+            "config_sha256": hashlib.sha256(config).hexdigest(),
+            "shards": [_shard_fingerprint(shard) for shard in self._checkpoint.shards],
+        }
+
+    def state(self) -> list[Any]:
+        """Size and modification time of every shard."""
+        found = [(shard.path.name, shard.path.stat()) for shard in self._checkpoint.shards]
+        return [[name, status.st_size, status.st_mtime_ns] for name, status in found]
+
+    def write_companions(self, folder: Path) -> None:
+        """Copy tokenizer, generation config and licence; never code."""
+        for path in sorted(self._checkpoint.root.iterdir()):
+            if not _is_companion(path):
+                continue
+            data = check_inside(self._checkpoint.root, path.name).read_bytes()
+            if path.suffix == ".json":
+                data = _json_publishable(path, data)
+            (folder / path.name).write_bytes(data)
+
+
+def open_source(path: Path, name: str) -> Source:
+    """The source at a resolved path; `name` is what the user called it."""
+    if path.is_file() and path.suffix == ".gguf":
+        from halfweight.checkpoint.sources.gguf import GgufSource
+
+        return GgufSource(path, name)
+    if path.is_file():
+        raise CheckpointError(
+            f"{path}: a single file, expected a model folder or a .gguf file",
+            hint="quantize needs config.json and the tokenizer beside the weights",
+        )
+    return FolderSource(path, name)
+
+
+def is_tied(config: dict[str, Any]) -> bool:
+    """Whether config.json says that head and embedding are one weight."""
+    parts = (config, config.get("text_config") or {})
+    return any(part.get("tie_word_embeddings") is True for part in parts)
+
+
+def _same_form(a: TensorInfo, b: TensorInfo) -> bool:
+    return (a.dtype, a.shape) == (b.dtype, b.shape)
+
+
+def _refuse_quantized(path: Path, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if the weights are already in some quantized form."""
+    hint = "quantize the 16-bit original instead"
+    config = checkpoint.config.get("quantization_config")
+    if config:
+        method = config.get("quant_method") if isinstance(config, dict) else None
+        raise CheckpointError(f"{path}: already quantized by {method or 'some method'}", hint=hint)
+    for tensor in checkpoint.tensors:
+        is_weight = len(tensor.info.shape) == 2 and "weight" in tensor.name
+        if tensor.info.dtype.startswith("F8") or (
+            is_weight and tensor.info.dtype not in FLOAT_DTYPE_BYTES
+        ):
+            found = f"already quantized: tensor {tensor.name} is {tensor.info.dtype}"
+            raise CheckpointError(f"{path}: {found}, expected 16 or 32 bits", hint=hint)
+
+
+def publishable(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without private keys (paths of some machine) or those that ask to run code."""
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in CODE_KEYS and not key.startswith("_")
+    }
+
+
+def _shard_fingerprint(shard: Shard) -> dict[str, Any]:
+    with open(shard.path, "rb") as file:
+        head = file.read(8 + shard.header_bytes)
+    return {
+        "name": shard.path.name,
+        "bytes": shard.num_bytes,
+        "header_sha256": hashlib.sha256(head).hexdigest(),
+    }
+
+
+def _is_companion(path: Path) -> bool:
+    name = path.name
+    if name.startswith(".") or name in NOT_COMPANIONS or name.endswith(".index.json"):
+        return False
+    named = path.suffix in COMPANION_SUFFIXES or name.startswith(COMPANION_PREFIXES)
+    return named and path.is_file()
+
+
+def _json_publishable(path: Path, data: bytes) -> bytes:
+    if not any(key.encode() in data for key in CODE_KEYS):
+        return data
+    return json.dumps(publishable(read_json(path)), indent=2, ensure_ascii=False).encode()

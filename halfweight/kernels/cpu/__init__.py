@@ -1,0 +1,1 @@
+"""Numba kernels for CPUs. backend.py is the entry; few_tokens.py and many_tokens.py multiply."""

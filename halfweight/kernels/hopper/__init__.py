@@ -1,0 +1,1 @@
+"""CUDA C++ for Hopper. backend.py launches, tiles.py chooses; the .cu files multiply."""

@@ -1,0 +1,390 @@
+"""CUDA C++ backend for Hopper (compute capability 9.0).
+
+Three kernels share hopper.cuh: hopper_small.cu for few tokens, where reading the weights is the
+whole cost, hopper_large.cu for more, where L2 and the tensor cores are, and hopper_int8.cu for many
+tokens rounded to int8. All are persistent, fed by bulk copies, and read the weights as the file has
+them. dot_tiles.py chooses between them.
+
+The source is compiled by NVRTC when a shape first needs it (half a second, then kept in the cache
+folder); tensor maps are encoded once for each weight and each activation buffer. One token is the
+Triton backend's GEMV where K is short. What neither kernel takes (scales that are not grid8,
+float32 activations, gathers) goes to the Triton backend too, by rule and not by failure.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import suppress
+from functools import cache, lru_cache
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfweight.cache_folder import cache_folder, write_whole
+from halfweight.errors import HalfweightError
+from halfweight.kernels.hopper.tiles import (
+    INT8,
+    LARGE,
+    SMALL,
+    Config,
+    Int8,
+    Large,
+    Plan,
+    choose,
+    choose_int8,
+)
+from halfweight.kernels.operations import Backend
+from halfweight.kernels.triton import backend as portable
+
+COMPUTE_CAPABILITY = (9, 0)
+GEMV_COLUMNS = 8192
+"""One token with at most so many columns is the Triton backend's GEMV, which starts sooner."""
+INT8_GROUP = 128
+"""Int8 activations meet groups of multiples of this, which hopper_int8.cu sums as integers."""
+OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17")
+"""What NVRTC is told."""
+INT8_TOKENS = 512
+"""Fewer tokens are multiplied exactly, which is faster as well."""
+
+Shape = tuple[int, ...]
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "exponents", "bias", "y")),
+        *((name, ctypes.c_void_p) for name in ("partials", "flags", "steps")),
+        *((name, ctypes.c_int) for name in ("num_tokens", "out_features", "in_features")),
+        *((name, ctypes.c_int) for name in ("group_size", "num_groups", "tiles_m", "tiles_n")),
+        *((name, ctypes.c_int) for name in ("tile_rows", "k_blocks", "whole_waves", "num_workers")),
+        ("steps_stride", ctypes.c_int),
+    ]
+
+
+def _check(result: tuple[Any, ...], what: str) -> Any:
+    status, *values = result
+    if int(status) != 0:
+        raise HalfweightError(
+            f"CUDA call {what} failed: {status!r}",
+            hint="load the model with backend='triton' and report this message",
+        )
+    return values[0] if len(values) == 1 else values
+
+
+def source(config: Config, groups: int, dtype: torch.dtype) -> str:
+    """The kernel's text: compile-time choices, hopper.cuh, wgmma where used, the kernel."""
+    defines = {**config.defines(groups), "BF16": int(dtype == torch.bfloat16)}
+    folder = Path(__file__).parent
+    parts = [f"#define {name} {value}" for name, value in defines.items()]
+    parts.append((folder / "hopper.cuh").read_text())
+    if isinstance(config, Large):
+        parts.append((folder / "hopper_wgmma.cuh").read_text())
+        parts.append(_wgmma(config, "bf16" if dtype == torch.bfloat16 else "f16"))
+    parts.append((folder / config.file).read_text())
+    return "\n".join(parts)
+
+
+DESCRIPTOR_HIGH = 0x40000040
+"""The high word of every operand's descriptor: see hopper_wgmma.cuh."""
+
+
+def _wgmma(config: Large, kind: str) -> str:
+    """`queue_products`: W from registers, x from shared memory, added to what the sums hold."""
+    sums, steps = config.tokens // 2, config.products
+    number, constraint, form, signs = "float", "+f", f"k16.f32.{kind}.{kind}", ", 1, 1, 0"
+    if isinstance(config, Int8):
+        number, constraint, form, signs = "int", "+r", "k32.s32.s8.s8", ""
+    places = ", ".join(f"%{i}" for i in range(sums))
+    lines = [
+        "{ .reg .b64 x; .reg .b32 low; .reg .pred yes; setp.eq.u32 yes, 0, 0;",
+        "wgmma.fence.sync.aligned;",
+    ]
+    for step in range(steps):
+        a = ", ".join(f"%{sums + 4 * step + i}" for i in range(4))
+        lines += [
+            f"add.u32 low, %{sums + 4 * steps}, {2 * step}; mov.b64 x, {{low, {DESCRIPTOR_HIGH}}};",
+            f"wgmma.mma_async.sync.aligned.m64n{config.tokens}{form} "
+            f"{{{places}}}, {{{a}}}, x, yes{signs};",
+        ]
+    lines += ["wgmma.commit_group.sync.aligned;", "}"]
+    text = "\n".join(f'"{line}\\n"' for line in lines)
+    outputs = ", ".join(f'"{constraint}"(sums[{i}])' for i in range(sums))
+    inputs = ", ".join(f'"r"(a[{i}][{j}])' for i in range(steps) for j in range(4))
+    return (
+        f"__device__ __forceinline__ void queue_products({number} (&sums)[{sums}], "
+        f"const unsigned (&a)[{steps}][4], unsigned x) {{\n"
+        f'asm volatile({text} : {outputs} : {inputs}, "r"(x));\n}}'
+    )
+
+
+def cubin(text: str) -> bytes:
+    """Machine code of `text`, from the cache where this compiler has made it before."""
+    from cuda.bindings import nvrtc
+
+    version = _check(nvrtc.nvrtcVersion(), "version")
+    name = sha256(repr((version, OPTIONS, text)).encode()).hexdigest()
+    path = cache_folder() / "hopper" / f"{name}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    compiled = compile_cubin(text)
+    with suppress(OSError):  # a cache that cannot be written is no reason to stop
+        write_whole(path, compiled)
+    return compiled
+
+
+def compile_cubin(text: str) -> bytes:
+    """Machine code of `text` for sm_90a through NVRTC; raises HalfweightError with its log."""
+    from cuda.bindings import nvrtc
+
+    program = _check(nvrtc.nvrtcCreateProgram(text.encode(), b"hopper.cu", 0, [], []), "create")
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(OPTIONS), list(OPTIONS))
+    if int(status) != 0:
+        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "log size")
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise HalfweightError(f"hopper.cu does not compile: {log.decode()}")
+    compiled: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "cubin size")
+    _check(nvrtc.nvrtcGetCUBIN(program, compiled), "cubin")
+    return compiled
+
+
+@cache
+def _module(config: Config, groups: int, dtype: torch.dtype, device: int) -> Any:
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()
+        code = cubin(source(config, groups, dtype))
+        return _check(driver.cuModuleLoadData(code), "load")
+
+
+@cache
+def _kernel(config: Config, groups: int, dtype: torch.dtype, device: int) -> Any:
+    from cuda.bindings import driver
+
+    module = _module(config, groups, dtype, device)
+    kernel = _check(driver.cuModuleGetFunction(module, config.entry), "function")
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _check(driver.cuFuncSetAttribute(kernel, attribute, config.shared_bytes), "shared memory")
+    return kernel
+
+
+@lru_cache(maxsize=16384)
+def _tensor_map(pointer: int, kind: str, sizes: Shape, strides: Shape, box: Shape) -> Any:
+    """Tensor map of bytes or 16-bit values, read in boxes 128 or 64 bytes wide.
+
+    `sizes` and `box` count elements, innermost first; `strides` are bytes, from the second on.
+    """
+    from cuda.bindings import driver
+
+    types = driver.CUtensorMapDataType
+    dtype, size = {
+        "uint8": (types.CU_TENSOR_MAP_DATA_TYPE_UINT8, 1),
+        "float16": (types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2),
+        "bfloat16": (types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2),
+    }[kind]
+    swizzles = driver.CUtensorMapSwizzle
+    wide = box[0] * size == 128
+    return _check(
+        driver.cuTensorMapEncodeTiled(
+            dtype,
+            len(sizes),
+            pointer,
+            [driver.cuuint64_t(n) for n in sizes],
+            [driver.cuuint64_t(n) for n in strides],
+            [driver.cuuint32_t(n) for n in box],
+            [driver.cuuint32_t(1)] * len(sizes),
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if wide else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ),
+        "tensor map",
+    )
+
+
+def _maps(plan: Plan, packed: Tensor, x: Tensor) -> tuple[Any, Any]:
+    """Tensor maps of the weights and the activations as `plan` reads them."""
+    config = plan.config
+    kind = "uint8" if x.dtype == torch.int8 else str(x.dtype).removeprefix("torch.")
+    w_at, x_at, columns = packed.data_ptr(), x.data_ptr(), x.shape[1]
+    if isinstance(config, Large):
+        w_sizes, x_sizes = (columns, packed.shape[0]), (columns, x.shape[0])
+        size = x.element_size()
+        x_box = (128 // size, config.tokens // config.cluster)
+        return (
+            _tensor_map(w_at, "uint8", w_sizes, (columns,), (config.columns, plan.rows)),
+            _tensor_map(x_at, kind, x_sizes, (columns * size,), x_box),
+        )
+    boxes = config.k_bytes // 128
+    w_sizes3, x_sizes3 = (128, packed.shape[0], columns // 128), (64, x.shape[0], columns // 64)
+    return (
+        _tensor_map(w_at, "uint8", w_sizes3, (columns, 128), (128, config.rows, boxes)),
+        _tensor_map(x_at, kind, x_sizes3, (columns * 2, 128), (64, config.tokens, 2 * boxes)),
+    )
+
+
+@cache
+def _workspace(device: int, stream: int) -> tuple[Tensor, Tensor]:
+    """Partial sums and flags for one stream: launches on one stream never overlap."""
+    blocks = _num_multiprocessors(device)
+    sums = blocks * max(config.partial_floats for config in (*SMALL, *LARGE, *INT8))
+    where = torch.device("cuda", device)
+    return (
+        torch.empty(sums, dtype=torch.float32, device=where),
+        torch.zeros(blocks, dtype=torch.int32, device=where),
+    )
+
+
+@cache
+def _num_multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _start(kernel: Any, grid: int, config: Config, stream: int, *arguments: int) -> None:
+    """Launch `kernel` with the arguments at these addresses.
+
+    It may start before the kernel ahead of it has ended: it waits before it reads x.
+    """
+    from cuda.bindings import driver
+
+    launch = driver.CUlaunchConfig()
+    launch.gridDimX, launch.gridDimY, launch.gridDimZ = grid, 1, 1
+    launch.blockDimX, launch.blockDimY, launch.blockDimZ = config.threads, 1, 1
+    launch.sharedMemBytes = config.shared_bytes
+    launch.hStream = stream
+    early = driver.CUlaunchAttribute()
+    early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    value = driver.CUlaunchAttributeValue()
+    value.programmaticStreamSerializationAllowed = 1
+    early.value = value
+    launch.attrs, launch.numAttrs = [early], 1
+    pointers = (ctypes.c_void_p * len(arguments))(*arguments)
+    _check(driver.cuLaunchKernelEx(launch, kernel, ctypes.addressof(pointers), 0), "launch")
+
+
+def _launch(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    exponents: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    plan: Plan,
+    steps: Tensor | None = None,
+) -> None:
+    (num_tokens, in_features), out_features = x.shape, packed.shape[0]
+    device, num_groups = x.device.index, scales.shape[1]
+    group_size = in_features // num_groups
+    stream = torch.cuda.current_stream(device).cuda_stream
+    partials, flags = _workspace(device, stream)
+    config = plan.config
+    w_map, x_map = _maps(plan, packed, x)
+    problem = _Problem(
+        *(scales.data_ptr(), exponents.data_ptr(), 0 if bias is None else bias.data_ptr()),
+        *(y.data_ptr(), partials.data_ptr(), flags.data_ptr()),
+        0 if steps is None else steps.data_ptr(),
+        *(num_tokens, out_features, in_features, group_size, num_groups),
+        *(plan.tiles_m, plan.tiles_n, plan.rows, plan.k_blocks),
+        *(plan.whole_waves, plan.num_workers),
+        0 if steps is None else steps.shape[-1],
+    )
+    kernel = _kernel(config, config.groups(group_size), y.dtype, device)
+    arguments = (w_map.getPtr(), x_map.getPtr(), ctypes.addressof(problem))
+    grid = plan.num_workers * config.cluster * config.split
+    _start(kernel, grid, config, stream, *arguments)
+
+
+def _divides_evenly(group_size: int, num_groups: int) -> bool:
+    return num_groups == 1 or (group_size >= 32 and group_size.bit_count() == 1)
+
+
+def takes(x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None) -> bool:
+    """Whether hopper.cu computes this product; the Triton backend does the others."""
+    return (
+        x.dtype in (torch.float16, torch.bfloat16)
+        and exponents is not None
+        and scales.dtype == torch.uint8
+        and packed.shape[1] % 32 == 0
+        and packed.is_contiguous()
+        and packed.data_ptr() % 16 == 0
+        and _divides_evenly(packed.shape[1] // scales.shape[1], scales.shape[1])
+        and x.numel() > 0
+        and (x.numel() > packed.shape[1] or packed.shape[1] > GEMV_COLUMNS)
+    )
+
+
+def linear(
+    x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """x [..., K] times the dequantized weights [N, K], in x's dtype; see hopper.cu."""
+    if exponents is None or not takes(x, packed, scales, exponents):
+        return portable.BACKEND.linear(x, packed, scales, exponents, bias)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if rows.data_ptr() % 16:
+        rows = rows.clone()
+    y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    group_size = packed.shape[1] // scales.shape[1]
+    multiprocessors = _num_multiprocessors(x.device.index)
+    chosen = choose(rows.shape[0], *packed.shape, group_size, multiprocessors)
+    _launch(rows, packed, scales.contiguous(), exponents, bias, y, chosen)
+    return y.reshape(*x.shape[:-1], packed.shape[0])
+
+
+def takes_int8(x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None) -> bool:
+    """Whether hopper_int8.cu computes this product: many tokens, groups no smaller than 128."""
+    group_size = packed.shape[1] // scales.shape[1]
+    return (
+        takes(x, packed, scales, exponents)
+        and x.numel() >= INT8_TOKENS * packed.shape[1]
+        and (group_size % INT8_GROUP == 0 or scales.shape[1] == 1)
+    )
+
+
+def rounded_for(config: Config, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] as hopper_int8.cu takes it: int8 [M, K] and float32 [2, blocks of K, padded M], the
+    ratios of a token's steps and the steps.
+    """
+    sizes = config.k_bytes, config.tokens
+    (rounded,), steps = portable.round_activations(x, 1, *sizes, with_ratios=True)
+    return rounded, steps
+
+
+def linear_int8(
+    x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Like `linear`, with x rounded to int8 per token and 512 columns: opt-in, not exact.
+
+    What hopper_int8.cu does not take is `linear`, exact and faster than int8 without it.
+    """
+    if exponents is None or not takes_int8(x, packed, scales, exponents):
+        return linear(x, packed, scales, exponents, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    chosen = choose_int8(rows.shape[0], *packed.shape, _num_multiprocessors(x.device.index))
+    rounded, steps = rounded_for(chosen.config, rows)
+    y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    _launch(rounded, packed, scales.contiguous(), exponents, bias, y, chosen, steps)
+    return y.reshape(*x.shape[:-1], packed.shape[0])
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this backend cannot run on `device`, or None."""
+    if device.type != "cuda":
+        return "needs a CUDA device"
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != COMPUTE_CAPABILITY:
+        return f"needs compute capability 9.0, this GPU has {capability[0]}.{capability[1]}"
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return "needs the package cuda-bindings"
+    return portable.BACKEND.unavailable(device)
+
+
+BACKEND = Backend("cuda", unavailable, linear, portable.BACKEND.embedding, linear_int8)

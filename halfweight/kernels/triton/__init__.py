@@ -1,0 +1,1 @@
+"""Triton kernels for any GPU that Triton runs on. backend.py is the entry, launch.py launches."""

@@ -1,0 +1,142 @@
+"""The model that a plan is about: a preset, a config.json, a folder, a .gguf file or a Hub id.
+
+Only headers and configs are read. Of a Hub id that is not here they come by range requests, a few
+hundred kilobytes whatever the model's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from halfweight.checkpoint.gguf_header import read_gguf_header
+from halfweight.checkpoint.headers import HUB_ID, Checkpoint, quantized_modules, read_headers
+from halfweight.checkpoint.shard import read_json
+from halfweight.errors import CheckpointError
+from halfweight.memory.architecture import architecture
+from halfweight.memory.plan import Model
+from halfweight.memory.presets import PRESETS, preset
+from halfweight.quantization.scheme import (
+    GROUP_SIZES,
+    Decision,
+    GroupSize,
+    Recipe,
+    Scheme,
+    TensorInfo,
+)
+
+
+def planned_model(name: str, recipe: Recipe | None = None) -> Model:
+    """The model called `name`, quantized by `recipe`; a quantized folder as it is.
+
+    Raises CheckpointError where there is no such model or its headers or config do not do.
+    """
+    recipe = recipe or Recipe()
+    if name in PRESETS:
+        return Model.from_recipe(architecture(preset(name), name), recipe)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return _from_gguf(path, name, recipe)
+    if path.suffix == ".json":
+        return Model.from_recipe(architecture(read_json(path), path.parent.name or name), recipe)
+    if not path.exists() and HUB_ID.fullmatch(name):
+        return _from_hub(name, recipe)
+    if not path.exists():
+        raise CheckpointError(
+            f"{name}: no such file, folder or preset",
+            hint=f"give a path, a Hub id such as org/name, or one of {', '.join(PRESETS)}",
+        )
+    return _from_folder(read_headers(path), path.name, recipe)
+
+
+def _from_gguf(path: Path, name: str, recipe: Recipe) -> Model:
+    """By its header alone if that accounts for every number in the file, else as the converter."""
+    if (header := read_gguf_header(path)) is not None:
+        found = architecture(header.config, path.stem)
+        if found.num_parameters == header.num_parameters:
+            return Model.from_recipe(found, recipe)
+    from halfweight.checkpoint.sources.folder import open_source
+
+    source = open_source(path, name)
+    return Model.from_recipe(architecture(source.config, path.stem, source.tensors), recipe)
+
+
+def _from_folder(checkpoint: Checkpoint, name: str, recipe: Recipe) -> Model:
+    quantized_modules(checkpoint)  # refuses what halfweight does not run
+    tensors = [tensor.info for tensor in checkpoint.tensors]
+    return _model(checkpoint.config, name, tensors, recipe, _scale_format(checkpoint))
+
+
+def _model(
+    config: dict[str, Any],
+    name: str,
+    tensors: Sequence[TensorInfo],
+    recipe: Recipe,
+    scale_format: str,
+) -> Model:
+    """The model of these headers: by the recipe, or as it is where it is quantized already."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    modules = [n.removesuffix(".weight_packed") for n in by_name if n.endswith(".weight_packed")]
+    if not modules:
+        return Model.from_recipe(architecture(config, name, _own(config, tensors)), recipe)
+    parts = {f"{m}.weight_{part}" for m in modules for part in ("packed", "scale", "shape")}
+    decisions = [_decision(m, by_name, scale_format) for m in modules]
+    kept = [tensor for tensor in tensors if tensor.name not in parts]
+    decisions += [Decision(tensor, None, "in 16 bits in the file") for tensor in kept]
+    found = architecture(config, name, [decision.tensor for decision in decisions])
+    return Model(found, tuple(decisions))
+
+
+def _own(config: dict[str, Any], tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
+    """Without a head that the file stores beside the embedding that it is tied to."""
+    from halfweight.checkpoint.sources.folder import is_tied
+
+    tied = is_tied(config)
+    return [tensor for tensor in tensors if not (tied and tensor.name.endswith("lm_head.weight"))]
+
+
+def _decision(module: str, by_name: dict[str, TensorInfo], scale_format: str) -> Decision:
+    rows, words = by_name[f"{module}.weight_packed"].shape
+    group_size: GroupSize = 4 * words // by_name[f"{module}.weight_scale"].shape[1]
+    if group_size not in GROUP_SIZES:
+        group_size = "row"
+    tensor = TensorInfo(f"{module}.weight", "BF16", (rows, 4 * words))
+    return Decision(tensor, Scheme(group_size, scale_format), "")
+
+
+def _scale_format(checkpoint: Checkpoint) -> str:
+    """As the manifest says; a file without one may come from elsewhere: its own dtype."""
+    manifest = checkpoint.root / "halfweight.json"
+    if manifest.exists():
+        return str(read_json(manifest)["job"]["recipe"]["scheme"]["scale_format"])
+    return "bfloat16"
+
+
+def _from_hub(name: str, recipe: Recipe) -> Model:
+    """From the Hub's cache where the whole model is there, else config and headers by request."""
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return _from_folder(
+            read_headers(snapshot_download(name, local_files_only=True)), name, recipe
+        )
+    except (LocalEntryNotFoundError, CheckpointError):
+        pass  # not there, or in part only
+    try:
+        config = read_json(Path(hf_hub_download(name, "config.json")))
+        files: Any = get_safetensors_metadata(name).files_metadata.values()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{name}: neither in the Hub's cache nor given by the Hub ({type(error).__name__})",
+            hint="check the id, the network and `hf auth login`",
+        ) from error
+    tensors = [
+        TensorInfo(tensor, info.dtype, tuple(info.shape))
+        for file in files
+        for tensor, info in file.tensors.items()
+    ]
+    return _model(config, name, tensors, recipe, "bfloat16")

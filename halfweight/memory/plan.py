@@ -1,0 +1,396 @@
+"""What a model needs of each device before anything is loaded. No torch here.
+
+The arithmetic follows how `halfweight.engine.decoder` runs: weights, a static cache of exactly the
+tokens asked for, and what comes and goes (transient.py): prefill's activations or the decode
+step, whichever is more, for they never exist together. Weights and cache are exact, the rest
+follows from the shapes. What does not is "context etc.": the driver's context and loaded kernels,
+a range, ASSUMED_OVERHEAD, until `halfweight measure` has replaced it by what it saw; and the slack
+of torch's allocator, which grows with what comes and goes.
+
+`low` takes the least overhead, `high` the most: a plan fits if `high` does, is tight if only
+`likely` does.
+
+halfweight runs on one device. Several GPUs run the same checkpoint through another engine, which
+holds scales as the file does: vLLM divides embedding and head as well and needs no mask;
+transformers' tensor parallelism leaves both on every rank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from halfweight.errors import UsageError
+from halfweight.memory.architecture import Architecture, CacheLayer
+from halfweight.memory.transient import decode_bytes, logits_bytes, prefill_bytes, workspace_bytes
+from halfweight.quantization.scheme import Decision, Recipe
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+Weights = Literal["16bit", "int8"]
+Runtime = Literal["halfweight", "transformers-tp", "vllm"]
+KvDtype = Literal["16bit", "int8"]
+DeviceKind = Literal["cuda", "cpu"]
+Verdict = Literal["fits", "tight", "does not fit"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes: at least, probably, at most."""
+
+    low: int
+    likely: int
+    high: int
+
+
+ASSUMED_OVERHEAD: dict[DeviceKind, Range] = {
+    "cuda": Range(MIB * 400, MIB * 860, MIB * 1400),
+    "cpu": Range(MIB * 500, MIB * 700, MIB * 1200),
+}
+"""Driver's context (of a CPU: the process and its libraries) and loaded kernels. `likely` on CUDA
+is what an H100 showed, as is SLACK_DIVISOR (the line through the workloads of
+docs/notes/plan.md, by the median of slopes); the rest is an assumption, wide on
+purpose."""
+SLACK_DIVISOR = 5
+"""torch's CUDA allocator reserves a fifth more than what comes and goes: blocks rounded up, or cut
+so that they fit nothing else, mostly by the cache, whose layers are made one after the other."""
+ENGINE_OVERHEAD = Range(MIB * 700, MIB * 1700, MIB * 2700)
+"""Of another engine: its own graphs, its allocator, and the buffers by which GPUs talk as well. An
+assumption."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to run: `batch` sequences of `context` tokens, prompt and answer together."""
+
+    context: int = 4096
+    batch: int = 1
+    kv_dtype: KvDtype = "16bit"
+    ranks: int = 1
+    runtime: Runtime = "halfweight"
+    device: DeviceKind = "cuda"
+    overhead: Range | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("context", "batch", "ranks"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}", hint="give 1 or more")
+
+    def on_ranks(self, ranks: int) -> Workload:
+        """The same on so many GPUs, by vLLM where halfweight alone cannot."""
+        if self.runtime == "halfweight" and ranks > 1:
+            return replace(self, ranks=ranks, runtime="vllm", overhead=None)
+        return replace(self, ranks=ranks)
+
+    @property
+    def expected_overhead(self) -> Range:
+        """What was measured, else what is assumed of the runtime on the device."""
+        if self.overhead is not None:
+            return self.overhead
+        return ASSUMED_OVERHEAD[self.device] if self.runtime == "halfweight" else ENGINE_OVERHEAD
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one component on one rank: its share of what is divided, and what all ranks hold."""
+
+    name: str
+    sharded: int
+    replicated: int
+
+    @property
+    def num_bytes(self) -> int:
+        """All of it on one rank."""
+        return self.sharded + self.replicated
+
+
+OWN_STEP_KINDS = ("llama", "mistral", "qwen2", "qwen3")
+LEAST_OWN_HEAD = 32
+"""model_type and head_dim (this or a higher power of two) that gpu_step.py takes."""
+WEIGHT_PARTS = ("int8 data", "scales", "16-bit weights")
+PASSING_PARTS = ("logits", "prefill activations", "decode step", "kernel workspace")
+"""What comes and goes; the decode step only as far as it takes more than prefill."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one rank, component by component, at the worst moment of generation.
+
+    `process` is what the process takes beside its tensors, `slack` what is likely to lie idle in
+    torch's allocator.
+    """
+
+    weights: Weights
+    parts: tuple[Part, ...]
+    process: Range
+    slack: int = 0
+
+    def bytes_of(self, *names: str) -> int:
+        """Bytes of the parts whose names start with one of `names`."""
+        return sum(part.num_bytes for part in self.parts if part.name.startswith(names))
+
+    @property
+    def weight_bytes(self) -> int:
+        """INT8 data, scales, and what stays in 16 bits."""
+        return self.bytes_of(*WEIGHT_PARTS)
+
+    @property
+    def kv_bytes(self) -> int:
+        """The cache, of all kinds of layers."""
+        return self.bytes_of("KV cache")
+
+    @property
+    def allocated(self) -> int:
+        """The most that tensors hold at once."""
+        return sum(part.num_bytes for part in self.parts)
+
+    @property
+    def overhead(self) -> Range:
+        """The rest, "context etc."; the least without slack."""
+        process, slack = self.process, self.slack
+        return Range(process.low, process.likely + slack, process.high + slack)
+
+    @property
+    def total(self) -> Range:
+        """All that the process takes of the device."""
+        base, o = self.allocated, self.overhead
+        return Range(base + o.low, base + o.likely, base + o.high)
+
+    def judge(self, budget: int) -> Verdict:
+        """fits: even the high estimate; tight: only the likely one."""
+        if self.total.high <= budget:
+            return "fits"
+        return "tight" if self.total.likely <= budget else "does not fit"
+
+
+@dataclass(frozen=True)
+class Model:
+    """An architecture and what is done with each of its tensors; the recipe where one is chosen."""
+
+    architecture: Architecture
+    decisions: tuple[Decision, ...]
+    recipe: Recipe | None = None
+
+    @classmethod
+    def from_recipe(cls, found: Architecture, recipe: Recipe | None = None) -> Model:
+        """The model as `halfweight quantize` would write it."""
+        recipe = recipe or Recipe()
+        return cls(found, tuple(recipe.decide_all(found.tensors)), recipe)
+
+    @cached_property
+    def disk_bytes(self) -> int:
+        """Bytes of tensor data in the INT8 checkpoint."""
+        return sum(decision.disk_bytes for decision in self.decisions)
+
+    @cached_property
+    def resident_bytes(self) -> int:
+        """Bytes of all parameters once halfweight has loaded the INT8 checkpoint."""
+        return sum(decision.resident_bytes for decision in self.decisions)
+
+    @cached_property
+    def sixteen_bit_bytes(self) -> int:
+        """Bytes of all parameters in 16 bits."""
+        return 2 * self.architecture.num_parameters
+
+    @cached_property
+    def has_own_step(self) -> bool:
+        """Whether halfweight decodes the INT8 model on a GPU by kernels of its own: gpu_step.py
+        takes Llama's layers, if all their linears are in INT8.
+        """
+        a = self.architecture
+        windows = any(layer.window is not None for layer in a.cache_layers)
+        kept = any(_is_layer_linear(d.tensor.name) for d in self.decisions if d.scheme is None)
+        heads = a.head_dim >= LEAST_OWN_HEAD and a.head_dim.bit_count() == 1
+        return a.kind in OWN_STEP_KINDS and heads and not (windows or kept)
+
+    @cached_property
+    def _sums(self) -> dict[tuple[Weights, Runtime], WeightSums]:
+        return {}
+
+    def weight_sums(self, weights: Weights, runtime: Runtime) -> WeightSums:
+        """Bytes of all tensors by part: those that ranks divide and those that each holds."""
+        key = (weights, runtime)
+        if key not in self._sums:
+            sharded, replicated = [0, 0, 0], [0, 0, 0]
+            for decision in self.decisions:
+                column = sharded if _is_sharded(decision.tensor.name, runtime) else replicated
+                for i, part in enumerate(_weight_parts(decision, weights, runtime)):
+                    column[i] += part
+            self._sums[key] = (sharded, replicated)
+        return self._sums[key]
+
+
+WeightSums = tuple[list[int], list[int]]
+
+
+def _is_layer_linear(name: str) -> bool:
+    return ".layers." in name and name.endswith("_proj.weight")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One workload on devices of `budget` bytes each (None: not known), with both footprints."""
+
+    model: Model
+    workload: Workload
+    budget: int | None
+    sixteen_bit: Footprint
+    int8: Footprint
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether the INT8 model fits; None without a budget."""
+        return None if self.budget is None else self.int8.judge(self.budget)
+
+    @property
+    def sixteen_bit_verdict(self) -> Verdict | None:
+        """Whether the 16-bit model fits; None without a budget."""
+        return None if self.budget is None else self.sixteen_bit.judge(self.budget)
+
+
+def plan(model: Model, workload: Workload, budget: int | None = None) -> Plan:
+    """Footprints of both weights on one rank of `workload.ranks`, against `budget` bytes a GPU.
+
+    Raises UsageError for a number of ranks that the model cannot be divided by.
+    """
+    check_ranks(model, workload.ranks)
+    if workload.ranks > 1 and workload.runtime == "halfweight":
+        raise UsageError(
+            f"halfweight runs on one GPU, found {workload.ranks}",
+            hint="--runtime vllm runs the same checkpoint on several",
+        )
+    both = (footprint(model, workload, weights) for weights in ("16bit", "int8"))
+    return Plan(model, workload, budget, *both)
+
+
+def footprint(model: Model, workload: Workload, weights: Weights) -> Footprint:
+    """Bytes on one rank, at the worst moment of generation."""
+    sharded, replicated = model.weight_sums(weights, workload.runtime)
+    parts = [
+        _part(name, whole, held, workload.ranks)
+        for name, whole, held in zip(WEIGHT_PARTS, sharded, replicated, strict=True)
+    ]
+    parts += kv_parts(model.architecture, workload)
+    passing = passing_parts(model, workload, weights)
+    on_allocator = workload.device == "cuda" and workload.runtime == "halfweight"
+    return Footprint(
+        weights,
+        tuple(part for part in (*parts, *passing) if part.num_bytes),
+        workload.expected_overhead,
+        sum(part.num_bytes for part in passing) // SLACK_DIVISOR if on_allocator else 0,
+    )
+
+
+def passing_parts(model: Model, workload: Workload, weights: Weights) -> list[Part]:
+    """PASSING_PARTS at the peak: prefill's, and what a decode step takes beyond them.
+
+    Prefill's activations are given back before the step's graph is recorded. On a CPU a step takes
+    less than prefill and nothing is recorded.
+    """
+    a = model.architecture
+    on_gpu = workload.device == "cuda"
+    ours = on_gpu and weights == "int8" and workload.runtime == "halfweight"
+    own_step = ours and model.has_own_step
+    prefill = prefill_bytes(a, workload, own_step)
+    workspace = decode = 0
+    if on_gpu:
+        workspace = workspace_bytes(workload, weights)
+        decode = decode_bytes(a, workload, weights, own_step)
+    sizes = (logits_bytes(a, workload.batch), prefill, max(0, decode - prefill), workspace)
+    return [Part(name, 0, size) for name, size in zip(PASSING_PARTS, sizes, strict=True)]
+
+
+def _part(name: str, divided: int, held: int, ranks: int) -> Part:
+    return Part(name, *((-(-divided // ranks), held) if ranks > 1 else (0, divided + held)))
+
+
+def kv_parts(a: Architecture, workload: Workload) -> list[Part]:
+    """The cache on one rank, by kind of layer; int8 keeps a 16-bit scale a head and token,
+    vLLM's 8-bit cache none.
+
+    Sliding layers stay in 16 bits. A layer with fewer heads than ranks is held by several.
+    """
+    found = {"KV cache": Part("KV cache", 0, 0)}
+    for layer, count in Counter(a.cache_layers).items():
+        heads = -(-layer.heads // workload.ranks)
+        each = workload.batch * count * _layer_bytes(a, layer, heads, workload)
+        name = "KV cache" + kind_of_layer(a, layer)
+        before = found.get(name, Part(name, 0, 0))
+        divided = workload.ranks > 1 and layer.heads > 1
+        found[name] = Part(
+            name,
+            before.sharded + (each if divided else 0),
+            before.replicated + (0 if divided else each),
+        )
+    return list(found.values())
+
+
+def _layer_bytes(a: Architecture, layer: CacheLayer, heads: int, workload: Workload) -> int:
+    numbers = layer.numbers // layer.heads * heads
+    each = 2 * numbers
+    if workload.kv_dtype == "int8" and layer.window is None:
+        each = numbers if workload.runtime == "vllm" else numbers + 2 * 2 * heads
+    return each * layer.tokens(workload.context)
+
+
+def kind_of_layer(a: Architecture, layer: CacheLayer) -> str:
+    """What follows "KV cache" in the name of a layer's part."""
+    if layer.numbers and layer.numbers != 2 * layer.heads * a.head_dim:
+        return ", compressed"
+    return "" if layer.window is None else ", sliding window"
+
+
+def _weight_parts(decision: Decision, weights: Weights, runtime: Runtime) -> tuple[int, int, int]:
+    """Data, scales, 16-bit rest of one tensor. Other engines hold scales as the file does."""
+    tensor = decision.tensor
+    if weights == "16bit":
+        return 0, 0, 2 * tensor.num_elements
+    if decision.scheme is None:
+        return 0, 0, tensor.num_bytes
+    shape = (tensor.shape[0], tensor.shape[1])
+    scheme = decision.scheme
+    found = (scheme.resident_bytes if runtime == "halfweight" else scheme.disk_bytes)(shape)
+    return found.data, found.scales, 0
+
+
+def _is_sharded(name: str, runtime: Runtime) -> bool:
+    """Linears are divided over ranks, norms and routers never, embedding and head by vLLM only."""
+    if any(word in name for word in ("embed_tokens", "lm_head")):
+        return runtime == "vllm"
+    return name.endswith((".weight", ".bias")) and "norm" not in name and ".gate.weight" not in name
+
+
+def legal_ranks(model: Model, most: int = 64) -> list[int]:
+    """Tensor-parallel sizes that divide heads, MLP, vocabulary, and rows into whole groups."""
+    return [ranks for ranks in range(1, most + 1) if _why_illegal(model, ranks) is None]
+
+
+def check_ranks(model: Model, ranks: int) -> None:
+    """Raise UsageError naming what `ranks` does not divide."""
+    if why := _why_illegal(model, ranks):
+        legal = ", ".join(map(str, legal_ranks(model)))
+        raise UsageError(f"{ranks} GPUs {why}", hint=f"legal tensor-parallel sizes: {legal}")
+
+
+def _why_illegal(model: Model, ranks: int) -> str | None:
+    a = model.architecture
+    if ranks == 1:
+        return None
+    for what, count in (
+        ("heads", a.heads),
+        ("MLP columns", a.intermediate),
+        ("tokens of vocabulary", a.vocabulary),
+    ):
+        if count % ranks:
+            return f"do not divide {count} {what}"
+    if a.kv_heads % ranks and ranks % a.kv_heads:
+        return f"do not divide {a.kv_heads} key-value heads, nor they them"
+    for decision in model.decisions:
+        group = decision.scheme.group_size if decision.scheme else None
+        rowwise = decision.tensor.name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))
+        if isinstance(group, int) and rowwise and decision.tensor.shape[1] % (ranks * group):
+            return f"cut {decision.tensor.name} inside a group of {group}"
+    return None

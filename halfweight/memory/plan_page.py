@@ -1,0 +1,118 @@
+"""A plan as one self-contained HTML page: bars, heat map, sliders that recompute in the page.
+
+The page holds what the planner's arithmetic needs (sums of weights by runtime and group size, the
+cache's layers, sizes) and that arithmetic again in JavaScript; a test compares both over a grid.
+It loads nothing: no network, no fonts, no libraries.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Any
+
+from halfweight.memory import transient
+from halfweight.memory.cards import Gpus
+from halfweight.memory.plan import SLACK_DIVISOR, Model, Plan, kind_of_layer, legal_ranks
+from halfweight.memory.what_fits import grid_axes, with_group_size
+from halfweight.quantization.scheme import GROUP_SIZES
+
+SIZES = (
+    "hidden",
+    "intermediate",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "vocabulary",
+    "fused_mlp",
+    "fused_attention",
+    "experts_per_token",
+)
+CONSTANTS = (
+    "CHUNK_TOKENS",
+    "CUBLAS_WORKSPACE_BYTES",
+    "MULTIPROCESSORS",
+    "PARTIAL_SUMS",
+    "SPLIT_TOKENS",
+    "PROGRAMS_A_PROCESSOR",
+    "TOKEN_BYTES",
+)
+"""Of transient.py."""
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+def render(found: Plan, gpus: Gpus) -> str:
+    """The page's HTML."""
+    folder = files("halfweight.memory")
+    page = (folder / "plan_page.html").read_text()
+    data = json.dumps(page_data(found, gpus)).replace("<", "\\u003c")
+    for mark, text in (
+        ("/*ARITHMETIC*/", (folder / "plan_arithmetic.js").read_text()),
+        ("/*DATA*/null", data),
+    ):
+        assert page.count(mark) == 1, mark
+        page = page.replace(mark, text)
+    return page
+
+
+def page_data(found: Plan, gpus: Gpus) -> dict[str, Any]:
+    """All that the page computes from."""
+    model, work, a = found.model, found.workload, found.model.architecture
+    by_group = _by_group(model)
+    runtimes = {w.runtime: w for w in (work.on_ranks(2), work)}
+    batches, contexts = grid_axes(model, work)
+    return {
+        "name": a.name,
+        "parameters": a.num_parameters,
+        "architecture": {name: getattr(a, name) for name in SIZES},
+        "layers": [
+            {**asdict(layer), "count": count, "kind": kind_of_layer(a, layer)}
+            for layer, count in Counter(a.cache_layers).items()
+        ],
+        "weights": {
+            runtime: {
+                "16bit": model.weight_sums("16bit", runtime),
+                "int8": {g: m.weight_sums("int8", runtime) for g, m in by_group.items()},
+            }
+            for runtime in runtimes
+        },
+        "legalRanks": {g: legal_ranks(m) for g, m in by_group.items()},
+        "runtime": work.runtime,
+        "device": work.device,
+        "constants": {name: getattr(transient, name) for name in CONSTANTS},
+        "slackDivisor": SLACK_DIVISOR,
+        "ownStep": {g: m.has_own_step for g, m in by_group.items()},
+        "process": {r: asdict(w.expected_overhead) for r, w in runtimes.items()},
+        "gpu": gpus.name,
+        "budget": found.budget,
+        "work": {
+            "context": work.context,
+            "batch": work.batch,
+            "ranks": work.ranks,
+            "groupSize": _group_size(model),
+            "kvDtype": work.kv_dtype,
+        },
+        "stops": {
+            "context": contexts,
+            "batch": sorted({*BATCHES, work.batch}),
+            "groupSize": list(by_group),
+        },
+        "grid": {"batch": batches, "context": contexts},
+    }
+
+
+def _group_size(model: Model) -> str:
+    """Of the largest quantized weight: others may have had to take a smaller one."""
+    if model.recipe is not None:
+        return str(model.recipe.scheme.group_size)
+    sizes = [(d.tensor.num_elements, d.scheme.group_size) for d in model.decisions if d.scheme]
+    return str(max(sizes, key=lambda pair: pair[0])[1])
+
+
+def _by_group(model: Model) -> dict[str, Model]:
+    """The model in groups of each size; as it is for its own."""
+    own = _group_size(model)
+    sizes = {str(g): model if str(g) == own else with_group_size(model, g) for g in GROUP_SIZES}
+    return sizes if own in sizes else {**sizes, own: model}

@@ -1,0 +1,181 @@
+"""`halfweight plan`: verdicts, exit codes, JSON, and that it starts at once."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import run
+from families import save_family
+
+from halfweight.memory.cards import GIB
+from halfweight.memory.named_model import planned_model
+from halfweight.memory.plan import Workload, footprint
+from halfweight.memory.plan_document import SCHEMA, VERSION
+
+SEVENTY = ("plan", "llama-3-70b", "--context", "8192")
+
+
+def answer(capsys, *arguments):
+    code, out, _ = run(capsys, *arguments, "--json")
+    return code, json.loads(out)
+
+
+def test_fits_and_does_not_fit_exit_0_and_3(capsys):
+    code, out, _ = run(capsys, *SEVENTY, "--gpus", "4x24GB")
+    assert code == 0
+    assert "FP16 does not fit" in out
+    assert "INT8 fits" in out
+    code, out, _ = run(capsys, *SEVENTY, "--gpus", "2x24GB")
+    assert code == 3
+    assert "GPUs 4 instead of 2 fits" in out
+
+
+def test_the_document_is_the_plan_in_bytes(capsys):
+    code, found = answer(capsys, *SEVENTY, "--gpus", "4x24GB")
+    assert (code, found["schema"], found["version"]) == (0, SCHEMA, VERSION)
+    model = planned_model("llama-3-70b")
+    planned = footprint(model, Workload(8192, ranks=4, runtime="vllm"), "int8")
+    parts = found["footprints"]["int8"]["parts"]
+    assert {p["name"]: p["bytes"] for p in parts} == {p.name: p.num_bytes for p in planned.parts}
+    assert all(p["bytes"] == p["sharded"] + p["replicated"] for p in parts)
+    assert found["footprints"]["int8"]["total_bytes"]["high"] == planned.total.high
+    assert found["model"]["int8_resident_bytes"] == model.resident_bytes
+    assert found["budget_bytes"] == int(23.5 * GIB)
+    assert found["legal_tensor_parallel"][:4] == [1, 2, 4, 8]
+
+
+def test_both_units_are_shown(capsys):
+    _, out, _ = run(capsys, "plan", "llama-3-8b", "--gpus", "24GB")
+    planned = footprint(planned_model("llama-3-8b"), Workload(), "int8")
+    data = planned.bytes_of("int8 data")
+    line = next(line for line in out.splitlines() if line.startswith("int8 data"))
+    assert line.split()[2:] == [f"{data / 1e9:.3f}", f"{data / 2**30:.3f}"]
+
+
+def test_the_budget_may_be_absolute_and_reserved_from(capsys):
+    _, found = answer(capsys, "plan", "llama-3-8b", "--budget", "22GiB", "--reserve", "2GiB")
+    assert found["budget_bytes"] == 20 * GIB
+    code, _, err = run(capsys, "plan", "llama-3-8b", "--gpus", "24GB", "--reserve", "24GiB")
+    assert code == 2
+    assert "--reserve 24GiB leaves nothing" in err
+
+
+def test_what_is_kept_and_how_scales_are_held_counts(capsys):
+    _, plain = answer(capsys, "plan", "llama-3-8b", "--gpus", "h100")
+    _, kept = answer(capsys, "plan", "llama-3-8b", "--gpus", "h100", "--keep", "*embed_tokens*")
+    grown = kept["model"]["int8_resident_bytes"] - plain["model"]["int8_resident_bytes"]
+    rows, width = 128256, 4096
+    assert grown == rows * width - rows * (width // 128 + 1)
+    _, wide = answer(capsys, "plan", "llama-3-8b", "--gpus", "h100", "--scale", "float32")
+    assert wide["model"]["int8_resident_bytes"] > plain["model"]["int8_resident_bytes"]
+
+
+def test_without_gpus_it_plans_for_this_machine(capsys, monkeypatch):
+    from halfweight.memory import devices
+
+    here = devices.parse_nvidia("NVIDIA H100 80GB HBM3, 580.1, 81559, 81000")
+    monkeypatch.setattr(devices, "local_device", lambda: here)
+    _, found = answer(capsys, "plan", "llama-3-8b")
+    assert found["device"] == {"count": 1, "name": here.name, "num_bytes": 81000 * 2**20}
+    assert found["workload"]["device"] == "cuda"
+    monkeypatch.setattr(devices, "_nvidia", lambda: None)
+    monkeypatch.setattr(devices, "local_device", devices.processor_device)
+    _, found = answer(capsys, "plan", "smollm2-135m")
+    assert found["workload"]["device"] == "cpu"
+    names = [p["name"] for p in found["footprints"]["int8"]["parts"]]
+    assert not {"decode step", "kernel workspace"} & set(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpus", "banana"), "'banana' is no size and no card"),
+        (("--gpus", "2x24GB", "--tensor-parallel", "4"), "--tensor-parallel 4 with 2 GPUs"),
+        (("--gpus", "3x24GB"), "3 GPUs do not divide 32 heads"),
+        (("--gpus", "2x24GB", "--runtime", "halfweight"), "halfweight runs on one GPU"),
+        (("--gpus", "24GB", "--batch", "0"), "batch is 0"),
+        (("--gpus", "24GB", "--group-size", "100"), "group size 100 is not supported"),
+    ],
+)
+def test_usage_errors(capsys, arguments, message):
+    code, _, err = run(capsys, "plan", "llama-3-8b", *arguments)
+    assert code == 2
+    assert message in err
+    assert "hint: " in err
+
+
+def test_solve_answers_and_shows_the_table(capsys):
+    code, found = answer(capsys, "plan", "llama-3-8b", "--gpus", "24GB", "--solve", "batch")
+    assert code == 0
+    best = found["solution"]["int8"]
+    assert best > 1.9 * found["solution"]["16bit"]
+    budget, model = found["budget_bytes"], planned_model("llama-3-8b")
+    assert footprint(model, Workload(batch=best), "int8").total.high <= budget
+    assert footprint(model, Workload(batch=best + 1), "int8").total.high > budget
+    for cell in found["grid"]:
+        work = Workload(cell["context"], cell["batch"])
+        assert cell["total"]["likely"] == footprint(model, work, "int8").total.likely
+    code, out, _ = run(capsys, "plan", "llama-3-8b", "--gpus", "24GB", "--solve", "batch")
+    assert f"INT8 batch: {best}" in out
+
+
+def test_solve_for_gpus_and_none(capsys):
+    code, found = answer(capsys, *SEVENTY, "--gpus", "24GB", "--solve", "gpus")
+    assert (code, found["solution"]) == (0, {"quantity": "gpus", "16bit": 8, "int8": 4})
+    code, out, _ = run(capsys, *SEVENTY, "--gpus", "24GB", "--solve", "batch")
+    assert code == 3
+    assert "INT8 batch: none fits" in out
+
+
+def test_price_and_read_bandwidth(capsys):
+    _, found = answer(
+        capsys, *SEVENTY, "--gpus", "4x24GB", "--price", "2", "--read-bandwidth", "3GB"
+    )
+    served, loaded = found["serving"], found["loading"]
+    assert (served["sixteen_bit_gpus"], served["int8_gpus"], served["price"]) == (8, 4, 2.0)
+    assert served["relative_cost"] == pytest.approx(
+        4 * served["int8_step_bytes"] / (8 * served["sixteen_bit_step_bytes"])
+    )
+    assert loaded["int8_seconds"] == loaded["int8_bytes"] / 3e9
+    assert loaded["sixteen_bit_seconds"] / loaded["int8_seconds"] > 1.9
+    _, out, _ = run(capsys, *SEVENTY, "--gpus", "4x24GB", "--price", "2")
+    assert "FP16 8 GPUs (16.00 an hour), INT8 4 GPUs (8.00 an hour)" in out.replace("\n", " ")
+
+
+def test_reading_can_be_measured_on_the_models_own_files(capsys, tmp_path):
+    folder = save_family("llama", tmp_path / "model")
+    _, found = answer(capsys, "plan", str(folder), "--read-bandwidth", "measure")
+    assert found["loading"]["int8_seconds"] > 0
+    code, _, err = run(capsys, "plan", "llama-3-8b", "--read-bandwidth", "measure")
+    assert code == 2
+    assert "no file of the model is here" in err
+
+
+def test_an_unknown_model_is_a_bad_checkpoint(capsys):
+    code, _, err = run(capsys, "plan", "llama-9")
+    assert code == 4
+    assert "no such file, folder or preset" in err
+
+
+def test_it_starts_without_torch():
+    """Nor numpy or transformers: that is what makes it start in half a second."""
+    script = (
+        "import sys\n"
+        "from halfweight.cli import main\n"
+        "try: main(['plan', 'llama-3-70b', '--gpus', '4x24GB'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "found = [m for m in ('torch', 'numpy', 'transformers', 'numba') if m in sys.modules]\n"
+        "sys.exit(repr(found) if found else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_documented_fields_are_those_of_the_document(capsys):
+    _, found = answer(capsys, "plan", "llama-3-8b", "--gpus", "24GB")
+    page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", page.split("## JSON")[1], re.M)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(found)

@@ -1,0 +1,80 @@
+"""`halfweight generate` and `chat` on a tiny model with a real tokenizer."""
+
+from __future__ import annotations
+
+import io
+import json
+
+from command_line import run
+from transformers import PreTrainedTokenizerFast
+
+
+def test_generate_continues_a_prompt(capsys, int8_folder):
+    code, out, err = run(capsys, "generate", int8_folder, "w5 w6", "--max-new-tokens", "4")
+    assert code == 0
+    assert 1 <= len(out.split()) <= 4
+    assert "error" not in err
+
+
+def test_generate_answers_every_line_of_a_file_in_order(capsys, int8_folder, tmp_path):
+    lines = ["w5 w6 w7 w8", "w9", "w5 w6"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines) + "\n")
+    options = ("--max-new-tokens", "3", "--batch-size", "2", "--json")
+    code, out, _ = run(
+        capsys, "generate", int8_folder, "--prompts", str(tmp_path / "prompts.txt"), *options
+    )
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [a["prompt"] for a in answers] == lines
+    _, alone, _ = run(capsys, "generate", int8_folder, "w9", *options[:2])
+    assert answers[1]["text"].strip() == alone.strip()
+
+
+def test_no_prompt_and_two_prompts_are_usage_errors(capsys, int8_folder, tmp_path):
+    code, _, err = run(capsys, "generate", int8_folder)
+    assert code == 2
+    assert "no prompt" in err
+    missing = str(tmp_path / "none.txt")
+    code, _, err = run(capsys, "generate", int8_folder, "--prompts", missing)
+    assert code == 2
+    assert missing in err
+    (tmp_path / "empty.txt").write_text("\n\n")
+    code, _, err = run(capsys, "generate", int8_folder, "--prompts", str(tmp_path / "empty.txt"))
+    assert code == 2
+    assert "no prompts" in err
+
+
+def test_a_wrong_batch_size_is_a_usage_error(capsys, int8_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("w1\n")
+    code, _, err = run(
+        capsys,
+        "generate",
+        int8_folder,
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--batch-size",
+        "x",
+    )
+    assert code == 2
+    assert "batch size is 'x'" in err
+
+
+def test_chat_remembers_resets_and_quits(capsys, int8_folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("w5\n\nw6\n/reset\nw7\n/quit\nw8\n"))
+    code, out, _ = run(capsys, "chat", int8_folder, "--max-new-tokens", "3", "--seed", "1")
+    assert code == 0
+    assert len(out.splitlines()) == 3
+
+
+def test_chat_without_a_template_is_refused(capsys, int8_folder, monkeypatch):
+    load = PreTrainedTokenizerFast.from_pretrained
+
+    def without_template(*arguments, **options):
+        tokenizer = load(*arguments, **options)
+        tokenizer.chat_template = None
+        return tokenizer
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", without_template)
+    code, _, err = run(capsys, "chat", int8_folder)
+    assert code == 2
+    assert "no chat template" in err

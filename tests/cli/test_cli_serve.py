@@ -1,0 +1,78 @@
+"""`halfweight serve`: its options reach the application; loopback unless asked otherwise."""
+
+import builtins
+import shutil
+
+import pytest
+from byte_tokenizer import make_tokenizer
+from tiny import make_llama
+
+import halfweight
+from halfweight.cli import main
+
+uvicorn = pytest.importorskip("uvicorn")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("serve")
+    source = make_llama(root / "source")
+    halfweight.quantize(source, root / "tiny-int8")
+    shutil.rmtree(source)
+    make_tokenizer().save_pretrained(root / "tiny-int8")
+    return root / "tiny-int8"
+
+
+def run(monkeypatch, *arguments):
+    """The application and options that uvicorn was given."""
+    given = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: given.update(options, app=app))
+    with pytest.raises(SystemExit) as left:
+        main(["serve", *map(str, arguments)])
+    return left.value.code, given
+
+
+def ask(app, path, **headers):
+    from starlette.testclient import TestClient
+
+    with TestClient(app) as client:
+        return client.get(path, headers=headers)
+
+
+def test_it_listens_on_loopback(folder, monkeypatch):
+    code, given = run(monkeypatch, folder, "--device", "cpu")
+    assert code == 0
+    assert (given["host"], given["port"]) == ("127.0.0.1", 8000)
+    assert ask(given["app"], "/v1/models").json()["data"][0]["id"] == "tiny-int8"
+
+
+def test_a_key_and_a_name(folder, monkeypatch):
+    options = ["--device", "cpu", "--api-key", "k", "--name", "mine", "--port", "0"]
+    _, given = run(monkeypatch, folder, *options)
+    assert ask(given["app"], "/v1/models/mine").status_code == 401
+    headers = {"authorization": "Bearer k"}
+    assert ask(given["app"], "/v1/models/mine", **headers).json()["id"] == "mine"
+
+
+def test_an_open_door_is_mentioned(folder, monkeypatch, capsys):
+    run(monkeypatch, folder, "--device", "cpu", "--host", "0.0.0.0")
+    assert "0.0.0.0 is reachable by others and there is no --api-key" in capsys.readouterr().err
+    run(monkeypatch, folder, "--device", "cpu", "--host", "0.0.0.0", "--api-key", "k")
+    assert "reachable" not in capsys.readouterr().err
+
+
+def test_without_the_extra(folder, monkeypatch, capsys):
+    import_module = builtins.__import__
+
+    def refuse(name, *arguments, **options):
+        if name == "uvicorn":
+            raise ImportError("no", name="uvicorn")
+        return import_module(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(SystemExit) as left:
+        main(["serve", str(folder)])
+    assert left.value.code == 2
+    captured = capsys.readouterr().err
+    assert "serving needs uvicorn, which is not installed" in captured
+    assert "pip install 'halfweight[serve]'" in captured
