@@ -7,4 +7,4 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-pytest_plugins = ["fixtures"]
+pytest_plugins = ["model_folders"]
