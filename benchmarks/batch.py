@@ -26,8 +26,8 @@ from halfweight.evaluation.speed.generate import random_prompts
 from halfweight.evaluation.speed.process import from_fresh_process
 from halfweight.evaluation.speed.rivals import HALFWEIGHT, SIXTEEN_BIT, Folders, open_model
 from halfweight.memory.named_model import planned_model
-from halfweight.memory.plan import Weights, Workload
 from halfweight.memory.what_fits import solve
+from halfweight.memory.workload import Weights, Workload
 
 NEW_TOKENS = 8
 VARIANTS: dict[str, tuple[str, KvCache]] = {

@@ -15,8 +15,9 @@ from halfweight.memory import what_fits
 from halfweight.memory.architecture import architecture
 from halfweight.memory.cards import parse_gpus
 from halfweight.memory.costs import loading, serving
-from halfweight.memory.plan import GIB, Model, Workload, footprint
+from halfweight.memory.plan import Model, footprint
 from halfweight.memory.presets import preset
+from halfweight.memory.workload import GIB, Workload
 from halfweight.quantization.scheme import GROUP_SIZES, Recipe, Scheme
 
 PAGE = Path(__file__).parent.parent / "docs" / "memory-analysis.md"

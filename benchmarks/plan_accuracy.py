@@ -26,7 +26,7 @@ from halfweight.evaluation.memory_run import measure
 from halfweight.memory.devices import Device, local_device, processor_device
 from halfweight.memory.measurements import Record, calibrated_overhead
 from halfweight.memory.named_model import planned_model
-from halfweight.memory.plan import DeviceKind, KvDtype, Weights, Workload
+from halfweight.memory.workload import DeviceKind, KvDtype, Weights, Workload
 
 Configuration = tuple[Weights, int, int, KvDtype]
 CONFIGURATIONS: tuple[Configuration, ...] = (

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ConversionReport": "conversion.convert",
-    "HalfweightConfig": "model.loading",
+    "HalfweightConfig": "model.transformers_quantizer",
     "HalfweightError": "errors",
     "Recipe": "quantization.scheme",
     "Scheme": "quantization.scheme",

@@ -19,7 +19,7 @@ from halfweight.checkpoint.headers import (
     resolve,
 )
 from halfweight.checkpoint.manifest import MANIFEST_NAME, read_manifest
-from halfweight.checkpoint.sources.folder import is_tied
+from halfweight.checkpoint.sources.source import is_tied
 from halfweight.quantization.scheme import GROUP_SIZES, SCALE_FORMATS, Recipe, Scheme, TensorInfo
 
 PARTS = {"weight_packed": "int8", "weight_scale": "scales", "weight_shape": "shape_records"}

@@ -1,39 +1,19 @@
-"""What lies beside the shards: config, index, tokenizer, model card, and the manifest.
+"""The manifest of a folder that halfweight wrote: `halfweight.json`.
 
-`halfweight.json` holds the job (source fingerprint, recipe, version), a sha256 of every file, and
-each quantized tensor's group size and error. `verify` checks a folder against it.
+It holds the job (source fingerprint, recipe, version), a sha256 of every file, and each quantized
+tensor's group size and error. `verify` checks a folder against it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from halfweight import __version__
-from halfweight.checkpoint.headers import INDEX_NAME
-from halfweight.checkpoint.layout import Layout, index, quantization_config
 from halfweight.checkpoint.shard import read_json
-from halfweight.checkpoint.sources.folder import Source
-from halfweight.conversion.workspace import Workspace
-from halfweight.quantization.scheme import GroupSize, Recipe
 
 MANIFEST_NAME = "halfweight.json"
 FORMAT_VERSION = 1
-
-
-def describe_job(source: Source, recipe: Recipe) -> dict[str, Any]:
-    """All that the output is a function of."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "halfweight": __version__,
-        "source": {"name": base_model(source.name), **source.fingerprint()},
-        "recipe": json.loads(json.dumps(asdict(recipe))),
-    }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -45,85 +25,3 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file as hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_beside_shards(workspace: Workspace, source: Source, layout: Layout) -> None:
-    """Write every file of the output but the shards, durably; the manifest last."""
-    folder = workspace.checkpoint
-    source.write_companions(folder)
-    config = {**source.config, "quantization_config": quantization_config(layout.decisions)}
-    _write_json(folder / "config.json", config)
-    if len(layout.shards) > 1:
-        _write_json(folder / INDEX_NAME, index(layout.shards))
-    (folder / "README.md").write_text(_card(source, layout))
-    entries = workspace.finished
-    others = sorted(p for p in folder.iterdir() if p.name not in (MANIFEST_NAME, *entries))
-    manifest = {
-        "job": workspace.job,
-        "shards": {shard.name: entries[shard.name] for shard in layout.shards},
-        "files": {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in others},
-    }
-    _write_json(folder / MANIFEST_NAME, manifest)
-    for path in (*others, folder / MANIFEST_NAME):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-
-
-def base_model(name: str) -> str:
-    """A Hub id as it is; of a path the last part, so that no machine's path is published."""
-    path = Path(name)
-    if not path.exists():
-        return name
-    return path.resolve().name
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _groups_in_words(sizes: Iterable[GroupSize]) -> str:
-    words = [str(size) for size in sizes if isinstance(size, int)]
-    return f"group of {' or '.join(words)} weights" if words else "row"
-
-
-def _card(source: Source, layout: Layout) -> str:
-    name = base_model(source.name)
-    before = sum(decision.tensor.num_bytes for decision in layout.decisions)
-    disk = sum(decision.disk_bytes for decision in layout.decisions)
-    resident = sum(decision.resident_bytes for decision in layout.decisions)
-    kept = sum(decision.scheme is None for decision in layout.decisions)
-    scheme = layout.recipe.scheme
-    sizes = {d.scheme.group_size: None for d in layout.decisions if d.scheme is not None}
-    return f"""---
-base_model: {name}
-base_model_relation: quantized
-library_name: transformers
-tags:
-- halfweight
-- compressed-tensors
-- int8
-- w8a16
----
-
-# {name}, INT8 weights
-
-{name} with its weights in INT8, made by halfweight \
-{__version__}: one byte a weight, one scale for each {_groups_in_words(sizes)} along the input \
-({scheme.scale_choice.replace("_", " ")} choice, `{scheme.scale_format}` scales).
-
-| | bytes | of the source |
-|---|---|---|
-| source tensors | {before:,} | |
-| on disk | {disk:,} | {disk / before:.2%} |
-| in memory under halfweight | {resident:,} | {resident / before:.2%} |
-
-{len(layout.decisions) - kept} tensors are quantized, {kept} kept as they were. The files are
-compressed-tensors `pack-quantized`; `halfweight.json` holds a sha256 of each and every tensor's
-error.
-
-```python
-import halfweight
-
-model = halfweight.load("path/to/this/folder")
-```
-"""

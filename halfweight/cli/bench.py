@@ -52,8 +52,9 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _tune(device: Any, shapes: list[tuple[int, int]] | None, limit_seconds: float) -> None:
+    from halfweight.kernels import tune
     from halfweight.kernels.triton import backend as triton
-    from halfweight.kernels.triton import tables, tune
+    from halfweight.kernels.triton import tables
     from halfweight.kernels.triton.launch import device_info
 
     reason = triton.unavailable(device)

@@ -15,7 +15,8 @@ from halfweight.errors import UsageError
 if TYPE_CHECKING:
     from halfweight.memory.devices import Device
     from halfweight.memory.measurements import Record
-    from halfweight.memory.plan import Model, Weights, Workload
+    from halfweight.memory.plan import Model
+    from halfweight.memory.workload import Weights, Workload
 
 
 @app.command()
@@ -37,8 +38,8 @@ def measure(
     from halfweight.evaluation.memory_run import measure as run
     from halfweight.memory import measurements
     from halfweight.memory.named_model import planned_model
-    from halfweight.memory.plan import Workload
     from halfweight.memory.what_fits import require_fit
+    from halfweight.memory.workload import Workload
 
     folder = resolve(model)
     planned = planned_model(str(folder))

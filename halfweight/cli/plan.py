@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from halfweight.memory.costs import Conversion, Loading, Serving
     from halfweight.memory.devices import Device
     from halfweight.memory.measurements import Record
-    from halfweight.memory.plan import DeviceKind, Footprint, Model, Plan, Workload
+    from halfweight.memory.plan import Footprint, Model, Plan
     from halfweight.memory.what_fits import Cell
+    from halfweight.memory.workload import DeviceKind, Workload
 
 MODEL_HELP = "A folder, a .gguf file, a Hub id, a config.json, or a preset such as llama-3-8b."
 STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red"}
@@ -171,7 +172,7 @@ def _workload(
     records: Sequence[Record],
 ) -> Workload:
     from halfweight.memory.measurements import calibrated_overhead
-    from halfweight.memory.plan import Workload
+    from halfweight.memory.workload import Workload
 
     return Workload(
         context,

@@ -26,8 +26,8 @@ def require_room(
     from halfweight.checkpoint.headers import quantized_modules, read_headers, resolve
     from halfweight.memory.device_memory import available_bytes
     from halfweight.memory.named_model import planned_model
-    from halfweight.memory.plan import Workload
     from halfweight.memory.what_fits import require_fit
+    from halfweight.memory.workload import Workload
 
     free = available_bytes(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if free is None:

@@ -28,17 +28,12 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from halfweight.checkpoint.headers import resolve
 from halfweight.checkpoint.layout import Layout, lay_out
-from halfweight.checkpoint.manifest import (
-    MANIFEST_NAME,
-    describe_job,
-    file_sha256,
-    read_manifest,
-    write_beside_shards,
-)
+from halfweight.checkpoint.manifest import MANIFEST_NAME, file_sha256, read_manifest
 from halfweight.checkpoint.shard import some
-from halfweight.checkpoint.sources.folder import Source, open_source
+from halfweight.checkpoint.sources import open_source
+from halfweight.checkpoint.sources.source import Source
+from halfweight.conversion.beside_shards import describe_job, write_beside_shards
 from halfweight.conversion.shard_writer import write_shard
 from halfweight.conversion.verification import check_structure
 from halfweight.conversion.workspace import Workspace, remove_leftovers
@@ -118,9 +113,8 @@ def quantize(
     Raises CheckpointError for a bad source, UsageError for an `out` that is in the way,
     DiskFullError, and InterruptedConversionError after `stop`.
     """
-    path = resolve(source)
+    opened = open_source(source)
     out = Path(os.path.abspath(Path(out).expanduser()))
-    opened = open_source(path, str(source))
     layout = lay_out(opened.tensors, recipe or Recipe())
     job = describe_job(opened, layout.recipe) | (refine.description if refine else {})
     if not overwrite and _is_published(out, job):
@@ -129,7 +123,7 @@ def quantize(
         if check is not None:
             check(out)
         return _report(out, layout, read_manifest(out)["shards"], len(layout.shards))
-    _check_out(out, path, overwrite)
+    _check_out(out, opened.path, overwrite)
     with Workspace(out, job, opened.state()) as workspace, _disk_full_named(workspace):
         resumed = _check_resumed(workspace)
         _check_space(workspace, layout)

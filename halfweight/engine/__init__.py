@@ -1,6 +1,6 @@
-"""Runs a model: token ids in, token ids out, for one request or many.
+"""Runs a model for one request or many.
 
-First file: decoder.py.
+In: token ids and how to choose the next. Out: new token ids. First file: decoder.py.
 
 May import: errors, quantization, kernels, memory, model.
 """

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from halfweight.model.loading import Activations, load
+from halfweight.model.loading import load
+from halfweight.model.transformers_quantizer import Activations
 
 
 class HalfweightLM(HFLM):  # type: ignore[misc]

@@ -21,7 +21,8 @@ from halfweight.errors import HalfweightError
 from halfweight.evaluation.speed.process import from_fresh_process
 from halfweight.memory.devices import local_device, process_bytes, processor_device
 from halfweight.memory.measurements import Record, key_of
-from halfweight.memory.plan import WEIGHT_PARTS, Model, Weights, Workload, footprint
+from halfweight.memory.plan import WEIGHT_PARTS, Model, footprint
+from halfweight.memory.workload import Weights, Workload
 
 STEPS = 3
 """Decode steps: the first allocates and compiles, the second is recorded, the third replayed."""

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from halfweight.checkpoint.headers import StoredWeight, quantized_modules, read_headers
 from halfweight.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from halfweight.checkpoint.shard import StoredTensor
-from halfweight.checkpoint.sources.folder import Source, open_source
+from halfweight.checkpoint.sources import open_source
+from halfweight.checkpoint.sources.source import Source
 from halfweight.errors import CheckpointError
 from halfweight.quantization.fast_pass import as_float32
 from halfweight.quantization.scheme import DTYPE_BYTES, TensorInfo
@@ -95,7 +96,7 @@ def measured_errors(
     Raises CheckpointError if the source lacks a tensor of this name and shape.
     """
     modules = quantized_modules(read_headers(folder))
-    opened = open_source(Path(source), str(source))
+    opened = open_source(source)
     originals = {tensor.name: tensor for tensor in opened.tensors}
     total = sum(math.prod(weight.shape) for weight in modules.values())
     errors, done = [], 0

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from halfweight.checkpoint.layout import lay_out
 from halfweight.errors import UsageError
-from halfweight.memory.plan import MIB, Model, Weights, Workload, footprint
+from halfweight.memory.plan import Model, footprint
 from halfweight.memory.what_fits import solve
+from halfweight.memory.workload import MIB, Weights, Workload
 
 CONVERTER_PROCESS_BYTES = 436_000_000
 """Most resident memory of a conversion of 8.2 GB, two threads: benchmarks/results/convert.json."""

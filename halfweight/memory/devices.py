@@ -9,7 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from halfweight.memory.plan import MIB, DeviceKind
+from halfweight.memory.workload import MIB, DeviceKind
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from halfweight.checkpoint.shard import read_json
 from halfweight.errors import CheckpointError
 from halfweight.memory.architecture import Architecture
 from halfweight.memory.devices import Device
-from halfweight.memory.plan import ASSUMED_OVERHEAD, DeviceKind, Range
+from halfweight.memory.workload import ASSUMED_OVERHEAD, DeviceKind, Range
 
 MOST_RECORDS = 500
 """The oldest go."""

@@ -13,6 +13,7 @@ from typing import Any
 from halfweight.checkpoint.gguf_header import read_gguf_header
 from halfweight.checkpoint.headers import HUB_ID, Checkpoint, quantized_modules, read_headers
 from halfweight.checkpoint.shard import read_json
+from halfweight.checkpoint.sources.source import is_tied
 from halfweight.errors import CheckpointError
 from halfweight.memory.architecture import architecture
 from halfweight.memory.plan import Model
@@ -37,7 +38,7 @@ def planned_model(name: str, recipe: Recipe | None = None) -> Model:
         return Model.from_recipe(architecture(preset(name), name), recipe)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
-        return _from_gguf(path, name, recipe)
+        return _from_gguf(path, recipe)
     if path.suffix == ".json":
         return Model.from_recipe(architecture(read_json(path), path.parent.name or name), recipe)
     if not path.exists() and HUB_ID.fullmatch(name):
@@ -50,15 +51,15 @@ def planned_model(name: str, recipe: Recipe | None = None) -> Model:
     return _from_folder(read_headers(path), path.name, recipe)
 
 
-def _from_gguf(path: Path, name: str, recipe: Recipe) -> Model:
+def _from_gguf(path: Path, recipe: Recipe) -> Model:
     """By its header alone if that accounts for every number in the file, else as the converter."""
     if (header := read_gguf_header(path)) is not None:
         found = architecture(header.config, path.stem)
         if found.num_parameters == header.num_parameters:
             return Model.from_recipe(found, recipe)
-    from halfweight.checkpoint.sources.folder import open_source
+    from halfweight.checkpoint.sources import open_source
 
-    source = open_source(path, name)
+    source = open_source(path)
     return Model.from_recipe(architecture(source.config, path.stem, source.tensors), recipe)
 
 
@@ -90,8 +91,6 @@ def _model(
 
 def _own(config: dict[str, Any], tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
     """Without a head that the file stores beside the embedding that it is tied to."""
-    from halfweight.checkpoint.sources.folder import is_tied
-
     tied = is_tied(config)
     return [tensor for tensor in tensors if not (tied and tensor.name.endswith("lm_head.weight"))]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from halfweight.memory.cards import Gpus
 from halfweight.memory.costs import Conversion, Loading, Serving
-from halfweight.memory.plan import Footprint, Plan, Verdict, legal_ranks
+from halfweight.memory.plan import Footprint, Plan, legal_ranks
 from halfweight.memory.what_fits import Cell, advice
+from halfweight.memory.workload import Verdict
 
 SCHEMA = "halfweight.plan"
 VERSION = 2

@@ -7,8 +7,9 @@ from typing import Any
 
 from halfweight.errors import UsageError
 from halfweight.memory.cards import Gpus
-from halfweight.memory.plan import Plan, Verdict
+from halfweight.memory.plan import Plan
 from halfweight.memory.what_fits import Cell, grid, grid_axes
+from halfweight.memory.workload import Verdict
 
 COLORS = {
     "int8 data": "#2f6fde",

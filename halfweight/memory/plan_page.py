@@ -15,8 +15,9 @@ from typing import Any
 
 from halfweight.memory import transient
 from halfweight.memory.cards import Gpus
-from halfweight.memory.plan import SLACK_DIVISOR, Model, Plan, kind_of_layer, legal_ranks
+from halfweight.memory.plan import Model, Plan, kind_of_layer, legal_ranks
 from halfweight.memory.what_fits import grid_axes, with_group_size
+from halfweight.memory.workload import SLACK_DIVISOR
 from halfweight.quantization.scheme import GROUP_SIZES
 
 SIZES = (

@@ -14,12 +14,9 @@ of which a graph has its own as well because it is recorded on a stream of its o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from halfweight.memory.architecture import Architecture
-
-if TYPE_CHECKING:
-    from halfweight.memory.plan import Weights, Workload
+from halfweight.memory.workload import Weights, Workload
 
 CHUNK_TOKENS = 2048
 """As in decoder.py; a test keeps them equal. Also what vLLM schedules at once by default."""

@@ -7,16 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from halfweight.errors import DoesNotFitError
-from halfweight.memory.plan import (
-    GIB,
-    Model,
-    Plan,
-    Range,
-    Weights,
-    Workload,
-    footprint,
-    legal_ranks,
-)
+from halfweight.memory.plan import Model, Plan, footprint, legal_ranks
+from halfweight.memory.workload import GIB, Range, Weights, Workload
 from halfweight.quantization.scheme import GROUP_SIZES, Recipe, Scheme
 
 Quantity = Literal["batch", "context", "gpus", "group-size"]

@@ -1,5 +1,7 @@
-"""`halfweight serve`: an OpenAI-compatible endpoint for one model.
+"""`halfweight serve`: the HTTP face of the engine, as OpenAI's clients expect it.
 
-HTTP by FastAPI and uvicorn, batching by transformers; here is what joins them (`app`), admits and
-guards requests (`engine`), and turns tokens into text as they come (`text`).
+In: requests of OpenAI's API. Out: answers and streams of events. First file: app.py (routes);
+schema.py says what a request may hold.
+
+May import: errors, engine.
 """

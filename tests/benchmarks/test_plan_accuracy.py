@@ -12,7 +12,8 @@ from halfweight.evaluation import memory_run
 from halfweight.memory.devices import Device
 from halfweight.memory.measurements import Key, Record
 from halfweight.memory.named_model import planned_model
-from halfweight.memory.plan import MIB, Workload, footprint
+from halfweight.memory.plan import footprint
+from halfweight.memory.workload import MIB, Workload
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

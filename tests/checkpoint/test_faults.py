@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tiny import INDEX, edit_json, make_llama, rewrite, tensors_of
 
 from halfweight.checkpoint.headers import quantized_modules, read_headers, resolve
-from halfweight.checkpoint.sources.folder import open_source
+from halfweight.checkpoint.sources import open_source
 from halfweight.conversion import convert
 from halfweight.errors import CheckpointError
 from halfweight.quantization.scheme import Recipe
@@ -229,7 +229,7 @@ def test_shards_that_cannot_be_read(source):
 
 def test_a_shard_that_gets_shorter_while_it_is_read(source, tmp_path):
     shard = shards(source)[0]
-    found = open_source(source, str(source))
+    found = open_source(source)
     (tensor, *_) = (t for t in read_headers(source).tensors if t.shard == shard)
     os.truncate(shard, tensor.begin + 10)
     with pytest.raises(CheckpointError, match=rf"ended at byte {tensor.begin + 10}, inside"):

@@ -22,7 +22,11 @@ PACKAGE = Path(halfweight.__file__).parent
 CONVERSION = [
     "quantization/scheme.py",
     *("checkpoint/headers.py", "checkpoint/layout.py", "checkpoint/shard.py"),
-    *("checkpoint/sources/folder.py", "checkpoint/sources/gguf.py"),
+    *(
+        "checkpoint/sources/__init__.py",
+        "checkpoint/sources/folder.py",
+        "checkpoint/sources/gguf.py",
+    ),
     *("conversion/convert.py", "conversion/shard_writer.py", "conversion/verification.py"),
     *("conversion/workspace.py", "model/loadability.py"),
 ]

@@ -11,7 +11,7 @@ from gguf_files import TYPES, make_gguf
 from tiny import HIDDEN, VOCAB, tensors_of
 
 from halfweight.checkpoint.sources import gguf as gguf_source
-from halfweight.checkpoint.sources.folder import open_source
+from halfweight.checkpoint.sources import open_source
 from halfweight.conversion import convert
 from halfweight.conversion.verification import verify
 from halfweight.errors import CheckpointError, UsageError
@@ -39,7 +39,7 @@ def test_weights_are_those_that_transformers_reads(tmp_path, monkeypatch, kind, 
     expected = dict(model.state_dict())
     if tied:
         del expected["lm_head.weight"]
-    source = open_source(path, str(path))
+    source = open_source(path)
     assert {t.name: t.shape for t in source.tensors} == {
         name: tuple(weight.shape) for name, weight in expected.items()
     }
@@ -70,7 +70,7 @@ def test_smollm2_end_to_end(tmp_path, caplog):
     assert config["tie_word_embeddings"] is True
     assert not any(key.startswith("_") for key in config)
     name = "model.layers.7.self_attn.q_proj"
-    source = open_source(path, str(path))
+    source = open_source(path)
     (tensor,) = (t for t in source.tensors if t.name == f"{name}.weight")
     raw = torch.from_numpy(source.read(tensor, 0, tensor.num_bytes)).view(torch.float16)
     expected = numerics.quantize(raw.reshape(tensor.shape), Scheme(64))
@@ -101,12 +101,12 @@ def test_an_unknown_architecture(tmp_path):
 def test_a_tensor_of_another_size(tmp_path):
     extra = {"blk.0.attn_q.bias": np.zeros(3, np.float32)}
     path = make_gguf(tmp_path / "x.gguf", extra=extra)
-    convert_anyway = open_source(path, str(path))  # Llama has no such bias: not read
+    convert_anyway = open_source(path)  # Llama has no such bias: not read
     assert not any("bias" in tensor.name for tensor in convert_anyway.tensors)
     extra = {"output.weight": np.zeros((VOCAB, HIDDEN // 2), np.float32)}
     path = make_gguf(tmp_path / "y.gguf", extra=extra)
     with pytest.raises(CheckpointError, match=r"output.weight \[320, 32\] is not one tensor of"):
-        open_source(path, str(path))
+        open_source(path)
 
 
 def test_gguf_without_its_package(tmp_path, monkeypatch):

@@ -12,8 +12,9 @@ from families import save_family
 
 from halfweight.memory.cards import GIB
 from halfweight.memory.named_model import planned_model
-from halfweight.memory.plan import Workload, footprint
+from halfweight.memory.plan import footprint
 from halfweight.memory.plan_document import SCHEMA, VERSION
+from halfweight.memory.workload import Workload
 
 SEVENTY = ("plan", "llama-3-70b", "--context", "8192")
 

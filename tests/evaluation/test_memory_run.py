@@ -13,8 +13,9 @@ from halfweight.memory.architecture import architecture
 from halfweight.memory.devices import Device
 from halfweight.memory.measurements import Key, Record, add_record, calibrated_overhead, records_for
 from halfweight.memory.named_model import planned_model
-from halfweight.memory.plan import ASSUMED_OVERHEAD, MIB, Range, Workload, footprint
+from halfweight.memory.plan import footprint
 from halfweight.memory.presets import preset
+from halfweight.memory.workload import ASSUMED_OVERHEAD, MIB, Range, Workload
 
 KEY = Key("card", "1", "2.13", "0.1.0", "2 x 64")
 

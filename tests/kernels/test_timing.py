@@ -4,8 +4,7 @@ import time
 
 import torch
 
-from halfweight.kernels import timing
-from halfweight.kernels.triton import tune
+from halfweight.kernels import timing, tune
 from halfweight.kernels.triton.tables import Config
 
 CPU = torch.device("cpu")

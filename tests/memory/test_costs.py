@@ -11,8 +11,9 @@ from halfweight.conversion import shard_writer
 from halfweight.memory import costs
 from halfweight.memory.architecture import architecture
 from halfweight.memory.named_model import planned_model
-from halfweight.memory.plan import GIB, Model, Workload, footprint
+from halfweight.memory.plan import Model, footprint
 from halfweight.memory.presets import preset
+from halfweight.memory.workload import GIB, Workload
 from halfweight.model import weight_reader
 
 LLAMA_8B = Model.from_recipe(architecture(preset("llama-3-8b")))

@@ -3,7 +3,7 @@
 import subprocess
 
 from halfweight.memory import devices
-from halfweight.memory.plan import MIB
+from halfweight.memory.workload import MIB
 
 
 def test_an_nvidia_gpu_is_what_nvidia_smi_prints(monkeypatch):

@@ -18,7 +18,7 @@ import halfweight
 from halfweight.checkpoint.gguf_header import read_gguf_header
 from halfweight.checkpoint.headers import read_headers
 from halfweight.checkpoint.layout import lay_out
-from halfweight.checkpoint.sources.folder import open_source
+from halfweight.checkpoint.sources import open_source
 from halfweight.errors import CheckpointError
 from halfweight.memory import named_model
 from halfweight.memory.named_model import planned_model
@@ -95,7 +95,7 @@ def test_a_hub_id_that_is_nowhere(hub, monkeypatch):
 def test_a_gguf_file_by_its_header_is_what_the_converter_reads(tmp_path, monkeypatch, kind, tied):
     path = make_gguf(tmp_path / "tiny.gguf", getattr(TYPES, kind), tied=tied)
     recipe = Recipe(Scheme(32))
-    layout = lay_out(open_source(path, str(path)).tensors, recipe)
+    layout = lay_out(open_source(path).tensors, recipe)
     monkeypatch.setitem(sys.modules, "gguf", None)  # the header needs no package
     found = planned_model(str(path), recipe)
     assert found.disk_bytes == sum(decision.disk_bytes for decision in layout.decisions)

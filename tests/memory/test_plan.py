@@ -18,9 +18,10 @@ from halfweight.memory import plan, transient
 from halfweight.memory.architecture import architecture
 from halfweight.memory.cards import GIB, parse_bytes, parse_gpus
 from halfweight.memory.named_model import planned_model
-from halfweight.memory.plan import MIB, Model, Range, Workload, footprint, kv_parts, legal_ranks
+from halfweight.memory.plan import Model, footprint, kv_parts, legal_ranks
 from halfweight.memory.presets import preset
 from halfweight.memory.what_fits import advice, require_fit, solve
+from halfweight.memory.workload import ASSUMED_OVERHEAD, ENGINE_OVERHEAD, MIB, Range, Workload
 from halfweight.model import llama_like
 from halfweight.quantization.scheme import Recipe, Scheme, TensorInfo
 
@@ -304,7 +305,7 @@ def test_the_allocators_slack_is_a_fifth_of_what_comes_and_goes():
     found = footprint(LLAMA_8B, Workload(32768, 2), "int8")
     assert found.slack == found.bytes_of(*plan.PASSING_PARTS) // 5 > 100 * MIB
     low, likely, high = (getattr(found.overhead, b) for b in ("low", "likely", "high"))
-    process = plan.ASSUMED_OVERHEAD["cuda"]
+    process = ASSUMED_OVERHEAD["cuda"]
     assert (low, likely, high) == (
         process.low,
         process.likely + found.slack,
@@ -442,9 +443,9 @@ def test_a_measured_overhead_replaces_the_assumption():
     found, assumed = (footprint(LLAMA_8B, w, "int8") for w in (measured, Workload(4096)))
     slack = found.slack
     assert found.total == Range(*(found.allocated + n for n in (10, 20 + slack, 30 + slack)))
-    assert assumed.process == plan.ASSUMED_OVERHEAD["cuda"]
+    assert assumed.process == ASSUMED_OVERHEAD["cuda"]
     elsewhere = footprint(LLAMA_8B, measured.on_ranks(4), "int8")
-    assert elsewhere.overhead == plan.ENGINE_OVERHEAD, "what was measured is not another engine's"
+    assert elsewhere.overhead == ENGINE_OVERHEAD, "what was measured is not another engine's"
 
 
 def test_no_such_model():

@@ -13,10 +13,11 @@ from command_line import run
 
 from halfweight.memory.architecture import architecture
 from halfweight.memory.cards import parse_gpus
-from halfweight.memory.plan import Model, Range, Workload, footprint, legal_ranks, plan
+from halfweight.memory.plan import Model, footprint, legal_ranks, plan
 from halfweight.memory.plan_page import page_data, render
 from halfweight.memory.presets import preset
 from halfweight.memory.what_fits import with_group_size
+from halfweight.memory.workload import Range, Workload
 from halfweight.quantization.scheme import Recipe, Scheme
 
 CARD = parse_gpus("24GB")

@@ -10,7 +10,7 @@ from halfweight.checkpoint.headers import quantized_modules, read_headers
 from halfweight.engine.decoder import Decoder
 from halfweight.errors import CheckpointError, UsageError
 from halfweight.model.experts import QuantizedExperts, experts_place, has_experts, stored_experts
-from halfweight.model.loading import HalfweightConfig
+from halfweight.model.transformers_quantizer import HalfweightConfig
 from halfweight.quantization.numerics import dequantize
 from halfweight.quantization.scheme import Recipe
 

@@ -15,8 +15,9 @@ from halfweight.checkpoint.headers import quantized_modules, read_headers
 from halfweight.errors import CheckpointError, UsageError
 from halfweight.kernels import operations
 from halfweight.model import loading, weight_streaming
-from halfweight.model.loading import HalfweightConfig, load
+from halfweight.model.loading import load
 from halfweight.model.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+from halfweight.model.transformers_quantizer import HalfweightConfig
 from halfweight.model.weight_reader import Tally
 from halfweight.quantization.numerics import dequantize
 from halfweight.quantization.scheme import Recipe, Scheme

@@ -1,58 +1,35 @@
-"""What a conversion reads: tensors as bytes in row-major order, a config, companion files."""
+"""A Hugging Face folder of safetensors shards as a source."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from halfweight.checkpoint.headers import Checkpoint, check_inside, read_headers
 from halfweight.checkpoint.shard import Shard, broken, read_json
+from halfweight.checkpoint.sources.source import CODE_KEYS, is_tied, publishable
 from halfweight.errors import CheckpointError
 from halfweight.quantization.scheme import FLOAT_DTYPE_BYTES, TensorInfo
 
 COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 COMPANION_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
 NOT_COMPANIONS = ("config.json", "quantize_config.json", "quant_config.json", "halfweight.json")
-CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
-"""Keys by which a checkpoint asks for its own Python to be run: never copied."""
 
 
 SPAN = 4_000_000
-
-
-class Source(Protocol):
-    """A checkpoint to convert. `read` may be called from several threads."""
-
-    name: str
-    config: dict[str, Any]
-    tensors: tuple[TensorInfo, ...]
-
-    def read(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
-        """Bytes [begin, end) of a tensor, in the dtype that `tensors` states."""
-        ...
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What identifies the source without reading its weights; goes into the manifest."""
-        ...
-
-    def state(self) -> list[Any]:
-        """Sizes and times of the source's files: equal while nobody changes them."""
-        ...
-
-    def write_companions(self, folder: Path) -> None:
-        """Write tokenizer and generation files into `folder`."""
-        ...
 
 
 class FolderSource:
     """A Hugging Face folder of safetensors shards."""
 
     def __init__(self, path: Path, name: str) -> None:
+        """Reads and checks all headers; `name` is what the user called the folder."""
+        self.path = path
         checkpoint = read_headers(path)
         if not checkpoint.config:
             raise CheckpointError(
@@ -120,26 +97,6 @@ class FolderSource:
             (folder / path.name).write_bytes(data)
 
 
-def open_source(path: Path, name: str) -> Source:
-    """The source at a resolved path; `name` is what the user called it."""
-    if path.is_file() and path.suffix == ".gguf":
-        from halfweight.checkpoint.sources.gguf import GgufSource
-
-        return GgufSource(path, name)
-    if path.is_file():
-        raise CheckpointError(
-            f"{path}: a single file, expected a model folder or a .gguf file",
-            hint="quantize needs config.json and the tokenizer beside the weights",
-        )
-    return FolderSource(path, name)
-
-
-def is_tied(config: dict[str, Any]) -> bool:
-    """Whether config.json says that head and embedding are one weight."""
-    parts = (config, config.get("text_config") or {})
-    return any(part.get("tie_word_embeddings") is True for part in parts)
-
-
 def _same_form(a: TensorInfo, b: TensorInfo) -> bool:
     return (a.dtype, a.shape) == (b.dtype, b.shape)
 
@@ -158,15 +115,6 @@ def _refuse_quantized(path: Path, checkpoint: Checkpoint) -> None:
         ):
             found = f"already quantized: tensor {tensor.name} is {tensor.info.dtype}"
             raise CheckpointError(f"{path}: {found}, expected 16 or 32 bits", hint=hint)
-
-
-def publishable(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without private keys (paths of some machine) or those that ask to run code."""
-    return {
-        key: value
-        for key, value in config.items()
-        if key not in CODE_KEYS and not key.startswith("_")
-    }
 
 
 def _shard_fingerprint(shard: Shard) -> dict[str, Any]:

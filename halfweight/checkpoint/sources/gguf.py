@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfweight.checkpoint.sources.folder import publishable
+from halfweight.checkpoint.sources.source import publishable
 from halfweight.errors import CheckpointError, HalfweightError, UsageError
 from halfweight.quantization.scheme import TensorInfo
 
@@ -37,7 +37,7 @@ class GgufSource:
 
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
-        self._path = path
+        self.path = path
         self._lock = Lock()
         self._decoded: OrderedDict[str, NDArray[np.uint8]] = OrderedDict()
         with _named(path):
@@ -47,7 +47,7 @@ class GgufSource:
         """Bytes [begin, end) of a tensor, decoded."""
         with self._lock:
             if tensor.name not in self._decoded:
-                with _named(self._path):
+                with _named(self.path):
                     self._decoded[tensor.name] = self._decode(tensor)
                 while len(self._decoded) > CACHED_TENSORS:
                     self._decoded.popitem(last=False)
@@ -55,23 +55,23 @@ class GgufSource:
 
     def fingerprint(self) -> dict[str, Any]:
         """Name and size of the file, and the hash of all that precedes the weights."""
-        with open(self._path, "rb") as file:
+        with open(self.path, "rb") as file:
             head = hashlib.sha256(file.read(self._reader.data_offset)).hexdigest()
-        size = self._path.stat().st_size
-        return {"shards": [{"name": self._path.name, "bytes": size, "header_sha256": head}]}
+        size = self.path.stat().st_size
+        return {"shards": [{"name": self.path.name, "bytes": size, "header_sha256": head}]}
 
     def state(self) -> list[Any]:
         """Size and modification time of the file."""
-        status = self._path.stat()
-        return [[self._path.name, status.st_size, status.st_mtime_ns]]
+        status = self.path.stat()
+        return [[self.path.name, status.st_size, status.st_mtime_ns]]
 
     def write_companions(self, folder: Path) -> None:
         """Write the tokenizer and generation config that the file holds."""
         from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-        with _named(self._path):
+        with _named(self.path):
             tokenizer = AutoTokenizer.from_pretrained(
-                self._path.parent, gguf_file=self._path.name, trust_remote_code=False
+                self.path.parent, gguf_file=self.path.name, trust_remote_code=False
             )
             tokenizer.save_pretrained(folder)
             config = PreTrainedConfig.from_dict(dict(self.config))
@@ -87,9 +87,9 @@ class GgufSource:
             get_gguf_hf_weights_map,
         )
 
-        self._reader = GGUFReader(self._path)
+        self._reader = GGUFReader(self.path)
         self._dtype = _common_dtype({t.tensor_type.name for t in self._reader.tensors if _is_2d(t)})
-        config = AutoConfig.from_pretrained(self._path.parent, gguf_file=self._path.name)
+        config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
         config.dtype = TORCH_DTYPES[self._dtype]
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -104,7 +104,7 @@ class GgufSource:
         shapes = {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
         self._stored = {names[t.name]: t for t in self._reader.tensors if t.name in names}
         self.tensors = tuple(self._info(name, shapes) for name in self._stored)
-        log.warning("%s: decoded from %s to %s", self._path, self._kinds(), self._dtype)
+        log.warning("%s: decoded from %s to %s", self.path, self._kinds(), self._dtype)
 
     def _kinds(self) -> str:
         return ", ".join(sorted({t.tensor_type.name for t in self._reader.tensors}))
@@ -114,7 +114,7 @@ class GgufSource:
         num_elements = int(np.prod(stored.shape))
         if name not in shapes or int(np.prod(shapes[name])) != num_elements:
             raise CheckpointError(
-                f"{self._path}: tensor {stored.name} {stored.shape.tolist()[::-1]} is not one "
+                f"{self.path}: tensor {stored.name} {stored.shape.tolist()[::-1]} is not one "
                 f"tensor of the model, expected {name} {list(shapes.get(name, ()))}",
                 hint="quantize the safetensors of this model instead",
             )

@@ -1,0 +1,25 @@
+"""The rooms of the package: who may import whom, as pyproject.toml states it."""
+
+from pathlib import Path
+
+import pytest
+
+importlinter = pytest.importorskip("importlinter")
+ROOT = Path(__file__).parents[1]
+
+
+def test_imports_point_one_way(monkeypatch, capsys):
+    from importlinter.cli import lint_imports
+
+    monkeypatch.chdir(ROOT)
+    code = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert code == 0, capsys.readouterr().out
+
+
+def test_every_room_says_what_comes_in_and_what_it_may_import():
+    for folder in sorted((ROOT / "halfweight").iterdir()):
+        if not folder.is_dir() or folder.name in ("cli", "__pycache__"):
+            continue
+        text = (folder / "__init__.py").read_text()
+        for word in ("In: ", "Out: ", "irst file", "May import: "):
+            assert word in text, f"{folder.name}/__init__.py does not say {word!r}"
