@@ -87,11 +87,15 @@ class PagePool:
             self._keys[page] = key
             self._page_of[key] = page
 
-    def forget(self, pages: Iterable[int]) -> None:
-        """What these used pages hold must not be found any more."""
-        for page in pages:
-            assert self._references[page] > 0, page
-            self._drop_key(page)
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """No page is found by these keys any more; sequences keep the pages that they have."""
+        for key in keys:
+            page = self._page_of.pop(key, None)
+            if page is not None:
+                self._keys[page] = None
+                if self._references[page] == 0:
+                    del self._kept[page]
+                    self._free.append(page)
 
     def release(self, pages: Sequence[int]) -> None:
         """One reference less to each page of a sequence, given in the sequence's order."""
@@ -109,12 +113,9 @@ class PagePool:
             page = self._free.pop()
         else:
             page, _ = self._kept.popitem(last=False)
-            self._drop_key(page)
-        self._references[page] = 1
-        return page
-
-    def _drop_key(self, page: int) -> None:
-        key = self._keys[page]
-        if key is not None:
+            key = self._keys[page]
+            assert key is not None, page
             del self._page_of[key]
             self._keys[page] = None
+        self._references[page] = 1
+        return page

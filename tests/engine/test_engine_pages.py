@@ -78,9 +78,16 @@ class Pool(RuleBasedStateMachine):
         index = data.draw(st.integers(0, len(self.sequences) - 1))
         tokens, pages = self.sequences.pop(index)
         if spoiled:
-            self.pool.forget(pages)
-            assert set(self.pool.find(keys_of(tokens))).isdisjoint(pages)
+            self.pool.forget(keys_of(tokens))
+            assert self.pool.find(keys_of(tokens)) == []
         self.pool.release(pages)
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=2, max_size=9))
+    def forget(self, tokens):
+        available = self.pool.num_available
+        self.pool.forget(keys_of(tokens))
+        assert self.pool.find(keys_of(tokens)) == []
+        assert self.pool.num_available == available
 
     @invariant()
     def every_page_is_in_one_state(self):
