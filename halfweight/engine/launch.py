@@ -126,7 +126,9 @@ class Launcher:
             if chunk.num_logits:
                 sampling.append((sequence, chunk))
                 rows.extend(range(begin, at))
-        launched = self._sample(sampling, logits[self._to_device(np.array(rows, dtype=np.int64))], plan)
+        launched = self._sample(
+            sampling, logits[self._to_device(np.array(rows, dtype=np.int64))], plan
+        )
         event = _cuda.Event() if self._is_cuda else None
         if event is not None:
             event.record()

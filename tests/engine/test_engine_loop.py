@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fake_model import POISON, STOP, VOCAB, FakeRunner, FakeSampler, alone, next_token
+from fake_model import STOP, VOCAB, FakeRunner, FakeSampler, alone, next_token
 
-from halfweight.engine.loop import EngineStoppedError, Loop, NanLogitsError
+from halfweight.engine.loop import Loop
 from halfweight.engine.request import Request, Sampling
-from halfweight.errors import UsageError
 
 SECONDS = 20
 BASES = [[(7 * i * i + b) % 38 + 1 for i in range(40)] for b in range(3)]
