@@ -24,8 +24,8 @@ import torch
 
 from halfweight.engine.launch import Launched, Launcher
 from halfweight.engine.request import Output, Request, TokenLogprob
-from halfweight.engine.scheduler import Drafter, Scheduler
-from halfweight.engine.sequence import Sequence
+from halfweight.engine.scheduler import Scheduler
+from halfweight.engine.sequence import MakeDrafter, Sequence
 from halfweight.engine.step import Runner
 from halfweight.errors import HalfweightError
 
@@ -55,7 +55,7 @@ class Loop:
         sampler: Sampler,
         *,
         stop_tokens: frozenset[int] = frozenset(),
-        drafter: Drafter | None = None,
+        make_drafter: MakeDrafter | None = None,
         overlaps: bool | None = None,
     ) -> None:
         """`stop_tokens` are those of requests that name none.
@@ -63,7 +63,7 @@ class Loop:
         `overlaps` says whether a step is launched before the last one's tokens are seen; by default
         on any device but the CPU.
         """
-        self._scheduler = Scheduler(runner, drafter)
+        self._scheduler = Scheduler(runner, make_drafter)
         self._launcher = Launcher(runner, sampler)
         self._runner, self._sampler = runner, sampler
         self._stop_tokens = stop_tokens

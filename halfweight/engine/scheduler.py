@@ -19,14 +19,13 @@ this very step is put off to the next, when it finds that page.
 from __future__ import annotations
 
 from bisect import insort
-from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
 from halfweight.engine.pages import PagePool
 from halfweight.engine.request import FinishReason, Output, Request
-from halfweight.engine.sequence import Sequence
+from halfweight.engine.sequence import MakeDrafter, Sequence
 from halfweight.engine.step import Chunk, Runner
 from halfweight.errors import UsageError
 
@@ -39,8 +38,8 @@ MOST_PASSED_OVER = 64
 MOST_DRAFTING = 8
 """Sequences at once up to which drafts are asked for: with more, a step has no time to spare."""
 
-Drafter = Callable[[abc.Sequence[int]], list[int]]
-"""Guesses the tokens that follow those given; empty where it has no guess."""
+MOST_DRAFTS = 16
+"""Tokens that are drafted for one step of a sequence."""
 _arrival = attrgetter("id")
 
 
@@ -68,12 +67,12 @@ class Plan:
 class Scheduler:
     """Plans steps within a runner's limits. Belongs to one thread, but for `check` and `make`."""
 
-    def __init__(self, runner: Runner, drafter: Drafter | None = None) -> None:
-        """`runner` is only asked for its limits."""
+    def __init__(self, runner: Runner, make_drafter: MakeDrafter | None = None) -> None:
+        """`runner` is only asked for its limits. Without `make_drafter` there are no drafts."""
         assert runner.max_step_tokens > runner.max_sequences + 1, "no room to read prompts"
         self._runner = runner
         self._page_tokens = runner.page_tokens
-        self._drafter = drafter
+        self._make_drafter = make_drafter
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._reading: list[Sequence] = []
@@ -93,7 +92,7 @@ class Scheduler:
     @property
     def waits_for_host(self) -> bool:
         """Whether the next plan needs the tokens of the step under way, to draft from."""
-        return self._drafter is not None and any(s.drafts for s in self._running)
+        return self._make_drafter is not None and any(s.drafts for s in self._running)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -131,6 +130,8 @@ class Scheduler:
             sequence.prompt_logprobs = [None] * len(tokens)
         if self._runner.shares_prefixes:
             sequence.extend_keys(len(tokens) // self._page_tokens, self._page_tokens)
+        if self._make_drafter is not None:
+            sequence.drafter = self._make_drafter(tokens)
         return sequence
 
     def add(self, sequence: Sequence) -> None:
@@ -174,7 +175,7 @@ class Scheduler:
         if reason is None and len(sequence.tokens) >= sequence.limit:
             reason = "length"
         if reason is None:
-            self._continue(sequence)
+            self._continue(sequence, gained)
         else:
             self.finish(sequence, reason)
         return gained if sequence.request.max_new_tokens else [], reason
@@ -321,14 +322,14 @@ class Scheduler:
         sequence.num_read = sequence.num_published = 0
         sequence.drafts = []
 
-    def _continue(self, sequence: Sequence) -> None:
-        """New tokens are known of a sequence that goes on."""
-        if sequence.slot < 0:
-            return
-        self._publish(sequence)
-        if self._drafter is not None:
-            asks = len(self._running) <= MOST_DRAFTING
-            sequence.drafts = self._drafter(sequence.tokens) if asks else []
+    def _continue(self, sequence: Sequence, gained: list[int]) -> None:
+        """These tokens were added to a sequence that goes on."""
+        if sequence.slot >= 0:
+            self._publish(sequence)
+        if sequence.drafter is not None:
+            sequence.drafter.extend(gained)
+            asks = sequence.slot >= 0 and len(self._running) <= MOST_DRAFTING
+            sequence.drafts = sequence.drafter.draft(MOST_DRAFTS) if asks else []
 
     def _publish(self, sequence: Sequence) -> None:
         """Let others find its pages that are full of tokens which are known."""

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from halfweight.engine.pages import ROOT_KEY, page_key
 from halfweight.engine.request import Output, Request, TokenLogprob
+
+
+class Drafter(Protocol):
+    """Guesses what follows in one sequence."""
+
+    def extend(self, tokens: abc.Sequence[int]) -> None:
+        """The sequence gained these."""
+        ...
+
+    def draft(self, limit: int) -> list[int]:
+        """At most `limit` tokens that are worth a check; often none."""
+        ...
+
+
+MakeDrafter = Callable[[abc.Sequence[int]], Drafter]
+"""A drafter for a sequence that begins with these tokens."""
 
 
 @dataclass(eq=False, slots=True)
@@ -35,6 +53,7 @@ class Sequence:
     """Pages that others can find, or that turned out to be there already."""
     num_shared: int | None = None
     """Tokens that were in the cache when it was first admitted; None before."""
+    drafter: Drafter | None = None
     drafts: list[int] = field(default_factory=list)
     """Guesses of the tokens after `tokens`."""
     is_finished: bool = False

@@ -53,7 +53,7 @@ class Detokenizer:
 
     @cached_property
     def cleans(self) -> bool:
-        """Whether its decode cleans up spaces: what it is told to do and what it does can differ."""
+        """Whether its decode cleans up spaces; it may be told to and not do it."""
         if not getattr(self._tokenizer, "clean_up_tokenization_spaces", False):
             return False
         ids = self._tokenizer.encode(PROBE, add_special_tokens=False)

@@ -45,8 +45,7 @@ class Client:
 
 
 def make_loop(runner, **options):
-    loop = Loop(runner, FakeSampler(runner.table), stop_tokens=frozenset({STOP}), **options)
-    return loop
+    return Loop(runner, FakeSampler(runner.table), stop_tokens=frozenset({STOP}), **options)
 
 
 @pytest.fixture
@@ -80,20 +79,28 @@ def assert_nothing_left(loop):
     assert len(scheduler._slots) == loop._runner.max_sequences
 
 
-def guess(tokens):
+class Guesses:
     """Drafts: right, wrong at their end, or none, by the length of the text."""
-    right = list(tokens)
-    if len(right) % 3 == 0:
-        return []
-    for _ in range(len(right) % 4):
-        token = next_token(right)
-        if token is None:
-            break
-        right.append(token)
-    drafts = right[len(tokens) :]
-    if len(tokens) % 5 == 0 and drafts:
-        drafts[-1] = (drafts[-1] + 1) % VOCAB
-    return drafts
+
+    def __init__(self, tokens):
+        self.tokens = list(tokens)
+
+    def extend(self, tokens):
+        self.tokens += tokens
+
+    def draft(self, limit):
+        if len(self.tokens) % 3 == 0:
+            return []
+        right = list(self.tokens)
+        for _ in range(len(right) % 4):
+            token = next_token(right)
+            if token is None:
+                break
+            right.append(token)
+        drafts = right[len(self.tokens) :]
+        if len(self.tokens) % 5 == 0 and drafts:
+            drafts[-1] = (drafts[-1] + 1) % VOCAB
+        return drafts[:limit]
 
 
 @st.composite
@@ -183,7 +190,7 @@ arrivals = st.tuples(
     drafts=st.booleans(),
 )
 def test_every_request_gets_what_it_gets_alone(runner, arrivals, overlaps, drafts):
-    loop = make_loop(runner, overlaps=overlaps, drafter=guess if drafts else None)
+    loop = make_loop(runner, overlaps=overlaps, make_drafter=Guesses if drafts else None)
     script = Script(loop, arrivals)
     script.start()
     try:
