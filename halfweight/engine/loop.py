@@ -47,7 +47,10 @@ class NanLogitsError(HalfweightError):
 
 
 class Loop:
-    """Runs requests of one runner from `start` to `stop`, which any thread may submit or cancel."""
+    """Runs requests of one runner, which any thread may submit or cancel, from `start` to `stop`.
+
+    When its thread ends it closes the runner.
+    """
 
     def __init__(
         self,
@@ -85,13 +88,17 @@ class Loop:
         """End the thread after the step under way; requests that have not ended are cancelled."""
         self._is_stopping = True
         self._wake.set()
-        if self._thread.ident is not None:
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
     @property
     def fault(self) -> HalfweightError | None:
         """Why no request can run any more; None while they can."""
         return self._fault
+
+    def room(self, num_prompt: int) -> int:
+        """New tokens that there is room for after a prompt of so many; may be negative."""
+        return self._scheduler.most_tokens - num_prompt
 
     @property
     def num_running(self) -> int:

@@ -99,6 +99,12 @@ class Scheduler:
         """All that have not ended."""
         return self._running + self._waiting
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the longest sequence that can run."""
+        held = (self._runner.num_pages - 1) * self._page_tokens
+        return min(self._runner.max_context, held)
+
     def check(self, request: Request) -> None:
         """Raise UsageError for a request that can never run."""
         prompt, vocab_size = request.prompt, self._runner.vocab_size
@@ -191,14 +197,12 @@ class Scheduler:
             self.pool.forget(sequence.keys)
 
     def _check_length(self, num_prompt: int, num_new: int) -> None:
-        needed = num_prompt + num_new
-        held = (self._runner.num_pages - 1) * self._page_tokens
-        most = min(self._runner.max_context, held)
-        if needed <= most:
+        most = self.most_tokens
+        if num_prompt + num_new <= most:
             return
         what = "context" if most == self._runner.max_context else "KV cache"
         raise UsageError(
-            f"the prompt has {num_prompt} tokens, with {num_new} new ones {needed}; "
+            f"the prompt has {num_prompt} tokens, with {num_new} new ones {num_prompt + num_new}; "
             f"the {what} has room for {most}",
             hint=f"shorten the prompt, or ask for {max(0, most - num_prompt)} tokens",
         )
