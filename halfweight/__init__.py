@@ -9,9 +9,11 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ConversionReport": "conversion.convert",
+    "Engine": "engine.engine",
     "HalfweightConfig": "model.transformers_quantizer",
     "HalfweightError": "errors",
     "Recipe": "quantization.scheme",
+    "Sampling": "engine.request",
     "Scheme": "quantization.scheme",
     "evaluate": "evaluation.comparison",
     "inspect": "checkpoint.inspection",

@@ -22,10 +22,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from halfweight.engine.continuous import Engine, EngineStoppedError, OverloadedError
-from halfweight.engine.text import TextStream
 from halfweight.errors import HalfweightError, UsageError
 from halfweight.serve import schema
 from halfweight.serve.schema import Answer, ChatRequest, CompletionRequest
+from halfweight.serve.text import TextStream
 
 COMPLETION_TOKENS = 16
 """Default of /v1/completions, as OpenAI's."""

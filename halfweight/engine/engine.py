@@ -1,0 +1,382 @@
+"""A model that answers: load it once, then ask from any thread, one prompt or many at a time.
+
+    with Engine("folder-or-hub-id", device="cuda") as engine:
+        print(engine.generate("The capital of France is", max_new_tokens=8).text)
+
+        for text in engine.stream("Once upon a time", temperature=0.8, seed=1):
+            print(text, end="", flush=True)
+
+        messages = [{"role": "user", "content": "Hello!"}]
+        answer = engine.chat(messages)
+        messages += [{"role": "assistant", "content": answer.text}]
+
+Prompts are text or lists of token ids. Requests of all callers run together; texts that begin alike
+(turns of one chat, questions about one document) are read once. What a call does not say about
+sampling is as the model's generation_config.json says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import fields as fields_of
+from dataclasses import replace
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal, overload
+from weakref import finalize
+
+import torch
+
+from halfweight.engine.loop import Loop, OnOutput
+from halfweight.engine.request import Request, Sampling
+from halfweight.engine.sequence import MakeDrafter
+from halfweight.engine.step import Runner
+from halfweight.engine.stops import default_sampling, end_of_text_tokens
+from halfweight.engine.streams import AsyncStream, Completion, Piece, Stream, complete
+from halfweight.engine.text import Detokenizer
+from halfweight.errors import HalfweightError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from halfweight.engine.sampler import Sampler
+
+log = logging.getLogger("halfweight")
+
+NEW_TOKENS = 1024
+"""Most new tokens of a request that names no number, where the context has room."""
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+Message = Mapping[str, Any]
+"""A turn of a chat: `role`, `content` and whatever else the model's template knows."""
+_SAMPLING_FIELDS = frozenset(field.name for field in fields_of(Sampling))
+
+
+class Engine:
+    """Generates for requests of one model, until `close`.
+
+    Options of every call, besides the fields of `Sampling` by name:
+
+    - `sampling`: a `Sampling` in place of the model's defaults; single fields go on top.
+    - `max_new_tokens`: by default 1,024, or what the context has room for.
+    - `stop`: a string or several that end the text; it ends before them.
+    - `include_stop`: keep the stop string in the text.
+    - `stop_tokens`: ids that end it, in place of the model's own; empty for none.
+    - `prompt_logprobs`: logprobs of the prompt's tokens, with so many of the likeliest.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        *,
+        tokenizer: Any = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        activations: Literal["exact", "int8"] = "exact",
+        max_context: int | None = None,
+        max_sequences: int | None = None,
+        kv_cache: Literal["16bit", "int8"] = "16bit",
+        speculates: bool = True,
+    ) -> None:
+        """Load a folder or Hub id, or take a model that is loaded already, and start.
+
+        `device`, `dtype`, `backend` and `activations` are those of `halfweight.load`, the device by
+        default the GPU if there is one. `max_context` tokens a sequence and `max_sequences` at once
+        are chosen from free memory where not given. `tokenizer` is by default the model's own.
+        With `speculates` text that repeats is guessed and checked, several tokens a step; that
+        changes no answer. Raises what `halfweight.load` does.
+        """
+        from halfweight.engine.grammar import GrammarCompiler
+        from halfweight.engine.runners import make_runner
+        from halfweight.engine.sampler import Sampler
+
+        loaded = _load(model, device=device, dtype=dtype, backend=backend, activations=activations)
+        tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
+        runner = make_runner(
+            loaded, max_context=max_context, max_sequences=max_sequences, kv_cache=kv_cache
+        )
+        generation = getattr(loaded, "generation_config", None)
+        stops = end_of_text_tokens(generation, loaded.config, tokenizer)
+        grammars = None
+        if tokenizer is not None:
+            grammars = GrammarCompiler(tokenizer, runner.vocab_size, sorted(stops))
+        sampler = Sampler(runner.table, runner.vocab_size, grammars=grammars)
+        self._start(
+            runner, sampler, tokenizer, stops, default_sampling(generation), speculates=speculates
+        )
+
+    @classmethod
+    def over(
+        cls,
+        runner: Runner,
+        sampler: Sampler,
+        tokenizer: Any,
+        *,
+        stop_tokens: frozenset[int] = frozenset(),
+        sampling: Sampling | None = None,
+        speculates: bool = False,
+    ) -> Engine:
+        """An engine of parts made elsewhere; it closes the runner."""
+        engine = cls.__new__(cls)
+        engine._start(
+            runner, sampler, tokenizer, stop_tokens, sampling or Sampling(), speculates=speculates
+        )
+        return engine
+
+    def _start(
+        self,
+        runner: Runner,
+        sampler: Sampler,
+        tokenizer: Any,
+        stop_tokens: frozenset[int],
+        sampling: Sampling,
+        *,
+        speculates: bool,
+    ) -> None:
+        make_drafter: MakeDrafter | None = None
+        if speculates and runner.shares_prefixes:  # a state cannot go back to before a draft
+            from halfweight.engine.speculation import PromptLookup
+
+            make_drafter = PromptLookup
+        self.tokenizer = tokenizer
+        self.stop_tokens = stop_tokens
+        self.sampling = sampling
+        self.max_context, self.max_sequences = runner.max_context, runner.max_sequences
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._loop = Loop(runner, sampler, stop_tokens=stop_tokens, make_drafter=make_drafter)
+        self._loop.start()
+        self._stop = finalize(self, self._loop.stop)
+
+    def close(self) -> None:
+        """End the engine: requests that have not ended are cancelled, the cache is freed."""
+        self._stop()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def fault(self) -> HalfweightError | None:
+        """Why no request can run any more: a step failed, or it was closed. None while they can."""
+        return self._loop.fault
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended, running or waiting."""
+        return self._loop.num_requests
+
+    def submit(self, request: Request, on_output: OnOutput) -> int:
+        """Run a request of token ids; its number. `on_output` is called on the engine's thread.
+
+        Raises UsageError for what can never run, EngineStoppedError when nothing can.
+        """
+        return self._loop.submit(request, on_output)
+
+    def cancel(self, number: int) -> None:
+        """End a request within a step; nothing happens if it has ended."""
+        self._loop.cancel(number)
+
+    def open(self, request: Request) -> Stream:
+        """Pieces of a request: text, tokens, logprobs and the reason at the end."""
+        return Stream(self._loop, request, self._detokenizer)
+
+    def aopen(self, request: Request) -> AsyncStream:
+        """The same, for `async for`."""
+        return AsyncStream(self._loop, request, self._detokenizer)
+
+    @overload
+    def generate(self, prompts: Prompt, **options: Any) -> Completion: ...
+
+    @overload
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]: ...
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], **options: Any
+    ) -> Completion | list[Completion]:
+        """What follows one prompt, or each of several.
+
+        >>> engine.generate("The capital of France is", max_new_tokens=4).text
+        >>> [answer.text for answer in engine.generate(["One", "Two"], temperature=1.0, seed=3)]
+
+        A text whose logits hold a NaN has the finish_reason "nan" and an error. Raises UsageError
+        for a prompt that can never run, EngineStoppedError when the engine ends.
+        """
+        found = complete(self._loop, self._requests(prompts, options), self._detokenizer)
+        return found[0] if _is_one(prompts) else found
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """The text that follows a prompt, in pieces as it is made. Leaving the loop cancels it.
+
+        >>> for text in engine.stream("Once upon a time"):
+        ...     print(text, end="", flush=True)
+
+        Raises as `generate`, and NanLogitsError.
+        """
+        return _texts(self.open(self.request(prompt, **options)))
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
+        """The next turn of a conversation, by the model's chat template.
+
+        >>> engine.chat([{"role": "user", "content": "Hello!"}], temperature=0.7).text
+
+        Only what is new since the last turn is read. Raises as `generate`.
+        """
+        return self.generate(self.chat_prompt(messages), **options)
+
+    @overload
+    async def agenerate(self, prompts: Prompt, **options: Any) -> Completion: ...
+
+    @overload
+    async def agenerate(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]: ...
+
+    async def agenerate(
+        self, prompts: Prompt | Sequence[Prompt], **options: Any
+    ) -> Completion | list[Completion]:
+        """As `generate`; cancelling the task cancels what it asked for."""
+        streams = [self.aopen(request) for request in self._requests(prompts, options)]
+        found = await asyncio.gather(*map(_joined, streams))
+        return found[0] if _is_one(prompts) else list(found)
+
+    async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[str]:
+        """As `stream`.
+
+        >>> async for text in engine.astream("Once upon a time"):
+        ...     print(text, end="", flush=True)
+        """
+        async with aclosing(self.aopen(self.request(prompt, **options)).pieces()) as pieces:
+            async for piece in pieces:
+                text = _text_of(piece)
+                if text:
+                    yield text
+
+    async def achat(self, messages: Sequence[Message], **options: Any) -> Completion:
+        """As `chat`."""
+        return await self.agenerate(self.chat_prompt(messages), **options)
+
+    def request(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: Sampling | None = None,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        include_stop: bool = False,
+        stop_tokens: Iterable[int] | None = None,
+        prompt_logprobs: int | None = None,
+        **fields: Any,
+    ) -> Request:
+        """The request that a call with these options makes; see the class for what they are."""
+        unknown = fields.keys() - _SAMPLING_FIELDS
+        if unknown:
+            raise UsageError(
+                f"unknown option {min(unknown)!r}",
+                hint=f"the fields of Sampling are {', '.join(sorted(_SAMPLING_FIELDS))}",
+            )
+        ids = self._encode(prompt)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if stops and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer", hint="use stop_tokens")
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(NEW_TOKENS, self._loop.room(len(ids))))
+        return Request(
+            ids,
+            max_new_tokens,
+            replace(self.sampling if sampling is None else sampling, **fields),
+            stop_tokens=None if stop_tokens is None else frozenset(stop_tokens),
+            stop_strings=stops,
+            include_stop=include_stop,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def chat_prompt(self, messages: Sequence[Message], **template: Any) -> list[int]:
+        """Token ids of a conversation that the model is to continue with an answer.
+
+        `template` goes to the tokenizer's `apply_chat_template`: `tools`, `enable_thinking`, ...
+        """
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise UsageError("this model has no chat template", hint="use generate")
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=False, **template
+            )
+        except Exception as error:  # of a template, which may raise anything
+            raise UsageError(f"messages: {error}", hint="see the model's chat template") from error
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return tuple(map(int, prompt))
+        if self.tokenizer is None:
+            raise UsageError("text needs a tokenizer", hint="give token ids, or a tokenizer")
+        return tuple(self.tokenizer(prompt)["input_ids"])
+
+    def _requests(self, prompts: Any, options: Mapping[str, Any]) -> list[Request]:
+        """Requests of one prompt or of many; then an error says which of them it is about."""
+        if _is_one(prompts):
+            return [self.request(prompts, **options)]
+        requests = []
+        for i, prompt in enumerate(prompts):
+            try:
+                requests.append(self.request(prompt, **options))
+                self._loop.check(requests[-1])
+            except UsageError as error:
+                raise UsageError(f"prompt {i}: {error.message}", hint=error.hint) from None
+        return requests
+
+
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether it is a text or token ids; numpy's integers are ids too."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
+
+
+def _text_of(piece: Piece) -> str:
+    if piece.error is not None:
+        raise piece.error
+    return piece.text
+
+
+def _texts(pieces: Iterable[Piece]) -> Iterator[str]:
+    return filter(None, map(_text_of, pieces))
+
+
+async def _joined(pieces: AsyncStream) -> Completion:
+    return Completion.of([piece async for piece in pieces])
+
+
+def _load(model: Any, **options: Any) -> Any:
+    """A model by its name, or as it is."""
+    from halfweight.model.loading import load
+
+    if not isinstance(model, str | os.PathLike):
+        given = [name for name, value in options.items() if value not in (None, "exact")]
+        if given:
+            raise UsageError(
+                f"{given[0]!r} is for models that are loaded here, and this one is loaded",
+                hint="leave it out, or give the model's name",
+            )
+        return model
+    if options["device"] is None:
+        options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    return load(model, **options)
+
+
+def _tokenizer_of(model: Any) -> Any:
+    """The tokenizer in a model's folder, or None: prompts and answers are then token ids."""
+    from transformers import AutoTokenizer
+
+    from halfweight.checkpoint.headers import resolve
+
+    if not isinstance(model, str | os.PathLike):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(resolve(os.fspath(model)))
+    except (OSError, ValueError) as error:
+        log.warning("no tokenizer: %s", error)
+        return None

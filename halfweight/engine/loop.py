@@ -1,0 +1,248 @@
+"""The engine's thread: takes requests from any other, runs steps, tells each request what is new.
+
+On CUDA the thread is one step ahead of itself: it launches step n + 1, then waits for step n, tells
+its tokens, and plans step n + 2 while n + 1 runs. So planning, sampling parameters, text and HTTP
+all happen while the device works. Where a step's input depends on the tokens of the last one (a
+grammar, drafts) it looks at those first, and so it does on a CPU, where a step is over when `run`
+returns.
+
+A step that raises ends the loop: every request gets the error, and so does who asks later. A device
+that has faulted cannot be trusted with the next request. A NaN ends only the sequence that has it.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from halfweight.engine.launch import Launched, Launcher
+from halfweight.engine.request import Output, Request, TokenLogprob
+from halfweight.engine.scheduler import Scheduler
+from halfweight.engine.sequence import MakeDrafter, Sequence
+from halfweight.engine.step import Runner
+from halfweight.errors import HalfweightError
+
+if TYPE_CHECKING:
+    from halfweight.engine.sampler import Sampler
+
+log = logging.getLogger("halfweight")
+
+OnOutput = Callable[[Output], None]
+"""Called on the engine's thread with what is new; must return at once."""
+
+
+class EngineStoppedError(HalfweightError):
+    """The engine's thread has ended; no request can run."""
+
+
+class NanLogitsError(HalfweightError):
+    """A request's logits hold NaN; that request ends."""
+
+
+class Loop:
+    """Runs requests of one runner, which any thread may submit or cancel, from `start` to `stop`.
+
+    When its thread ends it closes the runner.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        sampler: Sampler,
+        *,
+        stop_tokens: frozenset[int] = frozenset(),
+        make_drafter: MakeDrafter | None = None,
+        overlaps: bool | None = None,
+    ) -> None:
+        """`stop_tokens` are those of requests that name none.
+
+        `overlaps` says whether a step is launched before the last one's tokens are seen; by default
+        on any device but the CPU.
+        """
+        self._scheduler = Scheduler(runner, make_drafter)
+        self._launcher = Launcher(runner, sampler)
+        self._runner, self._sampler = runner, sampler
+        self._stop_tokens = stop_tokens
+        self._overlaps = runner.device.type != "cpu" if overlaps is None else overlaps
+        self._lock = threading.Lock()
+        self._inbox: deque[Sequence | int] = deque()
+        self._live: dict[int, Sequence] = {}
+        self._num_submitted = 0
+        self._is_stopping = False
+        self._wake = threading.Event()
+        self._fault: HalfweightError | None = None
+        self._thread = threading.Thread(target=self._run, name="halfweight-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the step under way; requests that have not ended are cancelled."""
+        self._is_stopping = True
+        self._wake.set()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    @property
+    def fault(self) -> HalfweightError | None:
+        """Why no request can run any more; None while they can."""
+        return self._fault
+
+    def room(self, num_prompt: int) -> int:
+        """New tokens that there is room for after a prompt of so many; may be negative."""
+        return self._scheduler.most_tokens - num_prompt
+
+    @property
+    def num_running(self) -> int:
+        """Sequences in the batch."""
+        return self._scheduler.num_running
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._live)
+
+    @property
+    def num_used_pages(self) -> int:
+        """Pages of KV cache that sequences have."""
+        return self._scheduler.pool.num_used
+
+    def check(self, request: Request) -> None:
+        """Raise UsageError for a request that can never run."""
+        self._scheduler.check(request)
+        self._sampler.check(request.sampling)
+
+    def submit(self, request: Request, on_output: OnOutput) -> int:
+        """Run a request; its number. The last output has a reason or an error.
+
+        Raises UsageError for what can never run, EngineStoppedError when nothing can.
+        """
+        self.check(request)
+        stops = self._stop_tokens if request.stop_tokens is None else request.stop_tokens
+        sequence = self._scheduler.make(_with_seed(request), stops, on_output)
+        with self._lock:
+            if self._fault is not None:
+                raise self._fault
+            self._num_submitted += 1
+            sequence.id = self._num_submitted
+            self._live[sequence.id] = sequence
+            self._inbox.append(sequence)
+        self._wake.set()
+        return sequence.id
+
+    def cancel(self, number: int) -> None:
+        """End a request; nothing happens if it has ended."""
+        if number in self._live:
+            self._inbox.append(number)
+            self._wake.set()
+
+    def _run(self) -> None:
+        try:
+            if self._runner.device.type == "cuda":
+                torch.cuda.set_device(self._runner.device)
+            with torch.inference_mode():
+                self._run_steps()
+            self._end(
+                EngineStoppedError("the engine was closed", hint="make a new one"), was_asked=True
+            )
+        except Exception as error:
+            log.exception("a step failed; the engine stops")
+            what = f"a step failed: {type(error).__name__}: {error}"
+            self._end(
+                EngineStoppedError(what, hint="see the log, then start anew"), was_asked=False
+            )
+
+    def _run_steps(self) -> None:
+        under_way: Launched | None = None
+        while not self._is_stopping:
+            self._read_inbox()
+            if under_way is not None and self._must_look_first():
+                self._tell(under_way)
+                under_way = None
+            plan = self._scheduler.plan()
+            launched = self._launcher.launch(plan) if plan.step else None
+            if under_way is not None:
+                self._tell(under_way)
+            elif launched is None:
+                self._wake.wait()
+            under_way = launched
+
+    def _must_look_first(self) -> bool:
+        return not self._overlaps or self._scheduler.waits_for_host
+
+    def _read_inbox(self) -> None:
+        self._wake.clear()
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, Sequence):
+                self._scheduler.add(item)
+            elif item in self._live:
+                sequence = self._live[item]
+                self._scheduler.finish(sequence, "cancelled")
+                self._send(sequence, Output(finish_reason="cancelled"))
+
+    def _tell(self, launched: Launched) -> None:
+        """Wait for a step and pass on what it gave to whom."""
+        for sequence, chunk, gained in self._launcher.read(launched):
+            if not sequence.is_finished:
+                is_first = sequence.num_new == 0
+                tokens, reason = self._scheduler.accept(sequence, chunk.num_logits, gained.tokens)
+                self._send(
+                    sequence,
+                    Output(
+                        tuple(tokens),
+                        reason,
+                        gained.logprobs[: len(tokens)],
+                        stop_token=gained.tokens[len(tokens)] if reason == "stop" else None,
+                        prompt_logprobs=_take_prompt_logprobs(sequence),
+                        num_shared_tokens=sequence.num_shared or 0 if is_first else 0,
+                        error=_nan_error(sequence) if reason == "nan" else None,
+                    ),
+                )
+
+    def _send(self, sequence: Sequence, output: Output) -> None:
+        """Tell a request what is new; it is forgotten after its last."""
+        if output.finish_reason is not None or output.error is not None:
+            del self._live[sequence.id]
+        try:
+            sequence.on_output(output)
+        except Exception:
+            log.exception("request %d is cancelled: it failed to take its output", sequence.id)
+            self.cancel(sequence.id)
+
+    def _end(self, fault: HalfweightError, *, was_asked: bool) -> None:
+        """Nothing runs any more: tell all."""
+        with self._lock:
+            self._fault = fault
+        for sequence in list(self._live.values()):
+            last = Output(finish_reason="cancelled") if was_asked else Output(error=fault)
+            self._send(sequence, last)
+        self._inbox.clear()
+
+
+def _with_seed(request: Request) -> Request:
+    """With a seed drawn now where it has none: a preempted sequence goes on with the same."""
+    if request.sampling.seed is not None or request.sampling.temperature == 0:
+        return request
+    return replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
+
+
+def _take_prompt_logprobs(sequence: Sequence) -> tuple[TokenLogprob | None, ...]:
+    """Those of the prompt, complete with its first token; none after that."""
+    found, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+    return tuple(found or ())
+
+
+def _nan_error(sequence: Sequence) -> NanLogitsError:
+    return NanLogitsError(
+        f"the model's logits are NaN after {len(sequence.tokens)} tokens",
+        hint="verify the model's files; float16 overflows where bfloat16 does not",
+    )
