@@ -278,7 +278,7 @@ class Engine:
                 f"unknown option {min(unknown)!r}",
                 hint=f"the fields of Sampling are {', '.join(sorted(_SAMPLING_FIELDS))}",
             )
-        ids = self._encode(prompt)
+        ids = self.encode(prompt)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if stops and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer", hint="use stop_tokens")
@@ -310,12 +310,22 @@ class Engine:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a prompt. A text that begins with the BOS is not given a second one.
+
+        Raises UsageError for a text where there is no tokenizer.
+        """
         if not isinstance(prompt, str):
             return tuple(map(int, prompt))
         if self.tokenizer is None:
             raise UsageError("text needs a tokenizer", hint="give token ids, or a tokenizer")
-        return tuple(self.tokenizer(prompt)["input_ids"])
+        ids = self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        return tuple(ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids)
+
+    def check(self, request: Request) -> None:
+        """Raise UsageError for what can never run, before anything does."""
+        self._loop.check(request)
 
     def _requests(self, prompts: Any, options: Mapping[str, Any]) -> list[Request]:
         """Requests of one prompt or of many; then an error says which of them it is about."""

@@ -1,9 +1,7 @@
-"""The routes of OpenAI's API over one engine: chat, completions, models, health.
+"""The routes of OpenAI's API over one engine: chat, completions, models, health, metrics.
 
-A request is checked whole before it reaches the engine. Its first piece of text is awaited before
-the response begins, so that overload and faults found by then have a status code of their own; a
-later fault is an `error` event that ends the stream. When a client goes away its requests are
-cancelled, which frees their place in the batch.
+A request becomes jobs, one for each choice; a job is a stream of the engine's pieces. What a client
+sees is made of these, as one body or as events. A client that goes away cancels its jobs.
 """
 
 from __future__ import annotations
@@ -13,55 +11,59 @@ import json
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
+from fastapi.responses import JSONResponse, StreamingResponse
 
-from halfweight.engine.continuous import Engine, EngineStoppedError, OverloadedError
+from halfweight.engine.engine import Engine
+from halfweight.engine.loop import EngineStoppedError
+from halfweight.engine.request import Request as EngineRequest
+from halfweight.engine.streams import Completion, Piece
 from halfweight.errors import HalfweightError, UsageError
 from halfweight.serve import schema
+from halfweight.serve.logprobs import TokenNames
+from halfweight.serve.metrics import Metrics
 from halfweight.serve.schema import Answer, ChatRequest, CompletionRequest
-from halfweight.serve.text import TextStream
 
 COMPLETION_TOKENS = 16
 """Default of /v1/completions, as OpenAI's."""
-CHAT_TOKENS = 1024
-"""Default of /v1/chat/completions, where the context has room."""
-DISCONNECT_POLL_SECONDS = 0.2
+MOST_REQUESTS = 1024
+
+
+class OverloadedError(HalfweightError):
+    """As many requests as the server takes are running or waiting: try again later."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One choice to generate."""
+    """One choice to generate: what the engine runs, and what the client asked to see of it."""
 
     index: int
-    prompt: list[int]
-    max_new_tokens: int
+    request: EngineRequest
+    echo: bool
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """New text of one choice; with a reason it is the last. `num_tokens` counts from the start."""
+def build_app(
+    engine: Engine,
+    tokenizer: Any,
+    name: str,
+    *,
+    api_key: str | None = None,
+    max_requests: int = MOST_REQUESTS,
+) -> FastAPI:
+    """The application; it closes the engine when it ends. `name` is the model's in /v1/models.
 
-    index: int
-    text: str
-    reason: str | None
-    num_tokens: int
-
-
-def build_app(engine: Engine, tokenizer: Any, name: str, *, api_key: str | None = None) -> FastAPI:
-    """The application; it starts and stops the engine. `name` is the model's in /v1/models."""
-    service = _Service(engine, tokenizer, name)
+    More than `max_requests` choices at a time, running and waiting, are answered with 429.
+    """
+    service = _Service(engine, tokenizer, name, max_requests)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        engine.start()
         yield
-        await asyncio.to_thread(engine.stop)
+        await asyncio.to_thread(engine.close)
 
     def authorized(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -73,10 +75,14 @@ def build_app(engine: Engine, tokenizer: Any, name: str, *, api_key: str | None 
 
     @app.get("/health")
     def health() -> JSONResponse:
-        if not engine.is_running:
-            return _error(503, "the engine has stopped", "server_error")
-        running = {"running": engine.num_requests, "most": engine.max_requests}
+        if engine.fault is not None:
+            return _error(503, engine.fault.message, "server_error")
+        running = {"running": engine.num_requests, "most": max_requests}
         return JSONResponse({"status": "ok", "requests": running})
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(*service.metrics.page(engine.num_requests))
 
     @app.get("/v1/models", dependencies=private)
     def models() -> dict[str, Any]:
@@ -89,15 +95,13 @@ def build_app(engine: Engine, tokenizer: Any, name: str, *, api_key: str | None 
 
     @app.post("/v1/chat/completions", dependencies=private)
     async def chat(body: ChatRequest, http: Request) -> Response:
-        prompt = await asyncio.to_thread(service.chat_prompt, body)
-        most = body.max_completion_tokens or body.max_tokens
-        return await service.respond(body, [prompt], most, Answer("chat.completion", name), http)
+        jobs = await asyncio.to_thread(service.chat_jobs, body)
+        return await service.respond(body, jobs, Answer("chat.completion", name), http)
 
     @app.post("/v1/completions", dependencies=private)
     async def completions(body: CompletionRequest, http: Request) -> Response:
-        prompts = await asyncio.to_thread(service.prompts, body)
-        most = body.max_tokens or COMPLETION_TOKENS
-        return await service.respond(body, prompts, most, Answer("text_completion", name), http)
+        jobs = await asyncio.to_thread(service.completion_jobs, body)
+        return await service.respond(body, jobs, Answer("text_completion", name), http)
 
     _handle_errors(app)
     return app
@@ -106,105 +110,240 @@ def build_app(engine: Engine, tokenizer: Any, name: str, *, api_key: str | None 
 class _Service:
     """What the routes share: one engine, one tokenizer, one model's name."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, name: str) -> None:
+    def __init__(self, engine: Engine, tokenizer: Any, name: str, max_requests: int) -> None:
         self._engine, self._tokenizer, self._name = engine, tokenizer, name
-        self.model_card = {"id": name, "object": "model", "created": 0, "owned_by": "halfweight"}
+        self._max_requests = max_requests
+        self._names = TokenNames(tokenizer)
+        self.metrics = Metrics()
+        self.model_card = {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "halfweight",
+            "max_model_len": engine.max_context,
+        }
 
     def check_model(self, asked: str) -> None:
         """404 for a model that is not this one; no name means this one."""
         if asked not in ("", self._name):
             raise HTTPException(404, f"model {asked!r} is not served; this is {self._name!r}")
 
-    def chat_prompt(self, body: ChatRequest) -> list[int]:
-        """Token ids of a conversation, by the model's own template."""
-        if self._tokenizer.chat_template is None:
-            raise UsageError("this model has no chat template", hint="use /v1/completions")
-        try:
-            messages = [message.as_text for message in body.messages]
-            text = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:
-            raise UsageError(f"messages: {error}", hint="see the model's chat template") from error
-        return self._encode(text, add_special_tokens=False)
+    def chat_jobs(self, body: ChatRequest) -> list[_Job]:
+        """The choices of a chat, its prompt by the model's own template."""
+        messages = [message.as_text for message in body.messages]
+        prompt = self._engine.chat_prompt(messages, **body.template)
+        return self._jobs(body, [prompt], body.max_completion_tokens or body.max_tokens)
 
-    def prompts(self, body: CompletionRequest) -> list[list[int]]:
-        """Token ids of each prompt."""
-        return [
-            self._encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+    def completion_jobs(self, body: CompletionRequest) -> list[_Job]:
+        """The choices of each prompt."""
+        prompts = [
+            self._engine.encode(prompt, add_special_tokens=body.add_special_tokens)
             for prompt in body.prompts
         ]
+        most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        return self._jobs(body, prompts, most, body.echo)
 
-    async def respond(
+    def _jobs(
         self,
         body: schema.Request,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[Sequence[int]],
         most: int | None,
-        answer: Answer,
-        http: Request,
-    ) -> Response:
-        """Check all, then generate `body.n` choices for each prompt."""
+        echo: bool = False,
+    ) -> list[_Job]:
         self.check_model(body.model)
-        if body.unsupported is not None:
-            raise UsageError(f"{body.unsupported!r} is not supported", hint="leave it out")
-        jobs = self._jobs(prompts, body.n, most)
-        num_prompt_tokens = sum(map(len, prompts))
-        pieces = _merged([self._pieces(job, body) for job in jobs])
-        if body.stream:
-            first = await anext(pieces)
-            events = _events(body, answer, first, pieces, num_prompt_tokens)
-            return StreamingResponse(events, media_type="text/event-stream")
-        collecting = asyncio.create_task(_collect(pieces, answer, num_prompt_tokens))
-        return JSONResponse(await _unless_disconnected(collecting, http))
-
-    def _jobs(self, prompts: Sequence[list[int]], n: int, most: int | None) -> list[_Job]:
-        if len(prompts) * n > self._engine.max_requests:
+        if len(prompts) * body.n > self._max_requests:
             raise UsageError(
-                f"{len(prompts)} prompts with n={n} are more than {self._engine.max_requests}",
+                f"{len(prompts)} prompts with n={body.n} are more than {self._max_requests}",
                 hint="send fewer at a time",
             )
-        repeated = [prompt for prompt in prompts for _ in range(n)]
         jobs = []
-        for index, prompt in enumerate(repeated):
-            room = self._engine.room(prompt)
-            num_tokens = most or max(1, min(CHAT_TOKENS, room))
-            self._engine.check(prompt, num_tokens)
-            jobs.append(_Job(index, prompt, num_tokens))
+        for prompt in prompts:
+            request = self._request(body, prompt, most, echo)
+            for i in range(body.n):
+                jobs.append(_Job(len(jobs), _with_seed(request, i), echo))
         return jobs
 
-    async def _pieces(self, job: _Job, body: schema.Request) -> AsyncGenerator[_Piece]:
+    def _request(
+        self, body: schema.Request, prompt: Sequence[int], most: int | None, echo: bool
+    ) -> EngineRequest:
+        stops = frozenset(body.stop_token_ids)
+        if not body.ignore_eos:
+            stops |= self._engine.stop_tokens
+        if most == 0 and not echo:
+            raise UsageError("max_tokens: 0 asks for nothing without echo", hint="give 1 or more")
+        request = self._engine.request(
+            list(prompt),
+            max_new_tokens=None if most is None else max(1, most),
+            stop=body.stop,
+            include_stop=body.include_stop_str_in_output,
+            stop_tokens=stops,
+            prompt_logprobs=body.num_logprobs if echo else None,
+            num_logprobs=body.num_logprobs,
+            **({"temperature": 1.0} | _stated(self._engine.sampling) | body.sampling),
+        )
+        self._engine.check(request)
+        return request if most != 0 else replace(request, max_new_tokens=1)
+
+    async def respond(
+        self, body: schema.Request, jobs: Sequence[_Job], answer: Answer, http: Request
+    ) -> Response:
+        """Generate every job's choice, as events or as one body."""
+        running = self._engine.num_requests
+        if running + len(jobs) > self._max_requests:
+            raise OverloadedError(f"{running} requests are running", hint="retry later")
+        writer = _Writer(body, jobs, answer, self._names, self._tokenizer)
+        pieces = _merged([self._pieces(job) for job in jobs])
+        if body.stream:
+            first = await anext(pieces)
+            return StreamingResponse(writer.events(first, pieces), media_type="text/event-stream")
+        collecting = asyncio.create_task(writer.collect(pieces))
+        return JSONResponse(await _unless_disconnected(collecting, http))
+
+    async def _pieces(self, job: _Job) -> AsyncGenerator[tuple[int, Piece]]:
         """One choice, as it comes."""
-        text = TextStream(self._tokenizer, body.stops)
-        num_tokens, reason = 0, "length"
-        tokens = self._engine.tokens(job.prompt, job.max_new_tokens, body.sampling)
-        async with aclosing(tokens):
-            async for token in tokens:
-                num_tokens += 1
-                if token in self._engine.stops:
-                    reason = "stop"
-                    break
-                new = text.add(token)
-                if text.stopped:
-                    yield _Piece(job.index, new, "stop", num_tokens)
-                    return
-                yield _Piece(job.index, new, None, num_tokens)
-        rest = text.finish()
-        yield _Piece(job.index, rest, "stop" if text.stopped else reason, num_tokens)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        return ids
+        watch = self.metrics.watch(len(job.request.prompt))
+        async with aclosing(self._engine.aopen(job.request).pieces()) as pieces:
+            async for piece in pieces:
+                watch.see(piece)
+                if piece.error is not None:
+                    raise piece.error
+                if piece.finish_reason == "cancelled":
+                    raise EngineStoppedError("the engine was closed", hint="restart the server")
+                yield job.index, piece
 
 
-async def _merged(streams: Sequence[AsyncGenerator[_Piece]]) -> AsyncGenerator[_Piece]:
+class _Writer:
+    """The answer to one request, from the pieces of its choices."""
+
+    def __init__(
+        self,
+        body: schema.Request,
+        jobs: Sequence[_Job],
+        answer: Answer,
+        names: TokenNames,
+        tokenizer: Any,
+    ) -> None:
+        self._body, self._jobs, self._answer = body, jobs, answer
+        self._names, self._tokenizer = names, tokenizer
+        self._wants_new = body.max_tokens != 0
+
+    async def collect(self, pieces: AsyncGenerator[tuple[int, Piece]]) -> dict[str, Any]:
+        """The body of a response that is not streamed."""
+        found: dict[int, list[Piece]] = {job.index: [] for job in self._jobs}
+        async with aclosing(pieces):
+            async for index, piece in pieces:
+                found[index].append(piece)
+        wholes = {index: Completion.of(parts) for index, parts in found.items()}
+        choices = [self._choice(job, wholes[job.index]) for job in self._jobs]
+        counts = sum(_num_tokens(whole) for whole in wholes.values())
+        cached = sum(whole.num_shared_tokens for whole in wholes.values())
+        return self._answer.whole(choices, schema.usage(self._num_prompt_tokens, counts, cached))
+
+    async def events(
+        self, first: tuple[int, Piece], rest: AsyncGenerator[tuple[int, Piece]]
+    ) -> AsyncIterator[str]:
+        """Server-sent events: a delta a piece, then the usage if asked for, then [DONE]."""
+        begun: set[int] = set()
+        num_tokens = num_cached = 0
+        async with aclosing(rest):
+            try:
+                async for index, piece in _chain(first, rest):
+                    num_tokens += _num_tokens(piece)
+                    num_cached += piece.num_shared_tokens
+                    deltas = self._deltas(self._jobs[index], piece, first=index not in begun)
+                    begun.add(index)
+                    if deltas:
+                        yield "".join(_event(self._answer.chunk([delta])) for delta in deltas)
+            except HalfweightError as error:
+                yield _event(_error_body(error.message, "server_error"))
+                return
+        if self._body.stream_options.include_usage:
+            total = schema.usage(self._num_prompt_tokens, num_tokens, num_cached)
+            yield _event(self._answer.chunk([], total))
+        yield "data: [DONE]\n\n"
+
+    @property
+    def _num_prompt_tokens(self) -> int:
+        return sum(len(job.request.prompt) for job in self._jobs[:: self._body.n])
+
+    def _choice(self, job: _Job, whole: Piece) -> dict[str, Any]:
+        reason = whole.finish_reason if self._wants_new else "length"
+        text = whole.text if self._wants_new else ""
+        if job.echo:
+            text = self._prompt_text(job) + text
+        logprobs = self._logprobs(job, whole, first=True)
+        return self._answer.choice(job.index, text, str(reason), whole.stop, logprobs)
+
+    def _deltas(self, job: _Job, piece: Piece, *, first: bool) -> list[dict[str, Any]]:
+        """Text if there is some (or the role is due), then the reason by itself."""
+        found = []
+        text = piece.text if self._wants_new else ""
+        if job.echo and first:
+            text = self._prompt_text(job) + text
+        logprobs = self._logprobs(job, piece, first=first)
+        if text or first or logprobs is not None:
+            delta = self._answer.delta(job.index, text, None, logprobs, first=first)
+            found.append(delta)
+        if piece.finish_reason is not None:
+            reason = piece.finish_reason if self._wants_new else "length"
+            found.append(self._answer.delta(job.index, None, reason))
+        return found
+
+    def _logprobs(self, job: _Job, piece: Piece, *, first: bool) -> dict[str, Any] | None:
+        """Those of a piece's tokens, and before the first those of an echoed prompt."""
+        if self._body.num_logprobs is None:
+            return None
+        entries = list(piece.logprobs) if self._wants_new else []
+        if self._answer.is_chat:
+            return self._names.chat(entries) if entries else None
+        ids = [entry.token for entry in entries]
+        if job.echo and first:
+            return self._names.text_completion(
+                [*piece.prompt_logprobs, *entries], [*job.request.prompt, *ids]
+            )
+        return self._names.text_completion(entries, ids) if entries else None
+
+    def _prompt_text(self, job: _Job) -> str:
+        return str(self._tokenizer.decode(job.request.prompt, skip_special_tokens=True))
+
+
+def _stated(sampling: Any) -> dict[str, Any]:
+    """The model's own sampling, where it says that it is sampled at all."""
+    if sampling.temperature == 0:
+        return {"repetition_penalty": sampling.repetition_penalty}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return {name: getattr(sampling, name) for name in names}
+
+
+def _with_seed(request: EngineRequest, choice: int) -> EngineRequest:
+    """Of several choices with one seed each has its own."""
+    seed = request.sampling.seed
+    if seed is None or choice == 0:
+        return request
+    return replace(request, sampling=replace(request.sampling, seed=seed + choice))
+
+
+def _num_tokens(piece: Piece) -> int:
+    """New tokens, the stop token included."""
+    return len(piece.tokens) + isinstance(piece.stop, int)
+
+
+async def _merged(
+    streams: Sequence[AsyncGenerator[tuple[int, Piece]]],
+) -> AsyncGenerator[tuple[int, Piece]]:
     """Pieces of all streams as they come; closing it closes them, the first error ends all."""
-    queue: asyncio.Queue[_Piece | Exception | None] = asyncio.Queue()
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as stream:
+            async for item in stream:
+                yield item
+        return
+    queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
 
-    async def pump(stream: AsyncGenerator[_Piece]) -> None:
+    async def pump(stream: AsyncGenerator[tuple[int, Piece]]) -> None:
         try:
             async with aclosing(stream):
-                async for piece in stream:
-                    queue.put_nowait(piece)
+                async for item in stream:
+                    queue.put_nowait(item)
             queue.put_nowait(None)
         except Exception as error:
             queue.put_nowait(error)
@@ -213,84 +352,38 @@ async def _merged(streams: Sequence[AsyncGenerator[_Piece]]) -> AsyncGenerator[_
     try:
         num_left = len(tasks)
         while num_left:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
+            found = await queue.get()
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
                 num_left -= 1
             else:
-                yield item
+                yield found
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _collect(
-    pieces: AsyncGenerator[_Piece], answer: Answer, num_prompt_tokens: int
-) -> dict[str, Any]:
-    texts: dict[int, str] = {}
-    last: dict[int, _Piece] = {}
-    async with aclosing(pieces):
-        async for piece in pieces:
-            texts[piece.index] = texts.get(piece.index, "") + piece.text
-            last[piece.index] = piece
-    choices = [answer.choice(i, texts[i], last[i].reason or "length") for i in sorted(texts)]
-    num_tokens = sum(piece.num_tokens for piece in last.values())
-    return answer.whole(choices, schema.usage(num_prompt_tokens, num_tokens))
-
-
 async def _unless_disconnected(task: asyncio.Task[dict[str, Any]], http: Request) -> dict[str, Any]:
+    """The task's result; it is cancelled as soon as the client goes away."""
+    leaving = asyncio.create_task(http.receive())
     try:
-        while not task.done():
-            await asyncio.wait({task}, timeout=DISCONNECT_POLL_SECONDS)
-            if not task.done() and await http.is_disconnected():
-                raise HTTPException(499, "the client went away")
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HTTPException(499, "the client went away")
+        return task.result()
     finally:
         task.cancel()
-    return await task
+        leaving.cancel()
 
 
-async def _events(
-    body: schema.Request,
-    answer: Answer,
-    first: _Piece,
-    rest: AsyncGenerator[_Piece],
-    num_prompt_tokens: int,
-) -> AsyncIterator[str]:
-    """Server-sent events: a delta a piece, then the usage if asked for, then [DONE]."""
-    begun: set[int] = set()
-    counts: dict[int, int] = {}
-    async with aclosing(rest):
-        try:
-            async for piece in _chain(first, rest):
-                counts[piece.index] = piece.num_tokens
-                for delta in _deltas(answer, piece, first=piece.index not in begun):
-                    yield _event(answer.chunk([delta]))
-                begun.add(piece.index)
-        except HalfweightError as error:
-            yield _event(_error_body(error.message, "server_error"))
-            return
-    if body.includes_usage:
-        total = schema.usage(num_prompt_tokens, sum(counts.values()))
-        yield _event(answer.chunk([], total))
-    yield "data: [DONE]\n\n"
-
-
-async def _chain(first: _Piece, rest: AsyncGenerator[_Piece]) -> AsyncIterator[_Piece]:
+async def _chain(
+    first: tuple[int, Piece], rest: AsyncGenerator[tuple[int, Piece]]
+) -> AsyncIterator[tuple[int, Piece]]:
     yield first
-    async for piece in rest:
-        yield piece
-
-
-def _deltas(answer: Answer, piece: _Piece, *, first: bool) -> list[dict[str, Any]]:
-    """Text if there is some (or the role is due), then the reason by itself."""
-    found = []
-    if piece.text or first:
-        found.append(answer.delta(piece.index, piece.text, first=first))
-    if piece.reason is not None:
-        found.append(answer.delta(piece.index, None, piece.reason))
-    return found
+    async for item in rest:
+        yield item
 
 
 def _event(body: dict[str, Any]) -> str:
@@ -311,7 +404,8 @@ def _handle_errors(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return _error(400, f"{where or 'body'}: {first['msg']}", "invalid_request_error")
+        what = first["msg"].removeprefix("Value error, ")
+        return _error(400, f"{where}: {what}" if where else what, "invalid_request_error")
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> JSONResponse:
