@@ -150,15 +150,15 @@ class Loop:
                 torch.cuda.set_device(self._runner.device)
             with torch.inference_mode():
                 self._run_steps()
-            self._end(
-                EngineStoppedError("the engine was closed", hint="make a new one"), was_asked=True
-            )
+            closed = EngineStoppedError("the engine was closed", hint="make a new one")
+            self._end(closed, was_asked=True)
         except Exception as error:
             log.exception("a step failed; the engine stops")
             what = f"a step failed: {type(error).__name__}: {error}"
-            self._end(
-                EngineStoppedError(what, hint="see the log, then start anew"), was_asked=False
-            )
+            fault = EngineStoppedError(what, hint="see the log, then start anew")
+            self._end(fault, was_asked=False)
+        finally:
+            self._runner.close()
 
     def _run_steps(self) -> None:
         under_way: Launched | None = None

@@ -1,20 +1,16 @@
 """The loop: every request gets what it would get alone, and leaves nothing behind."""
 
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from fake_model import POISON, STOP, VOCAB, FakeRunner, FakeSampler, alone, next_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fake_model import STOP, VOCAB, FakeRunner, FakeSampler, alone, next_token
-
-from halfweight.engine.loop import Loop
+from halfweight.engine.loop import EngineStoppedError, Loop, NanLogitsError
 from halfweight.engine.request import Request, Sampling
+from halfweight.errors import UsageError
 
 SECONDS = 20
 BASES = [[(7 * i * i + b) % 38 + 1 for i in range(40)] for b in range(3)]
@@ -222,3 +218,290 @@ def check_prompt_logprobs(request, client):
         is_likely = entry.logprob > -1
         assert is_likely == (likeliest == request.prompt[i])
     assert not any(output.prompt_logprobs for output in client.outputs[1:])
+
+
+def test_prompts_that_begin_alike_are_read_once(start):
+    """Also when they come at once: later ones wait for the pages of the first."""
+    runner = FakeRunner(page_tokens=4, num_pages=64, max_step_tokens=200)
+    loop = make_loop(runner, overlaps=True)
+    shared = BASES[0][:20]
+    prompts = [(*shared, last) for last in range(1, 5)]
+    clients = [run(loop, Request(prompt, 3)) for prompt in prompts]
+    loop.start()
+    assert [client.last.finish_reason for client in clients] == ["length"] * 4
+    num_read = sum(n for step in runner.steps for _, n, _ in step if n > 1)
+    assert num_read == 21  # the first's prompt; of the others one token is left
+    assert [client.outputs[0].num_shared_tokens for client in clients] == [0, 20, 20, 20]
+    again = run(loop, Request(prompts[0], 3))
+    assert again.last.finish_reason == "length"
+    assert again.outputs[0].num_shared_tokens == 20
+    loop.stop()
+
+
+def test_the_next_turn_of_a_chat_reads_only_what_is_new(start):
+    loop = start(FakeRunner(page_tokens=2, num_pages=64))
+    first = run(loop, Request(tuple(BASES[1][:11]), 6, stop_tokens=frozenset()))
+    assert first.last.finish_reason == "length"
+    turn = (*BASES[1][:11], *first.tokens, 3, 1, 4)
+    second = run(loop, Request(turn, 2))
+    assert second.last
+    assert second.outputs[0].num_shared_tokens == 16
+
+
+def test_a_runner_that_cannot_share_pages_is_not_asked_to(start):
+    loop = start(FakeRunner(shares_prefixes=False))
+    for _ in range(2):
+        client = run(loop, Request(tuple(BASES[0][:17]), 2))
+        assert client.last
+        assert client.outputs[0].num_shared_tokens == 0
+
+
+def test_the_latest_gives_up_its_pages_and_goes_on_later():
+    runner = FakeRunner(page_tokens=1, num_pages=1 + 20, max_sequences=2)
+    loop = make_loop(runner, overlaps=True)
+    requests = [
+        Request((5, b), 14, Sampling(temperature=1.0), stop_tokens=frozenset()) for b in (1, 2)
+    ]
+    clients = [run(loop, request) for request in requests]
+    loop.start()
+    assert [client.last.finish_reason for client in clients] == ["length"] * 2
+    reread = [n for step in runner.steps[1:] for _, n, _ in step if n > 1]
+    assert len(reread) == 1, "one was preempted, once"
+    assert len(clients[0].tokens) == len(clients[1].tokens) == 14
+    assert_nothing_left(loop)
+    loop.stop()
+
+
+def test_a_step_is_launched_before_the_last_ones_tokens_are_looked_at():
+    runner = FakeRunner()
+    loop = make_loop(runner, overlaps=True)
+    seen_before_step = []
+    client = Client()
+    runner.before_step = lambda count: seen_before_step.append(len(client.tokens))
+    loop.submit(Request((1, 2), 5, stop_tokens=frozenset()), client)
+    loop.start()
+    assert client.last.finish_reason == "length"
+    loop.stop()
+    assert seen_before_step == [0, 0, 1, 2, 3]
+
+
+def test_where_a_step_is_over_when_it_returns_its_tokens_come_first():
+    runner = FakeRunner()
+    loop = make_loop(runner)
+    seen_before_step = []
+    client = Client()
+    runner.before_step = lambda count: seen_before_step.append(len(client.tokens))
+    loop.submit(Request((1, 2), 5, stop_tokens=frozenset()), client)
+    loop.start()
+    assert client.last.finish_reason == "length"
+    loop.stop()
+    assert seen_before_step == [0, 1, 2, 3, 4]
+
+
+def test_drafts_that_are_right_save_steps():
+    def steps(make_drafter):
+        runner = FakeRunner()
+        loop = make_loop(runner, overlaps=True, make_drafter=make_drafter)
+        client = run(loop, Request((4, 2), 24, stop_tokens=frozenset()))
+        loop.start()
+        assert client.last.finish_reason == "length"
+        loop.stop()
+        assert client.tokens == alone(Request((4, 2), 24, stop_tokens=frozenset()))[0]
+        return len(runner.steps)
+
+    assert steps(Guesses) < steps(None) == 24
+
+
+def test_a_nan_ends_the_one_that_has_it_and_its_pages_are_found_by_nobody(start):
+    loop = start(FakeRunner(page_tokens=2, num_pages=64))
+    bad = Request((1, 2, 3, POISON, 5, 6), 4)
+    good = Request((1, 2, 3, 4, 5, 6), 4)
+    clients = [run(loop, request) for request in (bad, good, bad)]
+    for client in (clients[0], clients[2]):
+        assert client.last.finish_reason == "nan"
+        assert isinstance(client.last.error, NanLogitsError)
+        assert "after 6 tokens" in client.last.error.message
+        assert client.tokens == []
+    assert clients[1].last
+    assert (clients[1].tokens, clients[1].last.finish_reason) == alone(good)
+    assert_nothing_left(loop)
+    again = run(loop, bad)
+    assert again.last.finish_reason == "nan"
+    assert again.outputs[0].num_shared_tokens <= 2
+
+
+def test_cancel_frees_pages_within_a_step():
+    runner = FakeRunner(max_context=600, num_pages=400)
+    loop = make_loop(runner, overlaps=True)
+    client = Client()
+    used = []
+
+    def before_step(count):
+        used.append(loop.num_used_pages)
+        if count == 10:
+            loop.cancel(1)
+
+    runner.before_step = before_step
+    loop.submit(Request((1, 2, 3), 500, stop_tokens=frozenset()), client)
+    loop.start()
+    assert client.last.finish_reason == "cancelled"
+    assert_nothing_left(loop)
+    loop.stop()
+    assert len(used) <= 12
+    assert len(client.tokens) <= 11
+
+
+def test_cancelling_what_waits_or_has_ended_or_never_was(start):
+    runner = FakeRunner(max_sequences=1, max_context=600, num_pages=400)
+    loop = make_loop(runner)
+    running = run(loop, Request((1,), 400, stop_tokens=frozenset()))
+    waiting = run(loop, Request((1,), 400))
+    loop.cancel(waiting.number)
+    loop.start()
+    assert waiting.last.finish_reason == "cancelled"
+    assert waiting.tokens == []
+    loop.cancel(999)
+    loop.cancel(waiting.number)
+    loop.cancel(running.number)
+    assert running.last.finish_reason == "cancelled"
+    assert run(loop, Request((1,), 2)).last.finish_reason in ("length", "stop")
+    loop.stop()
+
+
+def test_a_failed_step_fails_the_running_and_whoever_comes_later(start, caplog):
+    runner = FakeRunner(max_context=600, num_pages=400)
+    closed = []
+    runner.close = lambda: closed.append(True)
+    loop = make_loop(runner)
+    clients = [run(loop, Request((n,), 400, stop_tokens=frozenset())) for n in range(1, 7)]
+
+    def fail(count):
+        if count == 5:
+            raise RuntimeError("device-side assert")
+
+    runner.before_step = fail
+    assert loop.fault is None
+    loop.start()
+    for client in clients:
+        assert isinstance(client.last.error, EngineStoppedError)
+        assert "RuntimeError: device-side assert" in client.last.error.message
+    assert loop.fault is clients[0].last.error
+    assert loop.num_requests == 0
+    with pytest.raises(EngineStoppedError, match="device-side assert"):
+        run(loop, Request((1,), 2))
+    loop.stop()
+    assert closed == [True]
+    assert "a step failed" in caplog.text
+
+
+def test_stopping_cancels_what_runs_and_closes_the_runner():
+    runner = FakeRunner(max_context=600, num_pages=400)
+    closed = []
+    runner.close = lambda: closed.append(True)
+    loop = make_loop(runner)
+    begun = threading.Event()
+    runner.before_step = lambda count: begun.set()
+    client = run(loop, Request((1,), 500, stop_tokens=frozenset()))
+    loop.start()
+    assert begun.wait(SECONDS)
+    loop.stop()
+    assert client.last.finish_reason == "cancelled"
+    assert closed == [True]
+    with pytest.raises(EngineStoppedError, match="closed"):
+        run(loop, Request((1,), 2))
+    loop.stop()
+
+
+def test_a_client_that_fails_loses_its_request_only(start, caplog):
+    loop = start()
+    loop.submit(Request((1, 2), 20, stop_tokens=frozenset()), lambda output: 1 / 0)
+    good = Request((1, 2), 20, stop_tokens=frozenset())
+    client = run(loop, good)
+    assert client.last.finish_reason == "length"
+    assert client.tokens == alone(good)[0]
+    assert_nothing_left(loop)
+    assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request((), 4), "no tokens"),
+        (Request((1,), 0), "max_new_tokens is 0, expected at least 1"),
+        (Request((1, VOCAB), 4), f"token id {VOCAB}, expected 0 to {VOCAB - 1}"),
+        (Request((1, -1), 4), "token id -1"),
+        (Request((1,) * 60, 5), "with 5 new ones 65; the context has room for 64"),
+    ],
+)
+def test_what_can_never_run_is_refused_at_once(start, request_, message):
+    with pytest.raises(UsageError, match=message):
+        start().submit(request_, print)
+
+
+def test_what_the_cache_can_never_hold_is_refused_at_once(start):
+    loop = start(FakeRunner(page_tokens=4, num_pages=6))
+    with pytest.raises(UsageError, match="the KV cache has room for 20") as error:
+        loop.submit(Request((1,) * 15, 6), print)
+    assert "ask for 5 tokens" in error.value.hint
+    assert loop.room(15) == 5
+    assert run(loop, Request((1,) * 15, 5)).last.finish_reason in ("length", "stop")
+
+
+def test_nothing_is_sampled_where_only_the_prompt_is_asked_about(start):
+    request = Request(tuple(BASES[2][:9]), 0, prompt_logprobs=3)
+    client = run(start(), request)
+    assert (client.tokens, client.last.finish_reason) == ([], "length")
+    check_prompt_logprobs(request, client)
+
+
+def test_logprobs_come_one_for_each_token(start):
+    request = Request((7, 8, 9), 6, Sampling(num_logprobs=0))
+    client = run(start(make_drafter=Guesses), request)
+    assert client.last
+    tokens, _ = alone(request)
+    found = [entry for output in client.outputs for entry in output.logprobs]
+    assert [entry.token for entry in found] == tokens
+    assert [entry.logprob for entry in found] == [-3.0 - i for i in range(len(tokens))]
+
+
+def test_the_stop_token_is_told_and_is_not_among_the_tokens(start):
+    free = alone(Request((9, 9), 10), stops=frozenset())[0]
+    client = run(start(), Request((9, 9), 10, stop_tokens=frozenset({free[3]})))
+    assert client.last.finish_reason == "stop"
+    assert client.last.stop_token == free[3]
+    assert client.tokens == free[: free.index(free[3])]
+
+
+def test_without_a_seed_two_answers_differ(start):
+    loop = start()
+    request = Request((3, 1), 12, Sampling(temperature=1.0), stop_tokens=frozenset())
+    clients = [run(loop, request) for _ in range(2)]
+    assert all(client.last.finish_reason == "length" for client in clients)
+    assert clients[0].tokens != clients[1].tokens
+
+
+def test_thousands_of_requests_leave_nothing_behind(start):
+    """Nor does the last output of one go missing, from many threads at once."""
+    loop = start(FakeRunner(page_tokens=2, num_pages=80, max_sequences=8, max_step_tokens=64))
+    num_ended = 0
+    lock = threading.Lock()
+
+    def work(thread):
+        nonlocal num_ended
+        for i in range(400):
+            client = run(loop, Request((thread + 1, i % 38 + 1), 1 + i % 3))
+            if i % 5 == 0:
+                loop.cancel(client.number)
+            assert client.last
+            with lock:
+                num_ended += 1
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert num_ended == 2000
+    assert_nothing_left(loop)
+    assert loop._live == {}
+    assert len(loop._scheduler.pool._page_of) < 80
