@@ -16,6 +16,8 @@ logarithms for each of 128,000 entries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -35,17 +37,28 @@ Rows = NDArray[np.int32]
 _BLOCK = 256
 
 
+Choose = Callable[[Tensor, Rows, Tensor], Tensor]
+"""(scores [R, V], rows, table) -> token and whether it equals its draft, int32 [R, 2].
+
+Row r of the scores is what follows table[slot, position] of `rows[r]`. The draft is what
+table[slot, position + 1] holds before; the token takes its place there (0 for NAN, which is no id
+that a model could read). Nothing waits for the device on CUDA. Of one `Choose` one call runs at a
+time.
+"""
+
+
+def chooser(device: torch.device) -> Choose:
+    """How tokens are chosen on a device."""
+    if device.type != "cuda":
+        return choose
+    from halfweight.kernels.triton_sampling import Chooser
+
+    on_device = Chooser(device)
+    return lambda scores, rows, table: on_device(scores, to_device(rows, device), table)
+
+
 def choose(scores: Tensor, rows: Rows, table: Tensor) -> Tensor:
-    """Token and whether it equals its draft, int32 [R, 2] on the scores' device.
-
-    Row r of `scores` [R, V] is what follows table[slot, position] of `rows[r]`. The draft is what
-    table[slot, position + 1] holds before; the token takes its place there (0 for NAN, which is no
-    id that a model could read). Nothing waits for the device on CUDA.
-    """
-    if scores.is_cuda:
-        from halfweight.kernels.triton_sampling import choose as choose_on_gpu
-
-        return choose_on_gpu(scores, to_device(rows, scores.device), table)
+    """`Choose` on the CPU, which defines it."""
     numbers = scores.float().numpy()
     tokens = np.array([choose_one(*pair) for pair in zip(numbers, rows, strict=True)], np.int32)
     places = rows[:, SLOT], rows[:, POSITION] + 1

@@ -8,7 +8,7 @@ leave no counts to mend.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,45 +18,23 @@ from torch import Tensor
 
 from halfweight.engine.transfer import to_device
 
-
-@dataclass(frozen=True)
-class Penalties:
-    """`repetition` as transformers defines it, over prompt and text; the others over the text."""
-
-    repetition: float
-    presence: float
-    frequency: float
-
-    @property
-    def change_scores(self) -> bool:
-        """Whether they do anything."""
-        return self != Penalties(1.0, 0.0, 0.0)
+NO_PENALTIES = np.array([1, 0, 0], np.float32)
+"""`repetition` as transformers defines it, over prompt and text; `presence` and `frequency` as
+OpenAI does, over the text."""
 
 
-@dataclass(frozen=True)
-class Penalized:
-    """A row to penalize for table[slot, :length]; the text begins at `num_prompt_tokens`."""
+def penalize(
+    scores: Tensor, places: NDArray[np.int64], penalties: NDArray[np.float32], table: Tensor
+) -> None:
+    """Change some rows of scores [R, V] in place, by the tokens that stand before them.
 
-    row: int
-    slot: int
-    length: int
-    num_prompt_tokens: int
-    penalties: Penalties
-
-
-def penalize(scores: Tensor, rows: list[Penalized], table: Tensor) -> None:
-    """Change scores [R, V] in place.
-
-    A token seen anywhere has its score divided by `repetition` if it is positive and multiplied
-    if it is not; a token of the text then loses `presence`, and `frequency` for each time.
+    places [4, P]: row, slot, tokens before it and where the text begins among them; penalties
+    [P, 3]. A token seen anywhere has its score divided by `repetition` if it is positive and
+    multiplied if it is not; one of the text then loses `presence`, and `frequency` for each time.
     """
     device = scores.device
-    places = np.array([(r.row, r.slot, r.length, r.num_prompt_tokens) for r in rows]).T
-    amounts = [(r.penalties.repetition, r.penalties.presence, r.penalties.frequency) for r in rows]
     row, slot, length, begin = to_device(places, device).unsqueeze(2)
-    repetition, presence, frequency = to_device(np.array(amounts, np.float32).T, device).unsqueeze(
-        2
-    )
+    repetition, presence, frequency = to_device(penalties.T, device).unsqueeze(2)
     history = table[slot.squeeze(1), : places[2].max()].long()
     at = torch.arange(history.shape[1], device=device)
     ids = torch.where(at < length, history, history[:, :1])  # behind a row's end is anything
@@ -74,30 +52,28 @@ def _counts(ids: Tensor, counted: Tensor, vocab_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Additions:
-    """What is added to the scores of some ids: a bias, or -inf. int64 and float32 arrays."""
+    """What is added to the scores of some ids: a bias, or -inf."""
 
     ids: NDArray[np.int64]
     values: NDArray[np.float32]
 
-
-def additions_of(values: Mapping[int, float]) -> Additions | None:
-    """None for no ids."""
-    if not values:
-        return None
-    ids, added = np.array(list(values), np.int64), np.array(list(values.values()), np.float32)
-    return Additions(ids, added)
+    @classmethod
+    def of(cls, values: Mapping[int, float]) -> Additions:
+        """From a dictionary by id."""
+        return cls(np.array(list(values), np.int64), np.array(list(values.values()), np.float32))
 
 
-def add(scores: Tensor, rows: list[tuple[int, Additions]]) -> None:
-    """Add to scores [R, V] in place."""
-    width = scores.shape[1]
-    flat = np.concatenate([row * width + additions.ids for row, additions in rows])
-    values = np.concatenate([additions.values for _, additions in rows])
+def add(scores: Tensor, rows: Sequence[int], additions: Sequence[Additions]) -> None:
+    """Add to some rows of scores [R, V] in place; a row may come twice."""
+    starts = np.array(rows, np.int64) * scores.shape[1]
+    flat = np.concatenate([each.ids for each in additions])
+    flat += np.repeat(starts, [len(each.ids) for each in additions])
+    values = np.concatenate([each.values for each in additions])
     device = scores.device
     scores.view(-1).scatter_add_(0, to_device(flat, device), to_device(values, device))
 
 
-def mask(scores: Tensor, rows: list[int], bits: NDArray[np.int32]) -> None:
+def mask(scores: Tensor, rows: Sequence[int], bits: NDArray[np.int32]) -> None:
     """Add -inf in place where a row's bit is 0: id i is bit i % 32 of bits[:, i // 32]."""
     device = scores.device
     where = to_device(np.array(rows, np.int64), device)

@@ -6,11 +6,11 @@ gives them by default.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from halfweight.engine.request import TokenLogprob
@@ -21,19 +21,20 @@ class Logprobs:
     """Those of one token for some rows of logits, on their way to the host."""
 
     @torch.inference_mode()
-    def __init__(self, logits: Tensor, tokens: Tensor, num_top: Mapping[int, int]) -> None:
+    def __init__(self, logits: Tensor, tokens: Tensor, num_top: NDArray[np.int64]) -> None:
         """Of tokens [R] (a NAN counts as id 0) and the likeliest of logits [R, V].
 
-        `num_top` says, for each row that wants them, how many of the likeliest.
+        `num_top` says for each row how many of the likeliest, or -1 if it wants nothing.
         """
-        if len(num_top) < len(logits):
-            rows = to_device(np.array(list(num_top)), logits.device)
+        (wanted,) = (num_top >= 0).nonzero()
+        if len(wanted) < len(logits):
+            rows = to_device(wanted, logits.device)
             logits, tokens = logits[rows], tokens[rows]
         scores = logits.float()
-        top = scores.topk(max(num_top.values()))
+        top = scores.topk(int(num_top.max()))
         chosen = scores.gather(1, tokens.clamp(min=0).long().unsqueeze(1))
         values = torch.cat([chosen, top.values], dim=1) - scores.logsumexp(dim=1, keepdim=True)
-        self._num_top = num_top
+        self._wanted = list(zip(wanted.tolist(), num_top[wanted].tolist(), strict=True))
         self._copy = HostCopy(tokens, top.indices, values)
 
     def ready(self) -> bool:
@@ -50,6 +51,6 @@ class Logprobs:
         return {
             row: TokenLogprob(token, chosen, tuple(zip(top_ids, top, strict=True))[:count])
             for (row, count), token, top_ids, (chosen, *top) in zip(
-                self._num_top.items(), tokens, ids, values, strict=True
+                self._wanted, tokens, ids, values, strict=True
             )
         }

@@ -17,9 +17,10 @@ tokens of step n, while the device computes the logits of n + 1.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -37,23 +38,21 @@ from halfweight.errors import UsageError
 _SEED_MASK = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
-class Choices:
-    """The tokens of a step, on the host."""
+@dataclass(frozen=True, slots=True)
+class Gained:
+    """What a chunk gained: its accepted drafts and the token after them."""
 
-    tokens: NDArray[np.int32]
-    """One a row of the logits; `choice.NAN` for a row with a NaN."""
-    gained: list[NDArray[np.int32]]
-    """Of each chunk, its accepted drafts and the token after them."""
-    logprobs: dict[int, TokenLogprob]
-    """By row, where they were asked for."""
+    tokens: list[int]
+    """The last is `choice.NAN` if its row holds a NaN."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One a token, if they were asked for."""
 
 
 class Sampled:
     """The tokens of a step on their way to the host."""
 
     def __init__(self, result: Tensor, ends: NDArray[np.int64], logprobs: Logprobs | None) -> None:
-        """`result` is `choice.choose`'s; the rows of chunk i end at `ends[i]`."""
+        """`result` is a `choice.Choose`'s; the rows of chunk i end at `ends[i]`."""
         self.tokens = result[:, 0]
         """int32 [R] on the device."""
         self._ends, self._logprobs = ends, logprobs
@@ -63,96 +62,75 @@ class Sampled:
         """Whether `wait` returns at once."""
         return self._copy.ready() and (self._logprobs is None or self._logprobs.ready())
 
-    def wait(self) -> Choices:
-        """The tokens, once they are there."""
-        return self._choices
+    def wait(self) -> list[Gained]:
+        """What each chunk gained, in their order, once it is there."""
+        return self._gained
 
     @cached_property
-    def _choices(self) -> Choices:
+    def _gained(self) -> list[Gained]:
         (result,) = self._copy.wait()
-        tokens, agrees = result.T
-        gained = [
-            tokens[begin : begin + 1 + _num_leading(agrees[begin : end - 1])]
-            for begin, end in zip([0, *self._ends[:-1]], self._ends, strict=True)
-        ]
-        return Choices(tokens, gained, {} if self._logprobs is None else self._logprobs.wait())
+        tokens, agrees = result.T.tolist()
+        logprobs = {} if self._logprobs is None else self._logprobs.wait()
+        ends = [0, *self._ends.tolist()]
+        return [_gained(begin, end, tokens, agrees, logprobs) for begin, end in pairwise(ends)]
 
 
-def _num_leading(flags: NDArray[np.int32]) -> int:
-    """How many are set before the first that is not."""
-    return int(np.append(flags, 0).argmin()) if len(flags) else 0
+def _gained(
+    begin: int,
+    end: int,
+    tokens: list[int],
+    agrees: list[int],
+    logprobs: Mapping[int, TokenLogprob],
+) -> Gained:
+    """Of rows begin to end: up to the first that is not its draft; the last has none."""
+    stop = begin + 1
+    while stop < end and agrees[stop - 1]:
+        stop += 1
+    found = tuple(logprobs[row] for row in range(begin, stop)) if begin in logprobs else ()
+    return Gained(tokens[begin:stop], found)
 
 
 @dataclass
-class _Wishes:
-    """What a slot asks for beyond temperature, top_k, top_p and min_p."""
+class _Constraint:
+    """A slot's grammar, and what it has not seen: what this chunk of these gained."""
 
-    num_prompt_tokens: int
-    penalties: edits.Penalties
-    bias: edits.Additions | None
-    held: edits.Additions | None
-    """-inf for the stop tokens, while there are fewer than `min_new_tokens`."""
-    min_new_tokens: int
-    num_logprobs: int | None
-    grammar: GrammarState | None
+    state: GrammarState
     unread: tuple[Sampled, int] | None = None
-    """What the grammar has not seen: what this chunk of these gained."""
 
-    @property
-    def are_none(self) -> bool:
-        rest = (self.bias, self.held, self.num_logprobs, self.grammar)
-        return not self.penalties.change_scores and all(value is None for value in rest)
+    def allowed(self, num_rows: int, num_words: int, drafts: Sequence[int]) -> NDArray[np.int32]:
+        """Bits of the ids that may come next; waits for the tokens of the last step."""
+        if self.unread is not None:
+            sampled, i = self.unread
+            self.state.advance(sampled.wait()[i].tokens)
+        bits = np.empty((num_rows, num_words), np.int32)
+        self.state.fill(bits, drafts)
+        return bits
 
 
 @dataclass(frozen=True)
-class _Asking:
-    """A chunk of a slot with wishes, and the rows that it has."""
+class _Step:
+    """The rows of a step: chunk i has those that end at ends[i]; slots and lengths are a row's."""
 
-    index: int
-    chunk: Chunk
-    rows: range
-    wishes: _Wishes
+    chunks: Sequence[Chunk]
+    ends: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    """Tokens of the sequence before the one that the row predicts."""
 
-    @property
-    def lengths(self) -> range:
-        """Tokens of the sequence before what each row predicts."""
-        stop = self.chunk.start + self.chunk.num_tokens + 1
-        return range(stop - len(self.rows), stop)
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk]) -> _Step:
+        places = [
+            (chunk.slot, chunk.start + chunk.num_tokens, chunk.num_logits) for chunk in chunks
+        ]
+        slots, stops, counts = np.array(places, np.int64).T
+        ends = counts.cumsum()
+        lengths = np.repeat(stops - ends, counts) + np.arange(1, ends[-1] + 1)
+        return cls(chunks, ends, np.repeat(slots, counts), lengths)
 
-
-@dataclass
-class _Edits:
-    """All that is to be changed in the scores of a step."""
-
-    penalized: list[edits.Penalized] = field(default_factory=list)
-    additions: list[tuple[int, edits.Additions]] = field(default_factory=list)
-    masked: list[int] = field(default_factory=list)
-    bits: list[NDArray[np.int32]] = field(default_factory=list)
-
-    def collect(self, asking: _Asking) -> None:
-        """Add what a chunk asks for, but its grammar's mask."""
-        slot, wishes, num_prompt = asking.chunk.slot, asking.wishes, asking.wishes.num_prompt_tokens
-        for row, length in zip(asking.rows, asking.lengths, strict=True):
-            if wishes.penalties.change_scores:
-                penalized = edits.Penalized(row, slot, length, num_prompt, wishes.penalties)
-                self.penalized.append(penalized)
-            if wishes.bias is not None:
-                self.additions.append((row, wishes.bias))
-            if wishes.held is not None and length - num_prompt < wishes.min_new_tokens:
-                self.additions.append((row, wishes.held))
-
-    def apply(self, logits: Tensor, table: Tensor) -> Tensor:
-        """The changed scores as float32, or the logits themselves."""
-        if not (self.penalized or self.additions or self.masked):
-            return logits
-        scores = logits.to(torch.float32, copy=True)
-        if self.penalized:
-            edits.penalize(scores, self.penalized, table)
-        if self.additions:
-            edits.add(scores, self.additions)
-        if self.masked:
-            edits.mask(scores, self.masked, np.concatenate(self.bits))
-        return scores
+    def rows_of(self, i: int) -> range:
+        """Those of chunk i."""
+        end = int(self.ends[i])
+        return range(end - self.chunks[i].num_logits, end)
 
 
 class Sampler:
@@ -163,9 +141,17 @@ class Sampler:
     ) -> None:
         """`table` is the runner's; `grammars` compiles for its model's tokenizer."""
         self._table, self._vocab_size, self._grammars = table, vocab_size, grammars
-        self._numbers = np.zeros((len(table), choice.NUM_COLUMNS), np.int32)
-        self._seeds = np.zeros(len(table), np.uint64)
-        self._wishes: dict[int, _Wishes] = {}
+        self._choose = choice.chooser(table.device)
+        num_slots = len(table)
+        self._numbers = np.zeros((num_slots, choice.NUM_COLUMNS), np.int32)
+        self._seeds = np.zeros(num_slots, np.uint64)
+        self._is_plain = np.ones(num_slots, np.bool_)
+        self._text_starts = np.zeros(num_slots, np.int64)
+        self._penalties = np.tile(edits.NO_PENALTIES, (num_slots, 1))
+        self._num_logprobs = np.full(num_slots, -1, np.int64)
+        self._biases: dict[int, edits.Additions] = {}
+        self._held: dict[int, tuple[int, edits.Additions]] = {}
+        self._constraints: dict[int, _Constraint] = {}
 
     def check(self, sampling: Sampling) -> None:
         """Raise UsageError for what `set` would refuse; compiles the grammar, on any thread."""
@@ -175,12 +161,13 @@ class Sampler:
                     f"logit_bias has token id {token}, expected 0 to {self._vocab_size - 1}",
                     hint="use ids of this model's tokenizer",
                 )
-        if sampling.num_logprobs is not None and sampling.num_logprobs > self._vocab_size:
+        if (sampling.num_logprobs or 0) > self._vocab_size:
             raise UsageError(
                 f"{sampling.num_logprobs} logprobs of {self._vocab_size} tokens",
                 hint="ask for less",
             )
-        self._start(sampling)
+        if sampling.grammar is not None:
+            self._compiler().start(sampling.grammar)
 
     def set(
         self,
@@ -189,14 +176,36 @@ class Sampler:
         prompt: Sequence[int],
         *,
         generated: Sequence[int] = (),
-        stop_tokens: Sequence[int] = (),
+        stop_tokens: Collection[int] = (),
     ) -> None:
         """Give a slot to a sequence: its prompt, and its text so far if it was preempted.
 
         Penalties read the tokens themselves from the table. `stop_tokens` are masked until the text
-        has `min_new_tokens`. Raises UsageError as `check` does.
+        has `min_new_tokens`. `sampling` is one that `check` takes.
         """
-        self.check(sampling)
+        self._set_numbers(slot, sampling)
+        self._text_starts[slot] = len(prompt)
+        self._penalties[slot] = (
+            sampling.repetition_penalty,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+        )
+        wanted = sampling.num_logprobs
+        self._num_logprobs[slot] = -1 if wanted is None else wanted
+        for by_slot in (self._biases, self._held, self._constraints):
+            by_slot.pop(slot, None)
+        if sampling.logit_bias:
+            self._biases[slot] = edits.Additions.of(sampling.logit_bias)
+        if sampling.min_new_tokens > 0 and stop_tokens:
+            held = edits.Additions.of(dict.fromkeys(stop_tokens, -np.inf))
+            self._held[slot] = len(prompt) + sampling.min_new_tokens, held
+        if sampling.grammar is not None:
+            state = self._compiler().start(sampling.grammar)
+            state.advance(generated)
+            self._constraints[slot] = _Constraint(state)
+        self._is_plain[slot] = wanted is None and not self._is_edited(slot)
+
+    def _set_numbers(self, slot: int, sampling: Sampling) -> None:
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self._seeds[slot] = seed & _SEED_MASK
         numbers, floats = self._numbers[slot], self._numbers.view(np.float32)[slot]
@@ -205,12 +214,11 @@ class Sampler:
         floats[choice.TEMPERATURE] = sampling.temperature
         floats[choice.TOP_P] = sampling.top_p
         floats[choice.MIN_P] = sampling.min_p
-        self._wishes.pop(slot, None)
-        wishes = self._wishes_of(sampling, len(prompt), stop_tokens)
-        if wishes.grammar is not None:
-            wishes.grammar.advance(generated)
-        if not wishes.are_none:
-            self._wishes[slot] = wishes
+
+    def _is_edited(self, slot: int) -> bool:
+        by_slot = (self._biases, self._held, self._constraints)
+        has_penalties = bool((self._penalties[slot] != edits.NO_PENALTIES).any())
+        return has_penalties or any(slot in found for found in by_slot)
 
     @torch.inference_mode()
     def sample(
@@ -225,86 +233,83 @@ class Sampler:
         slot: only slots with a grammar need them here, all have them in the table. Returns at once,
         unless a grammar awaits the last tokens of its slot.
         """
-        ends = np.cumsum([chunk.num_logits for chunk in chunks])
-        asking = self._asking(chunks, ends) if self._wishes else []
-        changes = _Edits()
-        for each in asking:
-            changes.collect(each)
-            if each.wishes.grammar is not None:
-                changes.masked += each.rows
-                changes.bits.append(self._allowed(each, (drafts or {}).get(each.chunk.slot, ())))
-        rows = self._rows(chunks, ends)
-        result = choice.choose(changes.apply(logits, self._table), rows, self._table)
-        sampled = Sampled(result, ends, _logprobs(logits, result, asking))
-        for each in asking:
-            each.wishes.unread = (sampled, each.index)
+        step = _Step.of(chunks)
+        is_plain = bool(self._is_plain[step.slots].all())
+        scores = logits if is_plain else self._edited(logits, step, drafts or {})
+        result = self._choose(scores, self._rows(step), self._table)
+        logprobs = None if is_plain else self._logprobs(logits, result, step)
+        sampled = Sampled(result, step.ends, logprobs)
+        for i in self._constrained(step):
+            self._constraints[chunks[i].slot].unread = (sampled, i)
         return sampled
 
-    def _asking(self, chunks: Sequence[Chunk], ends: NDArray[np.int64]) -> list[_Asking]:
-        return [
-            _Asking(i, chunk, range(int(end) - chunk.num_logits, int(end)), wishes)
-            for i, (chunk, end) in enumerate(zip(chunks, ends, strict=True))
-            if (wishes := self._wishes.get(chunk.slot)) is not None
-        ]
-
-    def _rows(self, chunks: Sequence[Chunk], ends: NDArray[np.int64]) -> choice.Rows:
-        """What `choice.choose` wants of each row."""
-        places = [
-            (chunk.slot, chunk.start + chunk.num_tokens, chunk.num_logits) for chunk in chunks
-        ]
-        slots, stops, counts = np.array(places, np.int64).T
-        slots = np.repeat(slots, counts)
-        rows: choice.Rows = self._numbers[slots]
-        positions = np.repeat(stops - ends, counts) + np.arange(len(rows))
-        rows[:, choice.POSITION] = positions
+    def _rows(self, step: _Step) -> choice.Rows:
+        """What a `choice.Choose` wants of each row."""
+        rows: choice.Rows = self._numbers[step.slots]
+        rows[:, choice.POSITION] = step.lengths - 1
         floats = rows.view(np.float32)
         if floats[:, choice.TEMPERATURE].any():
-            floats[:, choice.UNIFORM] = choice.uniforms(self._seeds[slots], positions + 1)
+            floats[:, choice.UNIFORM] = choice.uniforms(self._seeds[step.slots], step.lengths)
         return rows
 
-    def _allowed(self, asking: _Asking, drafts: Sequence[int]) -> NDArray[np.int32]:
-        """Bits of the ids that a grammar allows, once it has seen the tokens of the last step."""
-        grammar = asking.wishes.grammar
-        assert grammar is not None
-        if asking.wishes.unread is not None:
-            sampled, i = asking.wishes.unread
-            grammar.advance(sampled.wait().gained[i].tolist())
-        bits = np.empty((len(asking.rows), -(-self._vocab_size // 32)), np.int32)
-        grammar.fill(bits, drafts)
-        return bits
+    def _edited(self, logits: Tensor, step: _Step, drafts: Mapping[int, Sequence[int]]) -> Tensor:
+        """The scores as float32, changed as their rows ask."""
+        scores = logits.to(torch.float32, copy=True)
+        penalties = self._penalties[step.slots]
+        (rows,) = (penalties != edits.NO_PENALTIES).any(axis=1).nonzero()
+        if len(rows):
+            slots = step.slots[rows]
+            places = np.stack([rows, slots, step.lengths[rows], self._text_starts[slots]])
+            edits.penalize(scores, places, penalties[rows], self._table)
+        additions = self._additions(step)
+        if additions:
+            edits.add(scores, *zip(*additions, strict=True))
+        constrained = self._constrained(step)
+        if constrained:
+            edits.mask(scores, *self._masks(step, constrained, drafts))
+        return scores
 
-    def _start(self, sampling: Sampling) -> GrammarState | None:
-        if sampling.grammar is None:
-            return None
+    def _additions(self, step: _Step) -> list[tuple[int, edits.Additions]]:
+        """(row, what is added to it); a row may come twice."""
+        if not (self._biases or self._held):
+            return []
+        found = []
+        for row, (slot, length) in enumerate(zip(step.slots, step.lengths, strict=True)):
+            if slot in self._biases:
+                found.append((row, self._biases[slot]))
+            until, held = self._held.get(slot, (0, None))
+            if held is not None and length < until:
+                found.append((row, held))
+        return found
+
+    def _constrained(self, step: _Step) -> list[int]:
+        """Chunks whose slots have a grammar."""
+        if not self._constraints:
+            return []
+        return [i for i, chunk in enumerate(step.chunks) if chunk.slot in self._constraints]
+
+    def _masks(
+        self, step: _Step, constrained: Sequence[int], drafts: Mapping[int, Sequence[int]]
+    ) -> tuple[list[int], NDArray[np.int32]]:
+        """Rows, and the bits of the ids that they may take."""
+        num_words = -(-self._vocab_size // 32)
+        rows: list[int] = []
+        bits = []
+        for i in constrained:
+            slot = step.chunks[i].slot
+            span = step.rows_of(i)
+            rows += span
+            bits.append(self._constraints[slot].allowed(len(span), num_words, drafts.get(slot, ())))
+        return rows, np.concatenate(bits)
+
+    def _logprobs(self, logits: Tensor, result: Tensor, step: _Step) -> Logprobs | None:
+        num_top = self._num_logprobs[step.slots]
+        return Logprobs(logits, result[:, 0], num_top) if num_top.max() >= 0 else None
+
+    def _compiler(self) -> GrammarCompiler:
         if self._grammars is None:
             raise UsageError(
                 "structured output needs the model's tokenizer, and this model has none",
                 hint="add the tokenizer's files to the model's folder",
             )
-        return self._grammars.start(sampling.grammar)
-
-    def _wishes_of(
-        self, sampling: Sampling, num_prompt_tokens: int, stop_tokens: Sequence[int]
-    ) -> _Wishes:
-        held = dict.fromkeys(stop_tokens, -np.inf) if sampling.min_new_tokens > 0 else {}
-        return _Wishes(
-            num_prompt_tokens,
-            edits.Penalties(
-                sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
-            ),
-            edits.additions_of(sampling.logit_bias),
-            edits.additions_of(held),
-            sampling.min_new_tokens,
-            sampling.num_logprobs,
-            self._start(sampling),
-        )
-
-
-def _logprobs(logits: Tensor, result: Tensor, asking: Sequence[_Asking]) -> Logprobs | None:
-    num_top = {
-        row: each.wishes.num_logprobs
-        for each in asking
-        if each.wishes.num_logprobs is not None
-        for row in each.rows
-    }
-    return Logprobs(logits, result[:, 0], num_top) if num_top else None
+        return self._grammars

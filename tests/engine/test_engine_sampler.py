@@ -35,6 +35,11 @@ def decoding(slot, length, num_logits=1):
     return Chunk(slot, length - num_logits, num_logits, num_logits, ())
 
 
+def sampled(sampler, logits, chunks):
+    """The one token of each chunk."""
+    return np.array([gained.tokens for gained in sampler.sample(logits, chunks).wait()])[:, 0]
+
+
 def scores_of(rows, vocab, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(rows, vocab, generator=generator) * 3).to(dtype).to(DEVICE)
@@ -71,11 +76,10 @@ def test_greedy_rows_take_the_first_of_the_likeliest_and_write_it_to_the_table()
         sampler.set(slot, Sampling(), [1])
     chunks = [decoding(2, 5), decoding(0, 1), decoding(1, 64)]
     found = sampler.sample(logits, chunks).wait()
-    assert found.tokens.tolist() == logits.argmax(dim=-1).tolist()
-    assert found.tokens[1] == 7
-    assert [table[2, 5], table[0, 1], table[1, 64]] == found.tokens.tolist()
+    assert [gained.tokens for gained in found] == [[row] for row in logits.argmax(dim=-1).tolist()]
+    assert found[1].tokens == [7]
+    assert [[table[2, 5]], [table[0, 1]], [table[1, 64]]] == [gained.tokens for gained in found]
     assert int((table != 0).sum()) == 3
-    assert [gained.tolist() for gained in found.gained] == [[token] for token in found.tokens]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), INF, -INF])
@@ -86,13 +90,13 @@ def test_a_broken_row_affects_only_itself(bad, temperature):
     for slot in range(4):
         sampler.set(slot, Sampling(temperature=temperature, seed=slot), [1])
     logits = scores_of(4, 50)
-    whole = sampler.sample(logits, [decoding(s, 3) for s in range(4)]).wait().tokens
+    whole = sampled(sampler, logits, [decoding(s, 3) for s in range(4)])
     table.zero_()
     if bad == -INF:
         logits[2] = bad
     else:
         logits[2, 31] = bad
-    found = sampler.sample(logits, [decoding(s, 3) for s in range(4)]).wait().tokens
+    found = sampled(sampler, logits, [decoding(s, 3) for s in range(4)])
     assert found[2] == choice.NAN
     assert np.delete(found, 2).tolist() == np.delete(whole, 2).tolist()
     assert table[2, 3] == 0
@@ -104,7 +108,7 @@ def test_a_mask_or_a_penalty_does_not_hide_a_nan():
     sampler.set(0, sampling, [1], stop_tokens=[9])
     logits = scores_of(1, 50)
     logits[0, 9] = float("nan")
-    assert sampler.sample(logits, [decoding(0, 1)]).wait().tokens[0] == choice.NAN
+    assert sampled(sampler, logits, [decoding(0, 1)])[0] == choice.NAN
 
 
 @given(
@@ -139,8 +143,8 @@ def test_penalties_are_transformers_and_openais():
     table[1, 8:] = 11
     before = scores_of(2, vocab)
     scores = before.clone()
-    rows = [edits.Penalized(1, 1, 8, len(prompt), edits.Penalties(1.7, 0.25, 0.5))]
-    edits.penalize(scores, rows, table)
+    places = np.array([[1], [1], [8], [len(prompt)]])
+    edits.penalize(scores, places, np.array([[1.7, 0.25, 0.5]], np.float32), table)
     history = torch.tensor([prompt + text], device=DEVICE)
     wanted = RepetitionPenaltyLogitsProcessor(1.7)(history, before[1:].clone())[0]
     wanted[8] -= 0.25 + 0.5
@@ -159,13 +163,13 @@ def test_bias_and_held_stop_tokens():
     second = int(logits[0].argsort()[-2])
     for length, wanted in [(2, second), (4, second), (5, best)]:
         chunks = [decoding(0, length), decoding(1, length)]
-        assert sampler.sample(logits, chunks).wait().tokens.tolist() == [4, wanted]
+        assert sampled(sampler, logits, chunks).tolist() == [4, wanted]
 
 
 def test_ids_that_the_device_could_not_take_are_refused_by_name():
     sampler = Sampler(make_table(1), 50)
     with pytest.raises(UsageError, match="logit_bias has token id 50, expected 0 to 49"):
-        sampler.set(0, Sampling(logit_bias={50: 1.0}), [1])
+        sampler.check(Sampling(logit_bias={50: 1.0}))
     with pytest.raises(UsageError, match="51 logprobs of 50 tokens"):
         sampler.check(Sampling(num_logprobs=51))
 
@@ -191,7 +195,7 @@ def draws(sampling, logits, prompt, num_slots=64, num_positions=128):
     for position in range(num_positions):
         chunks = [decoding(slot, len(prompt) + position) for slot in range(num_slots)]
         table[:, len(prompt) :] = prompt[0]
-        found.append(sampler.sample(many, chunks).wait().tokens)
+        found.append(sampled(sampler, many, chunks))
     return np.bincount(np.concatenate(found), minlength=len(logits))
 
 
@@ -237,7 +241,7 @@ def test_seeds_of_any_size_are_taken_and_none_differs_each_time():
 
     def first(seed):
         sampler.set(0, Sampling(temperature=1.0, seed=seed), [1])
-        return int(sampler.sample(logits, [decoding(0, 1)]).wait().tokens[0])
+        return int(sampled(sampler, logits, [decoding(0, 1)])[0])
 
     assert first(-1) == first(-1) == first(2**64 - 1)
     assert len({first(seed) for seed in (0, 1, -1, 2**40)}) == 4
@@ -264,13 +268,13 @@ def test_a_seed_gives_the_same_token_in_any_company_and_order(order, count):
     for slot, sampling in enumerate(SAMPLINGS):
         sampler = Sampler(make_table(1), vocab)
         sampler.set(0, sampling, [1, 2])
-        alone.append(sampler.sample(logits[slot : slot + 1], [decoding(0, 2)]).wait().tokens[0])
+        alone.append(sampled(sampler, logits[slot : slot + 1], [decoding(0, 2)])[0])
     sampler = Sampler(make_table(len(SAMPLINGS)), vocab)
     for slot, sampling in enumerate(SAMPLINGS):
         sampler.set(slot, sampling, [1, 2])
     chosen = order[:count]
-    found = sampler.sample(logits[chosen], [decoding(slot, 2) for slot in chosen]).wait()
-    assert found.tokens.tolist() == [alone[slot] for slot in chosen]
+    found = sampled(sampler, logits[chosen], [decoding(slot, 2) for slot in chosen])
+    assert found.tolist() == [alone[slot] for slot in chosen]
 
 
 class Bigrams:
@@ -296,7 +300,7 @@ def generate(sampling, num_tokens, drafter=lambda tokens: [], vocab=60, preempt_
         drafts = drafter(tokens)
         table[1, len(tokens) : len(tokens) + len(drafts)] = torch.tensor(drafts, dtype=torch.int32)
         chunk = Chunk(1, len(tokens) - 1, 1 + len(drafts), 1 + len(drafts), ())
-        tokens += sampler.sample(model.run(table, 1, chunk), [chunk]).wait().gained[0].tolist()
+        tokens += sampler.sample(model.run(table, 1, chunk), [chunk]).wait()[0].tokens
         steps += 1
         if steps in preempt_at:
             sampler.set(1, sampling, prompt, generated=tokens[3:], stop_tokens=[0])
@@ -331,10 +335,10 @@ def test_gained_tokens_are_the_longest_run_of_right_drafts_and_one_more():
     sampler.set(0, Sampling(), [1])
     sampler.set(1, Sampling(num_logprobs=0), [1])
     found = sampler.sample(logits, [decoding(0, 4, 4), decoding(1, 6, 3)]).wait()
-    assert [gained.tolist() for gained in found.gained] == [[5, 6, 7], [5]]
+    assert [gained.tokens for gained in found] == [[5, 6, 7], [5]]
     assert table[0, 3] == 7
     assert table[1, 4] == 5
-    assert sorted(found.logprobs) == [4, 5, 6]
+    assert [len(gained.logprobs) for gained in found] == [0, 1]
 
 
 def test_logprobs_are_the_models_own():
@@ -347,25 +351,28 @@ def test_logprobs_are_the_models_own():
     sampler.set(2, Sampling(num_logprobs=0), [1])
     found = sampler.sample(logits, [decoding(slot, 1) for slot in range(3)]).wait()
     wanted = logits.log_softmax(dim=-1).cpu()
-    assert sorted(found.logprobs) == [1, 2]
-    for row, logprob in found.logprobs.items():
-        assert logprob.token == found.tokens[row]
+    assert [len(gained.logprobs) for gained in found] == [0, 1, 1]
+    for row, gained in enumerate(found[1:], 1):
+        (logprob,) = gained.logprobs
+        assert [logprob.token] == gained.tokens
         assert logprob.logprob == pytest.approx(float(wanted[row, logprob.token]), abs=1e-5)
-    top = wanted[1].topk(3)
-    assert [token for token, _ in found.logprobs[1].top] == top.indices.tolist()
-    values = [value for _, value in found.logprobs[1].top]
-    torch.testing.assert_close(torch.tensor(values), top.values)
-    assert found.logprobs[2].top == ()
+    top = found[1].logprobs[0].top
+    assert [token for token, _ in top] == wanted[1].topk(3).indices.tolist()
+    assert [value for _, value in top] == pytest.approx(wanted[1].topk(3).values.tolist(), abs=1e-5)
+    assert found[2].logprobs[0].top == ()
 
 
 def test_logprobs_of_given_tokens():
     logits = scores_of(4, 100)
     tokens = torch.tensor([3, 99, 0, 5], dtype=torch.int32, device=DEVICE)
-    found = Logprobs(logits, tokens, dict.fromkeys(range(4), 1)).wait()
+    found = Logprobs(logits, tokens, np.array([1, 1, -1, 0])).wait()
     wanted = logits.log_softmax(dim=-1)
-    for row, token in enumerate(tokens.tolist()):
-        assert found[row].logprob == pytest.approx(float(wanted[row, token]), abs=1e-5)
-        assert found[row].top[0][0] == int(wanted[row].argmax())
+    assert sorted(found) == [0, 1, 3]
+    for row, logprob in found.items():
+        assert logprob.token == tokens[row]
+        assert logprob.logprob == pytest.approx(float(wanted[row, tokens[row]]), abs=1e-5)
+    assert [found[row].top[0][0] for row in (0, 1)] == wanted[:2].argmax(dim=1).tolist()
+    assert found[3].top == ()
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -394,7 +401,7 @@ def test_the_kernel_chooses_what_the_definition_chooses(dtype):
     table = make_table(len(rows))
     expected_table = table.cpu().clone()
     expected = choice.choose(scores.cpu(), rows, expected_table)
-    found = triton_sampling.choose(scores, torch.from_numpy(rows).to(DEVICE), table)
+    found = triton_sampling.Chooser(table.device)(scores, torch.from_numpy(rows).to(DEVICE), table)
     assert found.tolist() == expected.tolist()
     assert torch.equal(table.cpu(), expected_table)
 
@@ -411,6 +418,29 @@ def test_the_kernel_keeps_what_the_definition_keeps(dtype, top_k, top_p):
     middles = (weights.cumsum() - weights / 2)[kept]
     rows = np.stack([row_of(1.0, top_k, top_p, uniform=middle) for middle in middles[::7]])
     many = scores.expand(len(rows), -1).contiguous()
-    on_device = torch.from_numpy(rows).to(DEVICE)
-    found = triton_sampling.choose(many, on_device, make_table(1))[:, 0]
+    on_device, table = torch.from_numpy(rows).to(DEVICE), make_table(1)
+    found = triton_sampling.Chooser(table.device)(many, on_device, table)[:, 0]
     assert found.tolist() == kept[::7].tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="programs of one row wait for each other on CUDA only")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_gets_the_same_token_from_any_number_of_programs(dtype):
+    vocab, num_rows = 128_256, 300
+    scores = scores_of(num_rows, vocab, seed=8, dtype=dtype)
+    scores[11, 128_255] = float("nan")
+    generator = np.random.default_rng(1)
+    rows = np.stack([ROWS[i % len(ROWS)] for i in range(num_rows)])
+    rows.view(np.float32)[:, choice.UNIFORM] = generator.random(num_rows, np.float32)
+    table = make_table(1)
+    rows[:, choice.SLOT], rows[:, choice.POSITION] = 0, 3
+    chooser = triton_sampling.Chooser(table.device)
+    on_device = torch.from_numpy(rows).to(DEVICE)
+    together = chooser(scores, on_device, table)[:, 0].tolist()
+    for count in (1, 3, 7, 100):
+        for begin in range(0, num_rows, count * 5):
+            part = slice(begin, begin + count)
+            found = chooser(scores[part], on_device[part], table)[:, 0].tolist()
+            assert found == together[part]
+    assert together[11] == choice.NAN
