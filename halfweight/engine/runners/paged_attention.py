@@ -75,7 +75,9 @@ class PagePool:
         self.keys, self.values = (
             torch.zeros(*shape, width, dtype=stored, device=device) for width in widths
         )
-        self._scales = [torch.zeros(*shape, 1, dtype=dtype, device=device) for _ in "kv"[: 2 * int8]]
+        self._scales = [
+            torch.zeros(*shape, 1, dtype=dtype, device=device) for _ in "kv"[: 2 * int8]
+        ]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -86,7 +88,10 @@ class PagePool:
         """Store keys and values [T, heads, D] of tokens at places [T] = page * page_tokens + i."""
         new = [keys, values]
         if self._scales:
-            (keys, key_scales), (values, value_scales) = quantize_heads(keys), quantize_heads(values)
+            (keys, key_scales), (values, value_scales) = (
+                quantize_heads(keys),
+                quantize_heads(values),
+            )
             new = [keys, values, key_scales, value_scales]
         for pages, numbers in zip(self.tensors, new, strict=True):
             pages.flatten(0, 1).index_copy_(0, places, numbers)
@@ -194,7 +199,7 @@ def _softmax_product(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, manner: Mann
     step = max(1, SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
     parts = [
         _written_out(rows, k, v, mask, manner)
-        for rows, mask in zip(q.split(step, dim=2), seen.split(step, dim=2), strict=True)
+        for rows, mask in zip(torch.split(q, step, 2), torch.split(seen, step, 2), strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 

@@ -72,7 +72,7 @@ def limit(dtype: torch.dtype, kv_cache: str) -> float:
 
 def _errors(runner: Runner, chunks: Step, expected: list[Tensor]) -> list[Tensor]:
     """One tensor of rows' errors for each chunk of a step."""
-    got = runner.run(chunks).float().split([chunk.num_logits for chunk in chunks])
+    got = torch.split(runner.run(chunks).float(), [chunk.num_logits for chunk in chunks])
     found = []
     for rows, chunk in zip(got, chunks, strict=True):
         right = expected[chunk.slot][chunk.start : chunk.start + chunk.num_tokens]

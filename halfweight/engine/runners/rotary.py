@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from halfweight.engine.runners.attention_interface import UnpageableError
+from halfweight.engine.runners.unfit import UnfitError
 
 _STRETCHING = ("dynamic", "longrope")
 
@@ -40,16 +40,21 @@ class _Factors:
     scaling: float
 
 
+def boundaries(model: nn.Module, max_context: int) -> list[int]:
+    """Lengths below `max_context` beyond which a text has other rotary factors, in order."""
+    modules = (module for module in model.modules() if _kinds(module))
+    return sorted({b for module in modules for b in _boundaries(module, max_context)})
+
+
 class LengthClasses:
     """The length classes of a model, and its rotary modules put under them; one class if none."""
 
     def __init__(self, model: nn.Module, max_context: int) -> None:
-        """Raises UnpageableError where a rotary module chooses its factors in a way of its own."""
-        self._modules = [m for m in model.modules() if _kinds(m)]
-        found = {b for m in self._modules for b in _boundaries(m, max_context)}
-        self.boundaries = sorted(found)
+        """Raises UnfitError where a rotary module chooses its factors in a way of its own."""
+        modules = [m for m in model.modules() if _kinds(m)]
+        self.boundaries = boundaries(model, max_context)
         """Lengths; a longer sequence is in the next class."""
-        self._turns = [_Turn(m, self.boundaries, max_context) for m in self._modules if found]
+        self._turns = [_Turn(m, self.boundaries, max_context) for m in modules if self.boundaries]
 
     def class_of(self, length: int) -> int:
         """The class of a sequence of so many tokens."""
@@ -74,7 +79,7 @@ class _Turn:
         self._module = module
         self._forward = inspect.unwrap(type(module).forward)
         if not _chooses_as_usual(type(module).forward):
-            raise UnpageableError("its rotary factors depend on the length in a way of its own")
+            raise UnfitError("its rotary factors depend on the length in a way of its own")
         lengths = [*boundaries, max_context]
         self._factors = {
             layer_type: [_factors(module, kind, layer_type, length) for length in lengths]

@@ -63,7 +63,7 @@ class Layout:
         """The row whose array [N] this is; views."""
         per_token, length = 4 * self.num_tokens, self.table_shape[0] * self.table_shape[1]
         sizes = [per_token, self.num_logits, length, *(piece[3] for piece in self.pieces)]
-        tokens, rows, table, *pages = numbers.split(sizes)
+        tokens, rows, table, *pages = torch.split(numbers, sizes)
         slots, positions, writes, classes = tokens.view(4, -1).unbind()
         pieces = [Piece(*where[:3], own) for where, own in zip(self.pieces, pages, strict=True)]
         places = Places(writes, positions, table.view(self.table_shape), pieces)

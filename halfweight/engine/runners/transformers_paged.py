@@ -6,7 +6,7 @@ model but attention treats tokens one by one, and attention is ours (`attention_
 into that call's own pool, so layers may differ in heads and widths, and a layer that is given an
 earlier layer's keys reads that one's pool.
 
-Whether that holds for a model is not looked up but tried: the constructor raises UnpageableError
+Whether that holds for a model is not looked up but tried: the constructor raises UnfitError
 unless a few tokens of two sequences, in chunks beside each other, give the logits of the plain
 forward of each (`probe.py`).
 
@@ -29,7 +29,6 @@ from halfweight.device_memory import available_bytes
 from halfweight.engine.runners.attention_interface import (
     PAGED,
     Call,
-    UnpageableError,
     configs_of,
     learn,
     using,
@@ -47,6 +46,7 @@ from halfweight.engine.runners.row import (
     pack_decoding,
     to_device,
 )
+from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.step import Chunk, Step
 from halfweight.experts import has_experts
 from halfweight.generate import KvCache
@@ -76,7 +76,7 @@ class TransformersRunner:
         kv_cache: KvCache = "16bit",
         fixed_shapes: bool | None = None,
     ) -> None:
-        """Raises UnpageableError, with the reason, where logits would not be the model's own.
+        """Raises UnfitError, with the reason, where logits would not be the model's own.
 
         `cache_tokens` in pages by default fill the device, or hold all sequences if that is less.
         `fixed_shapes` says whether decoding pads to buckets; by default on CUDA.
@@ -108,7 +108,7 @@ class TransformersRunner:
 
     def close(self) -> None:
         """Free pages and graphs."""
-        self._pools.clear()
+        self.pools.clear()
         self._buckets.clear()
 
     def _read_again(self, chunk: Chunk) -> None:
@@ -145,16 +145,19 @@ class TransformersRunner:
         keeps = "logits_to_keep" in self._arguments
         if keeps:
             asked["logits_to_keep"] = row.logits_rows
-        attention = _RowAttention(self._calls, self._pools, row.places)
+        attention = _RowAttention(self._calls, self.pools, row.places)
         with self._classes.of_tokens(row.classes), using(self._configs, PAGED, attention):
             logits: Tensor = self._model(**asked, use_cache=False).logits[0]
         return logits if keeps else logits[row.logits_rows]
 
     def _learn(self) -> list[Call]:
-        ids = texts(self._model)[0][:4]
+        ids = texts(self._model)[0][:7]
+        asked = {"input_ids": ids[None], "use_cache": False}
+        if "position_ids" in self._arguments:
+            asked["position_ids"] = torch.arange(len(ids), device=self.device)[None]
 
         def forward() -> Tensor:
-            logits: Tensor = self._model(input_ids=ids[None], use_cache=False).logits
+            logits: Tensor = self._model(**asked).logits
             return logits
 
         with torch.inference_mode():
@@ -167,18 +170,19 @@ class TransformersRunner:
         if cache_tokens is None:
             cache_tokens = min(_room(self.device, size), self.max_sequences * self.max_context)
         self.num_pages = 1 + max(2, -(-cache_tokens // PAGE_TOKENS))
-        self._pools: list[PagePool] = []
+        self.pools: list[PagePool] = []
+        """One for each attention call of a forward; a call with an earlier one's keys has its pool."""
         for call in self._calls:
             if call.source is not None:
-                self._pools.append(self._pools[call.source])
+                self.pools.append(self.pools[call.source])
                 continue
             shape = (self.num_pages, PAGE_TOKENS, call.num_heads)
-            self._pools.append(PagePool(shape, call.widths, call.dtype, self.device, int8=int8))
+            self.pools.append(PagePool(shape, call.widths, call.dtype, self.device, int8=int8))
 
     def _check(self, kv_cache: KvCache) -> None:
         found = deviation(self, self._model)
         if not found <= limit(self._model.dtype, kv_cache):
-            raise UnpageableError(f"over pages its logits are off by {found:.2g} of their spread")
+            raise UnfitError(f"over pages its logits are off by {found:.2g} of their spread")
 
 
 class _RowAttention:
