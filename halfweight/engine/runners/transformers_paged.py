@@ -171,7 +171,7 @@ class TransformersRunner:
             cache_tokens = min(_room(self.device, size), self.max_sequences * self.max_context)
         self.num_pages = 1 + max(2, -(-cache_tokens // PAGE_TOKENS))
         self.pools: list[PagePool] = []
-        """One for each attention call of a forward; a call with an earlier one's keys has its pool."""
+        """One for each attention call; a call with an earlier one's keys has its pool."""
         for call in self._calls:
             if call.source is not None:
                 self.pools.append(self.pools[call.source])
@@ -224,6 +224,11 @@ class _Bucket:
         self._device = device
         self._graph: Any = None
         self._logits: Tensor | None = None
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether steps are replayed."""
+        return self._graph is not None
 
     def run(self, numbers: Numbers) -> Tensor:
         """Logits of the step with these numbers; overwritten by the next."""
