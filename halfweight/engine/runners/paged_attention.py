@@ -177,6 +177,7 @@ def _read_piece(q: Tensor, pool: PagePool, piece: Piece, span: Span, manner: Man
         values.transpose(0, 1)[None],
         seen[None, None],
         manner,
+        causal=piece.start == 0 and (span.kind == "all" or end <= span.size),
     )
     return found[0].transpose(0, 1)
 
@@ -189,19 +190,35 @@ def _first_of(span: Span, position: int) -> int:
     }[span.kind]
 
 
-def _softmax_product(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, manner: Manner) -> Tensor:
-    """q [B, H, n, D], k and v [B, Hkv, L, D], seen [B, 1, n, L]; [B, H, n, Dv]."""
+def _softmax_product(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, manner: Manner, *, causal: bool = False
+) -> Tensor:
+    """q [B, H, n, D], k and v [B, Hkv, L, D], seen [B, 1, n, L]; [B, H, n, Dv].
+
+    `causal` says that n = L and `seen` is the whole triangle.
+    """
     if manner.softcap is None and manner.sinks is None:
-        grouped = q.shape[1] != k.shape[1]
-        return functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, scale=manner.scale, enable_gqa=grouped
-        )
+        return _fused(q, k, v, None if causal else seen, manner.scale)
     step = max(1, SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
     parts = [
         _written_out(rows, k, v, mask, manner)
         for rows, mask in zip(torch.split(q, step, 2), torch.split(seen, step, 2), strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    """By torch's own kernels; those of CUDA take no mask together with grouped heads."""
+    num_heads, num_groups = q.shape[1], k.shape[1]
+    if q.shape[2] == 1 and seen is not None:
+        rows = q.view(len(q), num_groups, -1, q.shape[-1])
+        found = functional.scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale)
+        return found.view(len(q), num_heads, 1, -1)
+    if q.is_cuda and seen is not None:
+        k, v = (t.repeat_interleave(num_heads // num_groups, dim=1) for t in (k, v))
+    return functional.scaled_dot_product_attention(
+        q, k, v, seen, is_causal=seen is None, scale=scale, enable_gqa=num_heads != k.shape[1]
+    )
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, manner: Manner) -> Tensor:
