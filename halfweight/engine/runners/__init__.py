@@ -1,0 +1,77 @@
+"""Runners turn a step into logits; `make_runner` chooses one for a model, once, and says why.
+
+`gpu.py` and `cpu.py` run Llama-like models by kernels of ours, `transformers_paged.py` any model
+whose attention goes through transformers' interface, `static.py` the rest. Each says by its own
+check whether it runs a model, with UnfitError and the reason if not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from halfweight.engine.runners.unfit import UnfitError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from halfweight.engine.step import Runner
+    from halfweight.generate import KvCache
+
+__all__ = ["UnfitError", "make_runner"]
+
+log = logging.getLogger("halfweight")
+
+
+def make_runner(
+    model: PreTrainedModel,
+    *,
+    max_sequences: int,
+    max_context: int,
+    cache_tokens: int | None = None,
+    kv_cache: KvCache = "16bit",
+) -> Runner:
+    """The quickest runner that gives this model's logits; one log line names it and why.
+
+    `cache_tokens` is the size of the pool of pages, by default what the device has room for. Raises
+    UsageError where no runner can, DoesNotFitError where memory is short.
+    """
+    reasons: list[str] = []
+    for name, make in _runners(model.device.type):
+        try:
+            runner: Runner = make(
+                model,
+                max_sequences=max_sequences,
+                max_context=max_context,
+                cache_tokens=cache_tokens,
+                kv_cache=kv_cache,
+            )
+        except UnfitError as error:
+            reasons.append(f"not {name}: {error.message}")
+            continue
+        why = "; ".join([describe(runner), *reasons])
+        log.info("%s runs by the %s runner: %s", type(model).__name__, name, why)
+        return runner
+    raise AssertionError("the static runner takes every model or raises UsageError")
+
+
+def describe(runner: Runner) -> str:
+    """What a user should know of a runner: sequences, cache, and what it cannot."""
+    own = getattr(runner, "description", "")
+    tokens = (runner.num_pages - 1) * runner.page_tokens
+    found = [f"up to {runner.max_sequences} sequences, {tokens} tokens of cache"]
+    if not runner.shares_prefixes:
+        found.append("no shared prefixes")
+    return ", ".join([*found, own] if own else found)
+
+
+def _runners(device_type: str) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Names and classes of the runners for a device, quickest first."""
+    own = {"cuda": ("gpu", "GpuRunner"), "cpu": ("cpu", "CpuRunner")}.get(device_type)
+    classes = [own] if own and find_spec(f"{__name__}.{own[0]}") else []
+    classes += [("transformers_paged", "TransformersRunner"), ("static", "StaticRunner")]
+    for module, name in classes:
+        yield module.removesuffix("_paged"), getattr(import_module(f"{__name__}.{module}"), name)

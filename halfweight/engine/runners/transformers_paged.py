@@ -1,0 +1,256 @@
+"""Any causal model of transformers over pages: its own forward, our attention.
+
+The tokens of a step, of all sequences, are one row [1, T] with their positions; everything in a
+model but attention treats tokens one by one, and attention is ours (`attention_interface.py`,
+`paged_attention.py`). The forward is told of no cache: keys and values of each attention call go
+into that call's own pool, so layers may differ in heads and widths, and a layer that is given an
+earlier layer's keys reads that one's pool.
+
+Whether that holds for a model is not looked up but tried: the constructor raises UnfitError
+unless a few tokens of two sequences, in chunks beside each other, give the logits of the plain
+forward of each (`probe.py`).
+
+Steps in which every chunk is one token take fixed shapes on CUDA: sequences and pages rounded up to
+powers of two, padding reads the table's last row and writes page 0. Such a step is recorded as a
+graph once and replayed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from halfweight.device_memory import available_bytes
+from halfweight.engine.runners.attention_interface import (
+    PAGED,
+    Call,
+    configs_of,
+    learn,
+    using,
+)
+from halfweight.engine.runners.paged_attention import Manner, PagePool, Places, attend
+from halfweight.engine.runners.probe import deviation, limit, texts
+from halfweight.engine.runners.rotary import LengthClasses
+from halfweight.engine.runners.row import (
+    Layout,
+    Numbers,
+    Part,
+    Row,
+    num_pages_of,
+    pack,
+    pack_decoding,
+    to_device,
+)
+from halfweight.engine.runners.unfit import UnfitError
+from halfweight.engine.step import Chunk, Step
+from halfweight.experts import has_experts
+from halfweight.generate import KvCache
+
+PAGE_TOKENS = 16
+STEP_TOKENS = 2048
+"""Most tokens of a step: bounds the memory of activations."""
+CPU_CACHE_TOKENS = 16384
+"""Tokens of cache where there is no device memory to measure."""
+CACHE_SHARE = 0.8
+"""Part of a GPU's free memory that becomes pages; the rest is for activations."""
+
+
+class TransformersRunner:
+    """A Runner (`engine/step.py`) by transformers' own forward, for models that page."""
+
+    page_tokens = PAGE_TOKENS
+    max_step_tokens = STEP_TOKENS
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_sequences: int,
+        max_context: int,
+        cache_tokens: int | None = None,
+        kv_cache: KvCache = "16bit",
+        fixed_shapes: bool | None = None,
+    ) -> None:
+        """Raises UnfitError, with the reason, where logits would not be the model's own.
+
+        `cache_tokens` in pages by default fill the device, or hold all sequences if that is less.
+        `fixed_shapes` says whether decoding pads to buckets; by default on CUDA.
+        """
+        self.device = model.device
+        self.max_sequences, self.max_context = max_sequences, max_context
+        self._model, self._configs = model, configs_of(model)
+        self._arguments = inspect.signature(type(model).forward).parameters
+        self._classes = LengthClasses(model, max_context)
+        self.shares_prefixes = not self._classes.boundaries
+        rows = max_sequences + 1
+        self.table = torch.zeros(rows, max_context + 1, dtype=torch.int32, device=self.device)
+        self._calls = self._learn()
+        self._make_pools(cache_tokens, int8=kv_cache == "int8")
+        on_cuda = self.device.type == "cuda"
+        self._fixed_shapes = on_cuda if fixed_shapes is None else fixed_shapes
+        self._records = on_cuda and not has_experts(model)
+        self._buckets: dict[Layout, _Bucket] = {}
+        self._check(kv_cache)
+
+    def run(self, step: Step) -> Tensor:
+        """Logits [sum of num_logits, V] of the chunks, in their order."""
+        with torch.inference_mode():
+            for chunk in step:
+                self._read_again(chunk)
+            ends = [chunk.start + chunk.num_tokens for chunk in step]
+            classes = map(self._classes.class_of, ends)
+            return self._run([Part(*both) for both in zip(step, classes, strict=True)])
+
+    def close(self) -> None:
+        """Free pages and graphs."""
+        self.pools.clear()
+        self._buckets.clear()
+
+    def _read_again(self, chunk: Chunk) -> None:
+        """Where a sequence passes into another length class, bring all before the chunk there."""
+        new = self._classes.class_of(chunk.start + chunk.num_tokens)
+        if chunk.start == 0 or self._classes.class_of(chunk.start) == new:
+            return
+        for start in range(0, chunk.start, STEP_TOKENS):
+            num = min(STEP_TOKENS, chunk.start - start)
+            self._run([Part(Chunk(chunk.slot, start, num, 0, chunk.pages), new)])
+
+    def _run(self, parts: Sequence[Part]) -> Tensor:
+        if self._fixed_shapes and parts[-1].chunk.num_tokens == 1:
+            return self._decode(parts)
+        numbers, layout = pack(parts, PAGE_TOKENS)
+        logits = self._forward(layout.cut(to_device(numbers, self.device)))
+        return logits[: sum(part.chunk.num_logits for part in parts)]
+
+    def _decode(self, parts: Sequence[Part]) -> Tensor:
+        """A step of single tokens in the shapes of its bucket."""
+        shape = (_power_of_two(len(parts)), _power_of_two(num_pages_of(parts, PAGE_TOKENS)))
+        numbers, layout = pack_decoding(parts, PAGE_TOKENS, shape, self.max_sequences)
+        if layout not in self._buckets:
+            self._buckets[layout] = _Bucket(self._forward, layout, self.device, self._records)
+        logits = self._buckets[layout].run(numbers)[: len(parts)]
+        wanted = [i for i, part in enumerate(parts) if part.chunk.num_logits]
+        return logits if len(wanted) == len(parts) else logits[wanted]
+
+    def _forward(self, row: Row) -> Tensor:
+        """Logits [R, V] of the tokens of a row that `logits_rows` names."""
+        asked: dict[str, Any] = {"input_ids": self.table[row.slots, row.positions].long()[None]}
+        if "position_ids" in self._arguments:
+            asked["position_ids"] = row.positions[None]
+        keeps = "logits_to_keep" in self._arguments
+        if keeps:
+            asked["logits_to_keep"] = row.logits_rows
+        attention = _RowAttention(self._calls, self.pools, row.places)
+        with self._classes.of_tokens(row.classes), using(self._configs, PAGED, attention):
+            logits: Tensor = self._model(**asked, use_cache=False).logits[0]
+        return logits if keeps else logits[row.logits_rows]
+
+    def _learn(self) -> list[Call]:
+        ids = texts(self._model)[0][:7]
+        asked = {"input_ids": ids[None], "use_cache": False}
+        if "position_ids" in self._arguments:
+            asked["position_ids"] = torch.arange(len(ids), device=self.device)[None]
+
+        def forward() -> Tensor:
+            logits: Tensor = self._model(**asked).logits
+            return logits
+
+        with torch.inference_mode():
+            calls, logits = learn(self._model, forward, len(ids), self.max_context)
+        self.vocab_size = logits.shape[-1]
+        return calls
+
+    def _make_pools(self, cache_tokens: int | None, *, int8: bool) -> None:
+        size = sum(call.num_bytes(int8=int8) for call in self._calls if call.source is None)
+        if cache_tokens is None:
+            cache_tokens = min(_room(self.device, size), self.max_sequences * self.max_context)
+        self.num_pages = 1 + max(2, -(-cache_tokens // PAGE_TOKENS))
+        self.pools: list[PagePool] = []
+        """One for each attention call; a call with an earlier one's keys has its pool."""
+        for call in self._calls:
+            if call.source is not None:
+                self.pools.append(self.pools[call.source])
+                continue
+            shape = (self.num_pages, PAGE_TOKENS, call.num_heads)
+            self.pools.append(PagePool(shape, call.widths, call.dtype, self.device, int8=int8))
+
+    def _check(self, kv_cache: KvCache) -> None:
+        found = deviation(self, self._model)
+        if not found <= limit(self._model.dtype, kv_cache):
+            raise UnfitError(f"over pages its logits are off by {found:.2g} of their spread")
+
+
+class _RowAttention:
+    """Answers the attention calls of one forward, in their order."""
+
+    def __init__(self, calls: Sequence[Call], pools: Sequence[PagePool], places: Places) -> None:
+        self._calls = iter(zip(calls, pools, strict=True))
+        self._places = places
+
+    def __call__(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Any,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        call, pool = next(self._calls)
+        if call.source is None:
+            pool.write(self._places.writes, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        manner = Manner(scale, softcap, s_aux)
+        return attend(q[0].transpose(0, 1), pool, self._places, call.span, manner)[None]
+
+
+class _Bucket:
+    """A step of fixed shapes: run once as it is, on CUDA then recorded and replayed."""
+
+    def __init__(
+        self, forward: Callable[[Row], Tensor], layout: Layout, device: torch.device, records: bool
+    ) -> None:
+        self._forward, self._layout, self._records = forward, layout, records
+        self._numbers: Tensor | None = None
+        self._device = device
+        self._graph: Any = None
+        self._logits: Tensor | None = None
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether steps are replayed."""
+        return self._graph is not None
+
+    def run(self, numbers: Numbers) -> Tensor:
+        """Logits of the step with these numbers; overwritten by the next."""
+        new = to_device(numbers, self._device)
+        if self._numbers is None or not self._records:
+            self._numbers = new
+            return self._forward(self._layout.cut(new))
+        self._numbers.copy_(new)
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._logits = self._forward(self._layout.cut(self._numbers))
+        self._graph.replay()
+        assert self._logits is not None
+        return self._logits
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _room(device: torch.device, token_bytes: int) -> int:
+    """Tokens of cache that the device has room for."""
+    free = available_bytes(device)
+    return CPU_CACHE_TOKENS if free is None else int(free * CACHE_SHARE) // token_bytes
