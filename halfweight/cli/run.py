@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,13 +17,32 @@ from halfweight.cli.output import bytes_bar, print_json, stderr
 from halfweight.cli.refusal import Force, longest_prompt, require_room
 from halfweight.errors import UsageError
 
+if TYPE_CHECKING:
+    from halfweight.engine.engine import Engine
+
+log = logging.getLogger("halfweight")
+
 Model = Annotated[str, typer.Argument(help="A halfweight folder or Hub id.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")]
-TopK = Annotated[int, typer.Option(min=0, help="Sample from so many tokens; 0 from all.")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample from this much probability.")]
-Penalty = Annotated[float, typer.Option(min=0.01, help="Over 1 makes repetition less likely.")]
+Temperature = Annotated[
+    float | None, typer.Option(min=0, help="0 takes the likeliest token [default: the model's].")
+]
+TopK = Annotated[
+    int | None, typer.Option(min=0, help="Sample from so many tokens; 0 from all [the model's].")
+]
+TopP = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Sample from so much probability [the model's].")
+]
+MinP = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Sample from this share of the likeliest's.")
+]
+Penalty = Annotated[
+    float | None, typer.Option(min=0.01, help="Over 1 makes repetition less likely [the model's].")
+]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Greedy = Annotated[
+    bool, typer.Option("--greedy", help="Take the likeliest token, whatever the model's files say.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N [default: a GPU if any].")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
@@ -34,9 +53,6 @@ Activations = Annotated[
     Literal["exact", "int8"], typer.Option(help="int8 rounds activations too: faster prefill.")
 ]
 Cache = Annotated[Literal["16bit", "int8"], typer.Option(help="Numbers of the KV cache.")]
-Compile = Annotated[
-    bool, typer.Option("--compile", help="Compile the step: starts slower, runs faster.")
-]
 
 
 @app.command()
@@ -46,51 +62,50 @@ def generate(
     prompts: Annotated[
         Path | None, typer.Option(help="A file with one prompt a line, instead of PROMPT.")
     ] = None,
-    batch_size: Annotated[
-        str, typer.Option(help="Prompts at once: a number, or 'auto' for what fits.")
-    ] = "auto",
+    max_sequences: Annotated[
+        int | None, typer.Option(min=1, help="Prompts at once [default: by the device].")
+    ] = None,
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    repetition_penalty: Penalty = 1.0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
     seed: Seed = None,
+    greedy: Greedy = False,
     device: Device = None,
     dtype: Dtype = None,
     backend: BackendName = None,
     activations: Activations = "exact",
     kv_cache: Cache = "16bit",
-    compiled: Compile = False,
     force: Force = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Continue a prompt, or every line of a file."""
-    from halfweight.engine.decoder import Sampling
-
     if (prompt is None) == (prompts is None):
         raise UsageError("no prompt, or two kinds of them", hint="give PROMPT or --prompts FILE")
     texts = [prompt] if prompt is not None else _lines(prompts)
+    given = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, greedy)
     if not force:
-        batch = min(int(batch_size), len(texts)) if batch_size.isdigit() else 1
         require_room(
-            model,
-            device,
-            lambda: longest_prompt(model, texts) + max_new_tokens,
-            max(1, batch),
-            kv_cache,
+            model, device, lambda: longest_prompt(model, texts) + max_new_tokens, 1, kv_cache
         )
-    loaded, tokenizer = open_model(model, device, dtype, backend, activations)
-    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "sampling": sampling,
-        "kv_cache": kv_cache,
-        "step": "compiled" if compiled else "kernel",
-    }
-    if prompt is not None and not json_output:
-        _print_stream(loaded, tokenizer, tokenizer(prompt)["input_ids"], options)
-        return
-    _print_batches(loaded, tokenizer, texts, batch_size, options, json_output)
+    engine = open_engine(
+        model,
+        device,
+        dtype,
+        backend,
+        activations,
+        max_sequences=max_sequences or (1 if prompt is not None else None),
+        kv_cache=kv_cache,
+    )
+    with engine:
+        _log_sampling(engine, given)
+        options = {"max_new_tokens": max_new_tokens, **given}
+        if prompt is not None and not json_output:
+            _print_stream(engine, prompt, options)
+        else:
+            _print_all(engine, texts, options, json_output)
 
 
 @app.command()
@@ -98,11 +113,13 @@ def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.7,
-    top_k: TopK = 0,
-    top_p: TopP = 0.95,
-    repetition_penalty: Penalty = 1.0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
     seed: Seed = None,
+    greedy: Greedy = False,
     device: Device = None,
     dtype: Dtype = None,
     backend: BackendName = None,
@@ -110,54 +127,82 @@ def chat(
     kv_cache: Cache = "16bit",
 ) -> None:
     """Talk with a model. /reset forgets what was said, /quit ends."""
-    from halfweight.engine.decoder import Sampling
-
-    loaded, tokenizer = open_model(model, device, dtype, backend, activations)
-    if tokenizer.chat_template is None:
-        raise UsageError(
-            f"{model} has no chat template", hint="use `halfweight generate`, or a model for chat"
-        )
-    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-    options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "kv_cache": kv_cache}
+    given = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, greedy)
     first = [{"role": "system", "content": system}] if system else []
-    said = list(first)
-    for line in _typed():
-        if line == "/quit":
-            return
-        if line == "/reset":
-            said = list(first)
-            continue
-        said.append({"role": "user", "content": line})
-        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)
-        answer = _print_stream(loaded, tokenizer, ids["input_ids"], options)
-        said.append({"role": "assistant", "content": answer})
+    engine = open_engine(
+        model, device, dtype, backend, activations, max_sequences=1, kv_cache=kv_cache
+    )
+    with engine:
+        _log_sampling(engine, given)
+        engine.chat_prompt([*first, {"role": "user", "content": "hi"}])  # a template that refuses
+        said = list(first)
+        for line in _typed():
+            if line == "/quit":
+                return
+            if line == "/reset":
+                said = list(first)
+                continue
+            said.append({"role": "user", "content": line})
+            prompt = engine.chat_prompt(said)
+            answer = _print_stream(engine, prompt, {"max_new_tokens": max_new_tokens, **given})
+            said.append({"role": "assistant", "content": answer})
 
 
-def open_model(
-    model: str, device: str | None, dtype: str | None, backend: str | None, activations: Any
-) -> tuple[Any, Any]:
-    """The loaded model and its tokenizer."""
+def open_engine(
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    backend: str | None,
+    activations: Any,
+    **limits: Any,
+) -> Engine:
+    """The engine of a model, with a bar while it loads; `limits` are Engine's."""
     import torch
-    from transformers import AutoTokenizer
 
-    from halfweight.checkpoint.headers import resolve
-    from halfweight.model.loading import load
+    from halfweight.engine.engine import Engine
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     begin = time.perf_counter()
     with bytes_bar() as bar:
-        task = bar.add_task(f"loading on {device}", total=None)
-        loaded = load(
+        task = bar.add_task("loading", total=None)
+        engine = Engine(
             model,
             device=device,
             dtype=getattr(torch, dtype) if dtype else None,
             backend=backend,
             activations=activations,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **limits,
         )
     if sys.stderr.isatty():
-        stderr.print(f"loaded on {device} in {time.perf_counter() - begin:.1f} s")
-    return loaded, AutoTokenizer.from_pretrained(resolve(model))
+        stderr.print(f"loaded in {time.perf_counter() - begin:.1f} s")
+    return engine
+
+
+def _sampling(
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    seed: int | None,
+    greedy: bool,
+) -> dict[str, Any]:
+    """The options that were given; what was not is as the model's files say."""
+    if greedy and temperature:
+        raise UsageError("--greedy and --temperature", hint="give one of them")
+    values = {
+        "temperature": 0.0 if greedy else temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _log_sampling(engine: Engine, given: dict[str, Any]) -> None:
+    log.info("sampling: %s", replace(engine.sampling, **given))
 
 
 def _typed() -> Iterator[str]:
@@ -182,71 +227,43 @@ def _lines(path: Path | None) -> list[str]:
     return texts
 
 
-def _print_stream(loaded: Any, tokenizer: Any, ids: list[int], options: dict[str, Any]) -> str:
-    """Print the continuation of one prompt as it comes; returns it."""
-    from halfweight.engine.decoder import stream
-
-    tokens: list[int] = []
-    shown = ""
+def _print_stream(engine: Engine, prompt: str | list[int], options: dict[str, Any]) -> str:
+    """Print the continuation of one prompt as it comes; returns it. Raises what ends it."""
+    shown, num_tokens = "", 0
     begin = time.perf_counter()
-    for (entry,) in stream(loaded, [ids], **options):
-        if entry == "nan":
-            stderr.print(f"stopped: the logits of token {len(tokens) + 1} are not numbers")
-        if not isinstance(entry, int):
-            break
-        tokens.append(entry)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print()
-    if sys.stderr.isatty() and len(tokens) > 1:
-        rate = len(tokens) / (time.perf_counter() - begin)
-        stderr.print(f"{len(tokens)} tokens, {rate:.1f} a second", style="dim")
+    try:
+        for piece in engine.open(engine.request(prompt, **options)):
+            print(piece.text, end="", flush=True)
+            shown += piece.text
+            num_tokens += len(piece.tokens)
+            if piece.error is not None:
+                raise piece.error
+    finally:
+        print()
+    if sys.stderr.isatty() and num_tokens > 1:
+        rate = num_tokens / (time.perf_counter() - begin)
+        stderr.print(f"{num_tokens} tokens, {rate:.1f} a second", style="dim")
     return shown
 
 
-def _print_batches(
-    loaded: Any,
-    tokenizer: Any,
-    texts: Sequence[str],
-    batch_size: str,
-    options: dict[str, Any],
-    json_output: bool,
+def _print_all(
+    engine: Engine, texts: Sequence[str], options: dict[str, Any], json_output: bool
 ) -> None:
-    """Print every prompt's continuation in order, a batch of similar lengths at a time.
-
-    Batches share their decoder, and so what a GPU has recorded for their size.
-    """
-    from halfweight.engine.decoder import Decoder
-    from halfweight.engine.decoder import generate as generate_tokens
-
-    ids = [tokenizer(text)["input_ids"] for text in texts]
-    size = _batch_size(batch_size, loaded, ids, options)
-    length = max(map(len, ids)) + options["max_new_tokens"]
-    own = {name: options[name] for name in ("kv_cache", "step")}
-    decoder_of = cache(lambda sequences: Decoder(loaded, sequences, length, **own))
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    results: dict[int, Any] = {}
-    for begin in range(0, len(order), size):
-        batch = order[begin : begin + size]
-        prompts = [ids[i] for i in batch]
-        found = generate_tokens(loaded, prompts, **options, decoder=decoder_of(len(batch)))
-        results |= dict(zip(batch, found, strict=True))
-    for i, text in enumerate(texts):
-        answer = tokenizer.decode(results[i].tokens, skip_special_tokens=True)
+    """Print every prompt's continuation in order. Raises the first error, after all are printed."""
+    found = engine.generate(texts, **options)
+    for text, answer in zip(texts, found, strict=True):
         if json_output:
-            print_json({"prompt": text, "text": answer, **asdict(results[i])}, indent=None)
+            print_json(
+                {
+                    "prompt": text,
+                    "text": answer.text,
+                    "tokens": list(answer.tokens),
+                    "finish_reason": answer.finish_reason,
+                },
+                indent=None,
+            )
         else:
-            print(f"{text}{answer}")
-
-
-def _batch_size(wanted: str, loaded: Any, ids: list[list[int]], options: dict[str, Any]) -> int:
-    from halfweight.engine.decoder import largest_batch
-
-    if wanted.isdigit() and int(wanted) > 0:
-        return int(wanted)
-    if wanted != "auto":
-        raise UsageError(f"batch size is {wanted!r}", hint="give a number or 'auto'")
-    length = max(map(len, ids)) + options["max_new_tokens"]
-    return min(len(ids), largest_batch(loaded, length, options["kv_cache"]))
+            print(f"{text}{answer.text}")
+    for answer in found:
+        if answer.error is not None:
+            raise answer.error

@@ -10,7 +10,15 @@ import typer
 from halfweight.cli import app
 from halfweight.cli.output import stderr
 from halfweight.cli.refusal import Force, require_room
-from halfweight.cli.run import Activations, BackendName, Device, Dtype, Model
+from halfweight.cli.run import (
+    Activations,
+    BackendName,
+    Cache,
+    Device,
+    Dtype,
+    Model,
+    open_engine,
+)
 from halfweight.errors import UsageError
 
 
@@ -27,18 +35,25 @@ def serve(
         str | None, typer.Option(help="The model's name in the API [default: its folder's].")
     ] = None,
     max_requests: Annotated[
-        int, typer.Option(min=1, help="Requests at once; more are answered with 429.")
-    ] = 64,
-    cache_tokens: Annotated[
-        int | None, typer.Option(min=64, help="KV cache, of all requests [default: what fits].")
+        int, typer.Option(min=1, help="Running and waiting; more are answered with 429.")
+    ] = 1024,
+    max_sequences: Annotated[
+        int | None, typer.Option(min=1, help="Run at once [default: by the device].")
     ] = None,
+    max_context: Annotated[
+        int | None, typer.Option(min=16, help="Tokens of the longest text [default: the model's].")
+    ] = None,
+    cache_tokens: Annotated[
+        int | None, typer.Option(min=64, help="KV cache, of all texts [default: what fits].")
+    ] = None,
+    kv_cache: Cache = "16bit",
     device: Device = None,
     dtype: Dtype = None,
     backend: BackendName = None,
     activations: Activations = "exact",
     force: Force = False,
 ) -> None:
-    """Serve a model: /v1/chat/completions, /v1/completions, /v1/models, /health."""
+    """Serve a model: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
     try:
         import uvicorn
 
@@ -48,14 +63,29 @@ def serve(
             f"serving needs {error.name}, which is not installed",
             hint="pip install 'halfweight[serve]'",
         ) from error
-    from halfweight.cli.run import open_model
-    from halfweight.engine.continuous import Engine
-
     if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
         stderr.print(f"{host} is reachable by others and there is no --api-key: anyone can use it")
     if not force:
-        require_room(model, device, lambda: cache_tokens or 1, 1)
-    loaded, tokenizer = open_model(model, device, dtype, backend, activations)
-    engine = Engine(loaded, max_requests=max_requests, cache_tokens=cache_tokens)
-    application = build_app(engine, tokenizer, name or Path(model).name, api_key=api_key)
+        require_room(model, device, lambda: cache_tokens or 1, 1, kv_cache)
+    engine = open_engine(
+        model,
+        device,
+        dtype,
+        backend,
+        activations,
+        max_sequences=max_sequences,
+        max_context=max_context,
+        cache_tokens=cache_tokens,
+        kv_cache=kv_cache,
+    )
+    if engine.tokenizer is None:
+        raise UsageError(f"{model}: no tokenizer in it", hint="serve needs one beside the weights")
+    stderr.print(f"{engine.description}; default sampling {engine.sampling}", highlight=False)
+    application = build_app(
+        engine,
+        engine.tokenizer,
+        name or Path(model).name,
+        api_key=api_key,
+        max_requests=max_requests,
+    )
     uvicorn.run(application, host=host, port=port)

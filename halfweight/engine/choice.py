@@ -4,7 +4,7 @@ What is kept follows transformers' warpers in their order: scores over the tempe
 largest, of those the fewest that hold `top_p` of their probability, of those what has at least
 `min_p` of the largest one's. Each of the three is a floor under the scores, so tokens that tie with
 the last one kept are kept too, and no row is sorted whole: on CUDA a kernel searches the floors
-(kernels/triton_sampling.py); on the CPU what cannot be kept is left out of the sort.
+(sampling.py); on the CPU what cannot be kept is left out of the sort.
 
 A token is drawn by one uniform number u a row: the first token, in order of ids, at which the sum
 of probabilities exceeds u of the whole. u is a hash of the sequence's seed and the token's position
@@ -51,7 +51,7 @@ def chooser(device: torch.device) -> Choose:
     """How tokens are chosen on a device."""
     if device.type != "cuda":
         return choose
-    from halfweight.kernels.triton_sampling import Chooser
+    from halfweight.kernels.triton.sampling import Chooser
 
     on_device = Chooser(device)
     return lambda scores, rows, table: on_device(scores, to_device(rows, device), table)

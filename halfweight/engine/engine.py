@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import fields as fields_of
 from dataclasses import replace
@@ -32,8 +32,9 @@ import torch
 
 from halfweight.engine.loop import Loop, OnOutput
 from halfweight.engine.request import Request, Sampling
+from halfweight.engine.runners import describe, make_runner
 from halfweight.engine.sequence import MakeDrafter
-from halfweight.engine.step import Runner
+from halfweight.engine.step import KvCache, Runner
 from halfweight.engine.stops import default_sampling, end_of_text_tokens
 from halfweight.engine.streams import AsyncStream, Completion, Piece, Stream, complete
 from halfweight.engine.text import Detokenizer
@@ -79,25 +80,38 @@ class Engine:
         activations: Literal["exact", "int8"] = "exact",
         max_context: int | None = None,
         max_sequences: int | None = None,
-        kv_cache: Literal["16bit", "int8"] = "16bit",
+        cache_tokens: int | None = None,
+        kv_cache: KvCache = "16bit",
         speculates: bool = True,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Load a folder or Hub id, or take a model that is loaded already, and start.
 
         `device`, `dtype`, `backend` and `activations` are those of `halfweight.load`, the device by
-        default the GPU if there is one. `max_context` tokens a sequence and `max_sequences` at once
-        are chosen from free memory where not given. `tokenizer` is by default the model's own.
-        With `speculates` text that repeats is guessed and checked, several tokens a step; that
-        changes no answer. Raises what `halfweight.load` does.
+        default the GPU if there is one. `max_context` tokens a sequence, `max_sequences` at once
+        and `cache_tokens` in all are chosen by model, device and free memory where not given.
+        `tokenizer` is by default the model's own. With `speculates` text that repeats is guessed
+        and checked, several tokens a step; that changes no answer. Raises what `halfweight.load`
+        and `make_runner` do.
         """
         from halfweight.engine.grammar import GrammarCompiler
-        from halfweight.engine.runners import make_runner
         from halfweight.engine.sampler import Sampler
 
-        loaded = _load(model, device=device, dtype=dtype, backend=backend, activations=activations)
+        loaded = _load(
+            model,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            activations=activations,
+            progress=progress,
+        )
         tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
         runner = make_runner(
-            loaded, max_context=max_context, max_sequences=max_sequences, kv_cache=kv_cache
+            loaded,
+            max_context=max_context,
+            max_sequences=max_sequences,
+            cache_tokens=cache_tokens,
+            kv_cache=kv_cache,
         )
         generation = getattr(loaded, "generation_config", None)
         stops = end_of_text_tokens(generation, loaded.config, tokenizer)
@@ -146,6 +160,7 @@ class Engine:
         self.stop_tokens = stop_tokens
         self.sampling = sampling
         self.max_context, self.max_sequences = runner.max_context, runner.max_sequences
+        self.description = describe(runner)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._loop = Loop(runner, sampler, stop_tokens=stop_tokens, make_drafter=make_drafter)
         self._loop.start()

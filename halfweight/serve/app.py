@@ -156,7 +156,7 @@ class _Service:
                 f"{len(prompts)} prompts with n={body.n} are more than {self._max_requests}",
                 hint="send fewer at a time",
             )
-        jobs = []
+        jobs: list[_Job] = []
         for prompt in prompts:
             request = self._request(body, prompt, most, echo)
             for i in range(body.n):
@@ -367,7 +367,7 @@ async def _merged(
 
 async def _unless_disconnected(task: asyncio.Task[dict[str, Any]], http: Request) -> dict[str, Any]:
     """The task's result; it is cancelled as soon as the client goes away."""
-    leaving = asyncio.create_task(http.receive())
+    leaving = asyncio.ensure_future(http.receive())
     try:
         await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -23,7 +24,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        made = {"registry": self._registry, "namespace": "halfweight"}
+        made: dict[str, Any] = {"registry": self._registry, "namespace": "halfweight"}
         self._running = Gauge("requests_running", "Requests running or waiting.", **made)
         self._finished = Counter("requests", "Requests that ended.", ["finish_reason"], **made)
         self._prompt = Counter("prompt_tokens", "Tokens of prompts.", **made)

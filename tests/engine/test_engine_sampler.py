@@ -20,7 +20,7 @@ from halfweight.engine.request import Sampling
 from halfweight.engine.sampler import Sampler
 from halfweight.engine.step import Chunk
 from halfweight.errors import UsageError
-from halfweight.kernels import triton_sampling
+from halfweight.kernels.triton import sampling as sampling_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = float("inf")
@@ -401,7 +401,7 @@ def test_the_kernel_chooses_what_the_definition_chooses(dtype):
     table = make_table(len(rows))
     expected_table = table.cpu().clone()
     expected = choice.choose(scores.cpu(), rows, expected_table)
-    found = triton_sampling.Chooser(table.device)(scores, torch.from_numpy(rows).to(DEVICE), table)
+    found = sampling_kernels.Chooser(table.device)(scores, torch.from_numpy(rows).to(DEVICE), table)
     assert found.tolist() == expected.tolist()
     assert torch.equal(table.cpu(), expected_table)
 
@@ -419,7 +419,7 @@ def test_the_kernel_keeps_what_the_definition_keeps(dtype, top_k, top_p):
     rows = np.stack([row_of(1.0, top_k, top_p, uniform=middle) for middle in middles[::7]])
     many = scores.expand(len(rows), -1).contiguous()
     on_device, table = torch.from_numpy(rows).to(DEVICE), make_table(1)
-    found = triton_sampling.Chooser(table.device)(many, on_device, table)[:, 0]
+    found = sampling_kernels.Chooser(table.device)(many, on_device, table)[:, 0]
     assert found.tolist() == kept[::7].tolist()
 
 
@@ -435,7 +435,7 @@ def test_a_row_gets_the_same_token_from_any_number_of_programs(dtype):
     rows.view(np.float32)[:, choice.UNIFORM] = generator.random(num_rows, np.float32)
     table = make_table(1)
     rows[:, choice.SLOT], rows[:, choice.POSITION] = 0, 3
-    chooser = triton_sampling.Chooser(table.device)
+    chooser = sampling_kernels.Chooser(table.device)
     on_device = torch.from_numpy(rows).to(DEVICE)
     together = chooser(scores, on_device, table)[:, 0].tolist()
     for count in (1, 3, 7, 100):

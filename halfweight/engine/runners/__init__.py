@@ -14,33 +14,43 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from halfweight.engine.runners.unfit import UnfitError
+from halfweight.engine.stops import context_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from halfweight.engine.step import Runner
-    from halfweight.generate import KvCache
+    from halfweight.engine.step import KvCache, Runner
 
 __all__ = ["UnfitError", "make_runner"]
 
 log = logging.getLogger("halfweight")
 
+MOST_SEQUENCES = {"cuda": 256, "cpu": 32}
+"""Sequences at once by the type of device: past these a step takes so much longer that no more
+tokens come of it."""
+UNLIMITED_CONTEXT = 32_768
+"""For models that set no limit."""
+
 
 def make_runner(
     model: PreTrainedModel,
     *,
-    max_sequences: int,
-    max_context: int,
+    max_sequences: int | None = None,
+    max_context: int | None = None,
     cache_tokens: int | None = None,
     kv_cache: KvCache = "16bit",
 ) -> Runner:
     """The quickest runner that gives this model's logits; one log line names it and why.
 
-    `cache_tokens` is the size of the pool of pages, by default what the device has room for. Raises
-    UsageError where no runner can, DoesNotFitError where memory is short.
+    `max_context` is by default the model's own; `cache_tokens`, the size of the pool of pages, what
+    the device has room for. Raises UsageError where no runner can, DoesNotFitError where memory is
+    short.
     """
+    kind = model.device.type
+    max_sequences = max_sequences or MOST_SEQUENCES.get(kind, MOST_SEQUENCES["cpu"])
+    max_context = max_context or context_tokens(model.config) or UNLIMITED_CONTEXT
     reasons: list[str] = []
-    for name, make in _runners(model.device.type):
+    for name, make in _runners(kind):
         try:
             runner: Runner = make(
                 model,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halfweight.kv_cache import quantize_heads
+from halfweight.engine.kv_cache import quantize_heads
 
 SCORES_AT_ONCE = 1 << 24
 """Most numbers of a written-out softmax at a time: bounds its memory."""

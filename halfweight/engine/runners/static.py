@@ -30,9 +30,8 @@ from transformers import PreTrainedModel
 from halfweight.engine.runners.attention_interface import EAGER, configs_of, using
 from halfweight.engine.runners.probe import deviation, limit
 from halfweight.engine.runners.rotary import boundaries
-from halfweight.engine.step import Chunk, Step
+from halfweight.engine.step import Chunk, KvCache, Step
 from halfweight.errors import UsageError
-from halfweight.generate import KvCache
 
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state", "mems")
 """What forwards and their outputs call a cache, in various models and versions."""

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfweight.device_memory import available_bytes
 from halfweight.engine.runners.attention_interface import (
     PAGED,
     Call,
@@ -47,9 +46,9 @@ from halfweight.engine.runners.row import (
     to_device,
 )
 from halfweight.engine.runners.unfit import UnfitError
-from halfweight.engine.step import Chunk, Step
-from halfweight.experts import has_experts
-from halfweight.generate import KvCache
+from halfweight.engine.step import Chunk, KvCache, Step
+from halfweight.memory.device_memory import available_bytes
+from halfweight.model.experts import has_experts
 
 PAGE_TOKENS = 16
 STEP_TOKENS = 2048

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfweight.kernels.launch import ALIGNMENT, device_info
+from halfweight.kernels.triton.launch import ALIGNMENT, device_info
 
 GRAINS = {torch.float32: 1, torch.float16: 1 << 13, torch.bfloat16: 1 << 16}
 """Bit patterns of float32 from one number of a type to the next."""
