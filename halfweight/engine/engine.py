@@ -317,9 +317,8 @@ class Engine:
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise UsageError("this model has no chat template", hint="use generate")
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=False, **template
-            )
+            options = {"add_generation_prompt": True, **template, "tokenize": False}
+            text = self.tokenizer.apply_chat_template(list(messages), **options)
         except Exception as error:  # of a template, which may raise anything
             raise UsageError(f"messages: {error}", hint="see the model's chat template") from error
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

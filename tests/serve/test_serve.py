@@ -2,21 +2,24 @@
 
 import copy
 import json
+import re
 import threading
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
 from byte_tokenizer import EOS, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from halfweight.engine.decoder import Sampling, generate
+from halfweight.engine.engine import Engine
+from halfweight.engine.loop import NanLogitsError
+from halfweight.engine.streams import Piece
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
-from halfweight.engine.continuous import Engine  # noqa: E402
 from halfweight.serve.app import build_app  # noqa: E402
 
 KEY = "secret"
@@ -52,9 +55,12 @@ def model():
 
 class Server:
     def __init__(self, model, tokenizer, **options):
-        api_key = options.pop("api_key", None)
+        served = {
+            name: options.pop(name) for name in ("api_key", "max_requests") if name in options
+        }
+        options = {"tokenizer": tokenizer, "speculates": False} | options
         self.engine = Engine(model, **options)
-        app = build_app(self.engine, tokenizer, "tiny", api_key=api_key)
+        app = build_app(self.engine, tokenizer, "tiny", **served)
         self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
         self._thread = threading.Thread(target=self._server.run)
 
@@ -94,21 +100,22 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def greedy(model, tokenizer):
-    """Prompt text -> tokens and text of halfweight's own greedy decoding, eos excluded."""
+    """Prompt text -> tokens and text of transformers' own greedy decoding, eos excluded."""
 
     def run(text, num_tokens):
-        prompt = tokenizer(text)["input_ids"]
-        (found,) = generate(model, [prompt], max_new_tokens=num_tokens)
-        return found, tokenizer.decode(found.tokens, skip_special_tokens=True)
+        prompt = torch.tensor([tokenizer(text)["input_ids"]])
+        whole = model.generate(prompt, max_new_tokens=num_tokens, do_sample=False)
+        tokens = [token for token in whole[0, prompt.shape[1] :].tolist() if token != EOS]
+        return tokens, tokenizer.decode(tokens, skip_special_tokens=True)
 
     return run
 
 
 def test_a_completion_is_the_models_own_greedy_text(client, greedy, tokenizer):
-    found, text = greedy("hello", 12)
+    _, text = greedy("hello", 12)
     answer = client.completions.create(model="tiny", prompt="hello", max_tokens=12, temperature=0)
     assert answer.choices[0].text == text
-    assert answer.choices[0].finish_reason == found.finish_reason == "length"
+    assert answer.choices[0].finish_reason == "length"
     assert answer.usage.prompt_tokens == 5
     assert answer.usage.completion_tokens == 12
     assert answer.usage.total_tokens == 17
@@ -159,12 +166,12 @@ def test_a_chat_stream_has_a_role_first_and_usage_last(client):
 
 def test_the_stop_token_ends_a_text(client, model, greedy, tokenizer, monkeypatch, server):
     found, _ = greedy("hello", 8)
-    stop = found.tokens[3]
-    monkeypatch.setattr(server.engine, "stops", frozenset({stop}))
+    stop = found[3]
+    monkeypatch.setattr(server.engine, "stop_tokens", frozenset({stop}))
     answer = client.completions.create(model="tiny", prompt="hello", max_tokens=8, temperature=0)
-    first = found.tokens.index(stop)
+    first = found.index(stop)
     assert answer.choices[0].finish_reason == "stop"
-    assert answer.choices[0].text == tokenizer.decode(found.tokens[:first])
+    assert answer.choices[0].text == tokenizer.decode(found[:first])
 
 
 def test_a_stop_string_is_cut_off(client, greedy):
@@ -237,17 +244,28 @@ TEXT = {"model": "tiny", "prompt": "hello"}
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("completions", {"prompt": "x" * 300}, "prompt 0 has 300 tokens, with 16 new ones 316"),
-        ("completions", {"max_tokens": 400}, "the model's context is 256"),
-        ("completions", {"prompt": [1, 320]}, "prompt 0 has token id 320, expected 0 to 319"),
-        ("completions", {"prompt": [-1]}, "prompt 0 has token id -1"),
+        ("completions", {"prompt": "x" * 300}, "the prompt has 300 tokens, with 16 new ones 316"),
+        ("completions", {"max_tokens": 400}, "the context has room for 256"),
+        ("completions", {"prompt": [1, 320]}, "the prompt has token id 320, expected 0 to 319"),
+        ("completions", {"prompt": [-1]}, "the prompt has token id -1"),
         ("completions", {"prompt": ""}, "prompt: "),
         ("completions", {"prompt": []}, "prompt"),
         ("completions", {"temperature": 3}, "temperature: "),
-        ("completions", {"max_tokens": 0}, "max_tokens: "),
         ("completions", {"n": 9}, "1 prompts with n=9 are more than 4"),
-        ("completions", {"logprobs": 3}, "'logprobs' is not supported"),
-        ("completions", {"frequency_penalty": 0.5}, "'frequency_penalty' is not supported"),
+        ("completions", {"typical_p": 0.9}, "'typical_p' is not supported"),
+        ("completions", {"max_token": 5}, "'max_token' is not supported"),
+        ("completions", {"best_of": 2}, "'best_of' is not supported"),
+        ("completions", {"max_tokens": 0}, "max_tokens: 0 asks for nothing without echo"),
+        ("completions", {"logit_bias": {"400": 1}}, "logit_bias"),
+        ("completions", {"guided_regex": "("}, "regex"),
+        (
+            "completions",
+            {"guided_regex": "a", "response_format": {"type": "json_object"}},
+            "two forms are asked for",
+        ),
+        ("completions", {"stream_options": {"x": 1}}, "'x' is not supported"),
+        ("chat/completions", {"response_format": {"type": "json_schema"}}, "has no json_schema"),
+        ("chat/completions", {"top_logprobs": 3}, "'top_logprobs' needs 'logprobs': true"),
         ("chat/completions", {"messages": []}, "messages: "),
         ("chat/completions", {"messages": "hi"}, "messages: "),
         ("chat/completions", {"tools": [{"type": "function"}]}, "'tools' is not supported"),
@@ -259,7 +277,7 @@ TEXT = {"model": "tiny", "prompt": "hello"}
     ],
 )
 def test_bad_requests_get_400_before_anything_runs(server, kind, changes, message, monkeypatch):
-    monkeypatch.setattr(server.engine, "tokens", None)
+    monkeypatch.setattr(server.engine, "aopen", None)
     body = (TEXT if kind == "completions" else CHAT) | changes
     status, error = post(server, kind, body)
     assert status == 400
@@ -284,10 +302,95 @@ def test_not_json_and_no_such_route(server):
 
 
 def test_values_that_ask_for_nothing_are_accepted(client):
+    nothing = {"tools": [], "best_of": 1, "min_p": None, "store": False, "response_format": None}
     answer = client.completions.create(
-        **TEXT, max_tokens=2, frequency_penalty=0, logprobs=None, user="me", seed=7
+        **TEXT, max_tokens=2, frequency_penalty=0, logprobs=None, user="me", extra_body=nothing
     )
     assert answer.usage.completion_tokens == 2
+
+
+def test_a_seed_gives_its_answer_again_and_each_choice_its_own(client):
+    options = {**TEXT, "max_tokens": 12, "temperature": 1.5, "n": 3}
+    first, again, other = (
+        [choice.text for choice in client.completions.create(**options, seed=seed).choices]
+        for seed in (5, 5, 9)
+    )
+    assert first == again
+    assert len(set(first)) == 3
+    assert first != other
+
+
+def test_logprobs_of_a_completion_and_of_its_echoed_prompt(client, model, tokenizer, greedy):
+    tokens, text = greedy("hello", 4)
+    ids = [*tokenizer("hello")["input_ids"], *tokens]
+    expected = model(torch.tensor([ids])).logits[0].log_softmax(-1).detach()
+    chosen = [float(expected[i - 1, ids[i]]) for i in range(1, len(ids))]
+    answer = client.completions.create(
+        **TEXT, max_tokens=4, temperature=0, logprobs=2, echo=True
+    ).choices[0]
+    assert answer.text == "hello" + text
+    assert answer.logprobs.token_logprobs[0] is None
+    assert answer.logprobs.token_logprobs[1:] == pytest.approx(chosen, abs=1e-4)
+    assert answer.logprobs.tokens[:5] == list("hello")
+    assert answer.logprobs.text_offset[:5] == [0, 1, 2, 3, 4]
+    assert [len(top) for top in answer.logprobs.top_logprobs[1:]] == [2] * 8
+    alone = client.completions.create(**TEXT, max_tokens=0, logprobs=0, echo=True).choices[0]
+    assert alone.text == "hello"
+    assert alone.logprobs.token_logprobs[1:] == pytest.approx(chosen[:4], abs=1e-4)
+
+
+def test_logprobs_of_a_chat_are_the_same_streamed(client):
+    options = {**CHAT, "max_tokens": 5, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**options).choices[0].logprobs.content
+    chunks = client.chat.completions.create(**options, stream=True)
+    parts = [c.choices[0].logprobs.content for c in chunks if c.choices[0].logprobs]
+    assert [entry for part in parts for entry in part] == whole
+    assert len(whole) == 5
+    assert all(entry.top_logprobs[0].logprob == entry.logprob for entry in whole)
+
+
+def test_output_of_a_form(client):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    options = {**CHAT, "max_tokens": 60, "seed": 1, "temperature": 0.5}
+    answer = client.chat.completions.create(**options, response_format=form).choices[0]
+    if answer.finish_reason == "stop":
+        assert isinstance(json.loads(answer.message.content)["a"], int)
+    for body in ({"guided_regex": "[ab]{7}"}, {"structured_outputs": {"regex": "[ab]{7}"}}):
+        answer = client.completions.create(**TEXT, max_tokens=20, extra_body=body).choices[0]
+        assert re.fullmatch("[ab]{7}", answer.text)
+        assert answer.finish_reason == "stop"
+
+
+def test_fields_of_vllms_clients(client, greedy, tokenizer):
+    tokens, text = greedy("hello", 12)
+    options = {**TEXT, "max_tokens": 12, "temperature": 0}
+    stop = tokens[4]
+    ended = client.completions.create(**options, extra_body={"stop_token_ids": [stop]}).choices[0]
+    assert ended.text == tokenizer.decode(tokens[: tokens.index(stop)])
+    assert (ended.finish_reason, ended.stop_reason) == ("stop", stop)
+    biased = client.completions.create(**options, logit_bias={"65": 100}).choices[0]
+    assert set(biased.text) == {tokenizer.decode([65])}
+    kept = client.completions.create(
+        **options, stop=text[3], extra_body={"include_stop_str_in_output": True}
+    ).choices[0]
+    assert kept.text == text[: text.index(text[3]) + 1]
+
+
+def test_a_second_request_with_the_same_beginning_reads_it_from_the_cache(client):
+    options = {"model": "tiny", "prompt": "a beginning that is shared " * 6, "max_tokens": 3}
+    first, second = (client.completions.create(**options, temperature=0) for _ in range(2))
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert second.usage.prompt_tokens_details.cached_tokens > 100
+    assert first.choices[0].text == second.choices[0].text
+
+
+def test_metrics(server, client):
+    client.completions.create(**TEXT, max_tokens=2)
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        page = answer.read().decode()
+    assert re.search(r'^halfweight_requests_total{finish_reason="length"} [1-9]', page, re.M)
+    assert re.search(r"^halfweight_generated_tokens_total [1-9]", page, re.M)
 
 
 def test_another_model_is_not_found(client):
@@ -344,15 +447,17 @@ def test_nan_logits_end_that_request_only(server, client, greedy):
 
 
 def test_a_fault_in_a_stream_is_its_last_event(client, server, monkeypatch):
-    from halfweight.engine.continuous import NanLogitsError
+    def two_tokens(request):
+        assert request.sampling.temperature == 1.0
+        error = NanLogitsError("the model's logits are NaN after 7 tokens")
+        pieces = [Piece("a", (70,)), Piece("b", (71,)), Piece("", (), "nan", error=error)]
+        return SimpleNamespace(pieces=lambda: _all(pieces))
 
-    async def two_tokens(prompt, max_new_tokens, sampling):
-        assert sampling == Sampling(temperature=1.0)
-        yield 70
-        yield 71
-        raise NanLogitsError("the model's logits are NaN after 7 tokens")
+    async def _all(pieces):
+        for piece in pieces:
+            yield piece
 
-    monkeypatch.setattr(server.engine, "tokens", two_tokens)
+    monkeypatch.setattr(server.engine, "aopen", two_tokens)
     stream = client.completions.create(**TEXT, stream=True)
     with pytest.raises(openai.APIError, match="logits are NaN after 7 tokens"):
         list(stream)
@@ -374,12 +479,12 @@ def test_a_prompt_larger_than_the_cache(model, tokenizer):
     with Server(copy.deepcopy(model), tokenizer, cache_tokens=128) as server:
         status, error = post(server, "completions", TEXT | {"max_tokens": 200})
     assert status == 400
-    assert "prompt and new tokens are 205, the cache holds 128" in error["message"]
+    assert "with 200 new ones 205; the KV cache has room for 128" in error["message"]
 
 
 def test_an_engine_that_stopped(model, tokenizer):
     with Server(copy.deepcopy(model), tokenizer, cache_tokens=128) as server:
-        server.engine._manager.stop(block=True)
+        server.engine.close()
         status, error = post(server, "completions", TEXT)
         assert (status, error["type"]) == (503, "server_error")
         with pytest.raises(urllib.error.HTTPError) as raised:
