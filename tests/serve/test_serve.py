@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from byte_tokenizer import EOS, make_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import small_llama
 
 from halfweight.engine.engine import Engine
 from halfweight.engine.loop import NanLogitsError
@@ -34,20 +34,8 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=320,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
-    )
-    model = LlamaForCausalLM(config).eval()
+    special = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": EOS}
+    model = small_llama(max_position_embeddings=CONTEXT, **special)
     model.lm_head.weight.data[257:] = 0
     model.model.embed_tokens.weight.data[NAN_TOKEN] = float("nan")
     return model
