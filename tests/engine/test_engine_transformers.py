@@ -217,36 +217,62 @@ def test_static_states_are_let_go():
     assert drive.step({0: (1, 1), 1: (1, 1)}) < CLOSE
 
 
+def by_kernel(q, pool, places, span, manner):
+    """What `attend` does on CUDA, through Triton's interpreter where there is none."""
+    from halfweight.engine.runners import paged_attention
+
+    parts = [paged_attention._decode_by_kernel(q[:1], pool, places, span, manner)]
+    for piece in places.pieces:
+        parts.append(paged_attention._read_by_kernel(q[1:], pool, piece, span, manner))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("attention", [attend, by_kernel])
 @pytest.mark.parametrize("span", [Span(), Span("window", 5), Span("block", 6)])
 @pytest.mark.parametrize("manner", [Manner(0.3), Manner(0.3, softcap=2.0), "sinks"])
-def test_attention_over_pages_equals_its_definition(span, manner):
+@pytest.mark.parametrize("length", [19, 600])
+def test_attention_over_pages_equals_its_definition(length, span, manner, attention):
     torch.manual_seed(0)
-    page, heads, groups, length = 4, 4, 2, 19
-    manner = Manner(0.3, sinks=torch.randn(heads)) if manner == "sinks" else manner
-    pool = PagePool((12, page, groups), (8, 6), torch.float32, torch.device("cpu"))
+    page, heads, groups = 4, 6, 2
+    device = "cuda" if attention is by_kernel and torch.cuda.is_available() else "cpu"
+    manner = Manner(0.3, sinks=torch.randn(heads, device=device)) if manner == "sinks" else manner
+    num = -(-length // page)
+    pool = PagePool((2 * num + 1, page, groups), (8, 6), torch.float32, torch.device(device))
     for tensor in pool.tensors:
         tensor.fill_(torch.nan)
-    tables = torch.tensor([[3, 9, 1, 7, 11], [2, 8, 4, 10, 5]])
-    k, v = torch.randn(2, length, groups, 8), torch.randn(2, length, groups, 6)
-    places = torch.arange(length)
+    tables = (1 + torch.randperm(2 * num, device=device)).view(2, num)
+    k = torch.randn(2, length, groups, 8, device=device)
+    v = torch.randn(2, length, groups, 6, device=device)
+    places = torch.arange(length, device=device)
     for table, keys, values in zip(tables, k, v, strict=True):
         pool.write(table[places // page] * page + places % page, keys, values)
-    q = torch.randn(1 + 7, heads, 8)
+    q = torch.randn(1 + 7, heads, 8, device=device)
+    positions = torch.cat([places[-1:], places[-7:]])
     piece = Piece(1, length - 7, 7, tables[1])
-    positions = torch.cat([torch.tensor([length - 1]), torch.arange(length - 7, length)])
-    found = attend(q, pool, Places(positions, positions, tables[:1], [piece]), span, manner)
-    whose = [0] + [1] * 7
-    for row, (at, text) in enumerate(zip(positions.tolist(), whose, strict=True)):
+    found = attention(q, pool, Places(positions, positions, tables[:1], [piece]), span, manner)
+    for row, at in enumerate(positions.tolist()):
         for head in range(heads):
-            first = max(0, int(span.first(torch.tensor(at))))
-            seen = slice(first, at + 1)
-            scores = k[text, seen, head // 2] @ q[row, head] * manner.scale
+            seen = slice(max(0, int(span.first(torch.tensor(at)))), at + 1)
+            keys, values = (t[min(row, 1), seen, head // 3] for t in (k, v))
+            scores = keys @ q[row, head] * manner.scale
             if manner.softcap:
                 scores = manner.softcap * torch.tanh(scores / manner.softcap)
             sinks = [] if manner.sinks is None else [manner.sinks[head : head + 1]]
             weights = torch.cat([scores, *sinks]).softmax(0)[: len(scores)]
-            expected = weights @ v[text, seen, head // 2]
-            torch.testing.assert_close(found[row, head], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found[row, head], weights @ values, atol=1e-5, rtol=1e-5)
+
+
+def test_the_kernel_reads_int8_pages():
+    torch.manual_seed(0)
+    pool = PagePool((9, 4, 2), (16, 16), torch.float32, torch.device("cpu"), int8=True)
+    places = torch.arange(4, 34)
+    pool.write(places, torch.randn(30, 2, 16), torch.randn(30, 2, 16))
+    pages = torch.arange(1, 9)
+    positions = torch.cat([places[-1:], places[:7]]) - 4
+    where = Places(positions, positions, pages[None], [Piece(1, 0, 7, pages)])
+    q = torch.randn(8, 4, 16)
+    expected = attend(q, pool, where, Span(), Manner(0.25))
+    torch.testing.assert_close(by_kernel(q, pool, where, Span(), Manner(0.25)), expected)
 
 
 def test_spans_are_read_off_mask_functions():

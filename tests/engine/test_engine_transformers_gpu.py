@@ -26,6 +26,7 @@ def test_sequences_have_the_logits_of_each_alone(kind):
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "mixtral", "opt"])
 def test_recorded_steps_follow_new_tokens_and_pages(kind):
+    """transformers' experts in float32 ask the host and cannot be recorded: run as they are."""
     model = tiny(kind).to("cuda")
     runner = TransformersRunner(model, **SIZES)
     poison(runner)
@@ -38,7 +39,8 @@ def test_recorded_steps_follow_new_tokens_and_pages(kind):
             assert drive.step({0: (1, 1), 1: (1, 1), 2: (1, 1)}) < CLOSE
         for slot in range(3):
             drive.leave(slot)
-    assert all(bucket.is_recorded for bucket in runner._buckets.values())
+    recorded = [bucket.is_recorded for bucket in runner._buckets.values()]
+    assert all(recorded) if kind != "mixtral" else not any(recorded)
 
 
 def test_longrope_in_recorded_steps():

@@ -1,4 +1,4 @@
-"""Attention over pages, in torch: the definition, and what runs where no kernel of ours does.
+"""Attention over pages, in torch: the definition, and what runs on a CPU.
 
 One row of tokens holds the new tokens of several sequences: first the decoding ones, one token
 each, then chunks of several tokens. Keys and values of the new tokens are in the pages already.
@@ -130,13 +130,56 @@ class Places:
 
 
 def attend(q: Tensor, pool: PagePool, places: Places, span: Span, manner: Manner) -> Tensor:
-    """Attention of the row's queries q [T, heads, D] over their own pages; [T, heads, Dv]."""
+    """Attention of the row's queries q [T, heads, D] over their own pages; [T, heads, Dv].
+
+    By a kernel on CUDA (`kernels/triton_spans.py`), by torch elsewhere.
+    """
     num_decoding = len(places.page_table)
-    parts = [_decode(q[:num_decoding], pool, places, span, manner)] if num_decoding else []
+    parts = []
+    if num_decoding:
+        decode = _decode_by_kernel if q.is_cuda else _decode
+        parts.append(decode(q[:num_decoding], pool, places, span, manner))
     for piece in places.pieces:
+        read = _read_by_kernel if q.is_cuda else _read_piece
         rows = q[piece.begin : piece.begin + piece.num_tokens]
-        parts.append(_read_piece(rows, pool, piece, span, manner))
+        parts.append(read(rows, pool, piece, span, manner))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _decode_by_kernel(
+    q: Tensor, pool: PagePool, places: Places, span: Span, manner: Manner
+) -> Tensor:
+    return _by_kernel(q, pool, places.page_table, places.positions, span, manner, decodes=True)
+
+
+def _read_by_kernel(q: Tensor, pool: PagePool, piece: Piece, span: Span, manner: Manner) -> Tensor:
+    positions = torch.arange(piece.start, piece.start + piece.num_tokens, device=q.device)
+    return _by_kernel(q, pool, piece.pages, positions, span, manner, decodes=False)
+
+
+def _by_kernel(
+    q: Tensor,
+    pool: PagePool,
+    pages: Tensor,
+    positions: Tensor,
+    span: Span,
+    manner: Manner,
+    *,
+    decodes: bool,
+) -> Tensor:
+    from halfweight.kernels.triton_spans import attend_span
+
+    return attend_span(
+        q,
+        pool.tensors,
+        pages,
+        positions,
+        span=(span.kind, span.size),
+        scale=manner.scale,
+        softcap=manner.softcap,
+        sinks=manner.sinks,
+        decodes=decodes,
+    )
 
 
 def _decode(q: Tensor, pool: PagePool, places: Places, span: Span, manner: Manner) -> Tensor:
@@ -208,16 +251,14 @@ def _softmax_product(
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
-    """By torch's own kernels; those of CUDA take no mask together with grouped heads."""
+    """By torch's own kernels; the heads of a group are rows of one product if there is one row."""
     num_heads, num_groups = q.shape[1], k.shape[1]
     if q.shape[2] == 1 and seen is not None:
         rows = q.view(len(q), num_groups, -1, q.shape[-1])
         found = functional.scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale)
         return found.view(len(q), num_heads, 1, -1)
-    if q.is_cuda and seen is not None:
-        k, v = (t.repeat_interleave(num_heads // num_groups, dim=1) for t in (k, v))
     return functional.scaled_dot_product_attention(
-        q, k, v, seen, is_causal=seen is None, scale=scale, enable_gqa=num_heads != k.shape[1]
+        q, k, v, seen, is_causal=seen is None, scale=scale, enable_gqa=num_heads != num_groups
     )
 
 

@@ -18,6 +18,7 @@ graph once and replayed.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +38,6 @@ from halfweight.engine.runners.probe import deviation, limit, texts
 from halfweight.engine.runners.rotary import LengthClasses
 from halfweight.engine.runners.row import (
     Layout,
-    Numbers,
     Part,
     Row,
     num_pages_of,
@@ -49,6 +49,8 @@ from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.step import Chunk, KvCache, Step
 from halfweight.memory.device_memory import available_bytes
 from halfweight.model.experts import has_experts
+
+log = logging.getLogger("halfweight")
 
 PAGE_TOKENS = 16
 STEP_TOKENS = 2048
@@ -92,7 +94,7 @@ class TransformersRunner:
         self._make_pools(cache_tokens, int8=kv_cache == "int8")
         on_cuda = self.device.type == "cuda"
         self._fixed_shapes = on_cuda if fixed_shapes is None else fixed_shapes
-        self._records = on_cuda and not has_experts(model)
+        self._recorder = _Recorder(is_on=on_cuda and not has_experts(model))
         self._buckets: dict[Layout, _Bucket] = {}
         self._check(kv_cache)
 
@@ -131,8 +133,9 @@ class TransformersRunner:
         shape = (_power_of_two(len(parts)), _power_of_two(num_pages_of(parts, PAGE_TOKENS)))
         numbers, layout = pack_decoding(parts, PAGE_TOKENS, shape, self.max_sequences)
         if layout not in self._buckets:
-            self._buckets[layout] = _Bucket(self._forward, layout, self.device, self._records)
-        logits = self._buckets[layout].run(numbers)[: len(parts)]
+            self._buckets[layout] = _Bucket(self._forward, layout, self._recorder)
+        new = to_device(numbers, self.device)
+        logits = self._buckets[layout].run(new)[: len(parts)]
         wanted = [i for i, part in enumerate(parts) if part.chunk.num_logits]
         return logits if len(wanted) == len(parts) else logits[wanted]
 
@@ -212,37 +215,56 @@ class _RowAttention:
         return attend(q[0].transpose(0, 1), pool, self._places, call.span, manner)[None]
 
 
+class _Recorder:
+    """Records steps as CUDA graphs, in one pool of memory; stops for good where one cannot be."""
+
+    def __init__(self, *, is_on: bool) -> None:
+        self.is_on = is_on
+        self._pool: Any = None
+
+    def record(self, call: Callable[[], Tensor]) -> tuple[Any, Tensor] | None:
+        """The graph of a call and the tensor that replays write; None if it cannot be recorded."""
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = call()
+        except RuntimeError as error:
+            self.is_on = False
+            log.info("decoding is not recorded as CUDA graphs: %s", str(error).partition("\n")[0])
+            return None
+        return graph, result
+
+
 class _Bucket:
     """A step of fixed shapes: run once as it is, on CUDA then recorded and replayed."""
 
     def __init__(
-        self, forward: Callable[[Row], Tensor], layout: Layout, device: torch.device, records: bool
+        self, forward: Callable[[Row], Tensor], layout: Layout, recorder: _Recorder
     ) -> None:
-        self._forward, self._layout, self._records = forward, layout, records
+        self._forward, self._layout, self._recorder = forward, layout, recorder
         self._numbers: Tensor | None = None
-        self._device = device
-        self._graph: Any = None
-        self._logits: Tensor | None = None
+        self._recorded: tuple[Any, Tensor] | None = None
 
     @property
     def is_recorded(self) -> bool:
         """Whether steps are replayed."""
-        return self._graph is not None
+        return self._recorded is not None
 
-    def run(self, numbers: Numbers) -> Tensor:
-        """Logits of the step with these numbers; overwritten by the next."""
-        new = to_device(numbers, self._device)
-        if self._numbers is None or not self._records:
-            self._numbers = new
-            return self._forward(self._layout.cut(new))
-        self._numbers.copy_(new)
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._logits = self._forward(self._layout.cut(self._numbers))
-        self._graph.replay()
-        assert self._logits is not None
-        return self._logits
+    def run(self, numbers: Tensor) -> Tensor:
+        """Logits of the step with these numbers on the device; overwritten by the next."""
+        if self._numbers is None or not self._recorder.is_on:
+            self._numbers = numbers
+            return self._forward(self._layout.cut(numbers))
+        self._numbers.copy_(numbers)
+        if self._recorded is None:
+            row = self._layout.cut(self._numbers)
+            self._recorded = self._recorder.record(lambda: self._forward(row))
+            if self._recorded is None:
+                return self._forward(row)
+        graph, logits = self._recorded
+        graph.replay()
+        return logits
 
 
 def _power_of_two(number: int) -> int:
