@@ -194,6 +194,7 @@ def test_prompts_as_token_ids(client, greedy, tokenizer):
 
 def test_sampling_differs_and_top_k_1_does_not(client, greedy):
     options = {"model": "tiny", "prompt": "hello", "max_tokens": 24, "n": 4}
+    options["logit_bias"] = {str(NAN_TOKEN): -100}
     hot = client.completions.create(**options, temperature=2.0)
     assert len({choice.text for choice in hot.choices}) > 1
     cold = client.completions.create(**options, temperature=2.0, extra_body={"top_k": 1})
@@ -299,6 +300,7 @@ def test_values_that_ask_for_nothing_are_accepted(client):
 
 def test_a_seed_gives_its_answer_again_and_each_choice_its_own(client):
     options = {**TEXT, "max_tokens": 12, "temperature": 1.5, "n": 3}
+    options["logit_bias"] = {str(NAN_TOKEN): -100}
     first, again, other = (
         [choice.text for choice in client.completions.create(**options, seed=seed).choices]
         for seed in (5, 5, 9)
@@ -321,7 +323,7 @@ def test_logprobs_of_a_completion_and_of_its_echoed_prompt(client, model, tokeni
     assert answer.logprobs.token_logprobs[1:] == pytest.approx(chosen, abs=1e-4)
     assert answer.logprobs.tokens[:5] == list("hello")
     assert answer.logprobs.text_offset[:5] == [0, 1, 2, 3, 4]
-    assert [len(top) for top in answer.logprobs.top_logprobs[1:]] == [2] * 8
+    assert all(1 <= len(top) <= 2 for top in answer.logprobs.top_logprobs[1:])  # by their text
     alone = client.completions.create(**TEXT, max_tokens=0, logprobs=0, echo=True).choices[0]
     assert alone.text == "hello"
     assert alone.logprobs.token_logprobs[1:] == pytest.approx(chosen[:4], abs=1e-4)

@@ -132,7 +132,7 @@ class Places:
 def attend(q: Tensor, pool: PagePool, places: Places, span: Span, manner: Manner) -> Tensor:
     """Attention of the row's queries q [T, heads, D] over their own pages; [T, heads, Dv].
 
-    By a kernel on CUDA (`kernels/triton_spans.py`), by torch elsewhere.
+    By a kernel on CUDA (`kernels/triton/spans.py`), by torch elsewhere.
     """
     num_decoding = len(places.page_table)
     parts = []
@@ -167,7 +167,7 @@ def _by_kernel(
     *,
     decodes: bool,
 ) -> Tensor:
-    from halfweight.kernels.triton_spans import attend_span
+    from halfweight.kernels.triton.spans import attend_span
 
     return attend_span(
         q,
