@@ -9,13 +9,12 @@ from halfweight.memory import device_memory
 @pytest.fixture
 def full_gpu(monkeypatch):
     """A GPU with 100 kB free, and a loader that must not be reached."""
-    import halfweight.cli.run
 
-    def loads(*_):
+    def loads(*_, **__):
         raise AssertionError("loaded")
 
     monkeypatch.setattr(device_memory, "available_bytes", lambda device: 100_000)
-    monkeypatch.setattr(halfweight.cli.run, "open_model", loads)
+    monkeypatch.setattr("halfweight.model.loading.load", loads)
 
 
 def test_generate_refuses_and_says_what_would_fit(full_gpu, capsys, int8_folder):
@@ -27,13 +26,13 @@ def test_generate_refuses_and_says_what_would_fit(full_gpu, capsys, int8_folder)
         run(capsys, "generate", int8_folder, "w5 w6", "--max-new-tokens", "60", "--force")
 
 
-def test_every_prompt_of_a_batch_counts(full_gpu, capsys, int8_folder, tmp_path):
+def test_the_longest_of_several_prompts_counts(full_gpu, capsys, int8_folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("w5\nw6 w7 w8\nw9\n")
-    options = ("--prompts", str(prompts), "--max-new-tokens", "10", "--batch-size", "64")
+    options = ("--prompts", str(prompts), "--max-new-tokens", "10")
     code, _, err = run(capsys, "generate", int8_folder, *options)
     assert code == 3
-    assert "batch 3 of 13 tokens needs" in err
+    assert "batch 1 of 13 tokens needs" in err
 
 
 def test_serve_refuses(full_gpu, capsys, int8_folder):

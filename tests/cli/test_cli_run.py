@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+from pathlib import Path
 
+import torch
 from command_line import run
 from transformers import PreTrainedTokenizerFast
+
+import halfweight
 
 
 def test_generate_continues_a_prompt(capsys, int8_folder):
@@ -19,14 +24,14 @@ def test_generate_continues_a_prompt(capsys, int8_folder):
 def test_generate_answers_every_line_of_a_file_in_order(capsys, int8_folder, tmp_path):
     lines = ["w5 w6 w7 w8", "w9", "w5 w6"]
     (tmp_path / "prompts.txt").write_text("\n".join(lines) + "\n")
-    options = ("--max-new-tokens", "3", "--batch-size", "2", "--json")
+    options = ("--max-new-tokens", "3", "--greedy", "--max-sequences", "2", "--json")
     code, out, _ = run(
         capsys, "generate", int8_folder, "--prompts", str(tmp_path / "prompts.txt"), *options
     )
     answers = [json.loads(line) for line in out.splitlines()]
     assert code == 0
     assert [a["prompt"] for a in answers] == lines
-    _, alone, _ = run(capsys, "generate", int8_folder, "w9", *options[:2])
+    _, alone, _ = run(capsys, "generate", int8_folder, "w9", *options[:3])
     assert answers[1]["text"].strip() == alone.strip()
 
 
@@ -44,19 +49,37 @@ def test_no_prompt_and_two_prompts_are_usage_errors(capsys, int8_folder, tmp_pat
     assert "no prompts" in err
 
 
-def test_a_wrong_batch_size_is_a_usage_error(capsys, int8_folder, tmp_path):
-    (tmp_path / "prompts.txt").write_text("w1\n")
-    code, _, err = run(
-        capsys,
-        "generate",
-        int8_folder,
-        "--prompts",
-        str(tmp_path / "prompts.txt"),
-        "--batch-size",
-        "x",
-    )
+def test_sampling_is_the_models_unless_told_otherwise(capsys, caplog, int8_folder, tmp_path):
+    folder = tmp_path / "sampled"
+    shutil.copytree(int8_folder, folder)
+    saved = {"do_sample": True, "temperature": 1.5, "top_k": 30, "eos_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps(saved))
+    ask = ("generate", str(folder), "w5 w6", "--max-new-tokens", "8")
+    texts = {run(capsys, *ask, "--seed", str(seed))[1] for seed in range(4)}
+    assert len(texts) > 1
+    greedy = {run(capsys, *ask, "--greedy", "--seed", str(seed))[1] for seed in range(2)}
+    assert greedy == {run(capsys, *ask, "--temperature", "0")[1]}
+    with caplog.at_level("INFO", "halfweight"):
+        run(capsys, "-v", *ask)
+    assert "temperature=1.5, top_k=30" in caplog.text
+    code, _, err = run(capsys, *ask, "--greedy", "--temperature", "1")
     assert code == 2
-    assert "batch size is 'x'" in err
+    assert "--greedy and --temperature" in err
+
+
+def test_logits_that_are_no_numbers_are_a_failure(capsys, int8_folder, tmp_path):
+    folder = tmp_path / "nan"
+    model = halfweight.load(int8_folder, dtype=torch.float32)
+    model.model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(folder)
+    shutil.copy(Path(int8_folder) / "tokenizer.json", folder)
+    shutil.copy(Path(int8_folder) / "tokenizer_config.json", folder)
+    for options in ((), ("--json",)):
+        code, _, err = run(capsys, "generate", str(folder), "w5", *options)
+        assert code == 1
+        assert "logits are NaN after 1 tokens" in err
+        assert "hint: " in err
+        assert "bfloat16" in err
 
 
 def test_chat_remembers_resets_and_quits(capsys, int8_folder, monkeypatch):
