@@ -1,0 +1,79 @@
+"""What is asked of the engine and what it answers: plain frozen values, made on any thread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from halfweight.errors import HalfweightError
+
+if TYPE_CHECKING:
+    from halfweight.engine.grammar import Grammar
+
+FinishReason = Literal["stop", "length", "nan", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How each next token is chosen. The names are the usual; the defaults change nothing."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    """The same seed gives the same answer, whatever runs beside it; None draws one."""
+    num_logprobs: int | None = None
+    """None: no logprobs; 0: those of the chosen tokens; n: of the n likeliest too."""
+    min_new_tokens: int = 0
+    """Stop tokens are masked until there are so many."""
+    grammar: Grammar | None = None
+    """What the text must match."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = Sampling()
+    stop_tokens: frozenset[int] | None = None
+    """None: the model's own."""
+    stop_strings: tuple[str, ...] = ()
+    prompt_logprobs: int | None = None
+    """As `Sampling.num_logprobs`, for the prompt's own tokens; such a prompt is read in full."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log of the chance that `token` had, and (id, logprob) of the likeliest at its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What is new of a request; with a reason or an error it is the last."""
+
+    tokens: tuple[int, ...] = ()
+    """Without the stop token."""
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of `tokens`, if asked for."""
+    stop_token: int | None = None
+    """The token that ended it, where one did."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    """With the first tokens, if asked for: one a token of the prompt, None for its first."""
+    num_shared_tokens: int = 0
+    """With the first tokens: how many of the prompt were in the cache already."""
+    error: HalfweightError | None = None
