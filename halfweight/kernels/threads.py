@@ -24,7 +24,11 @@ from numba import types
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 
-SOURCES = ("cpu_loops", "cpu_prefill", "cpu_step", "matrix_tiles", "simd", "tiles", "vectors")
+SOURCES = (
+    *(f"cpu_{name}" for name in ("loops", "prefill", "step")),
+    *(f"cpu_batch_{name}" for name in ("loops", "step", "tiles")),
+    *("matrix_tiles", "simd", "tiles", "vectors"),
+)
 """Modules that kernels are made of."""
 
 

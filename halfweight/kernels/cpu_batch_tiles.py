@@ -1,0 +1,319 @@
+"""The inner loops of a step of several tokens: 16 rows of weights meet any number of tokens.
+
+A tile reads 16 rows by 64 bytes once, turns them in registers so that a lane is a row, and
+multiplies them with every token in turn. The integers of 64 products are exact, and what follows
+is the same for each token whatever stands beside it:
+
+    sum[row] += float(integer) * (scale[row] * step)        blocks of 64 in order, rounded once
+
+so a token's numbers do not depend on the batch, to the bit. A matrix unit (`matrix_rows`) gives the
+same integers, and so the same bits. Attention's tiles take 16 keys at a time, or all values of a
+page.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from halfweight.kernels.vectors import (
+    BYTES64,
+    FLOAT,
+    FLOATS,
+    HALVES,
+    I8,
+    I32,
+    I64,
+    INTS,
+    LANES,
+    LINE,
+    SHORTS,
+    call,
+    constant,
+    dot_bytes,
+    load,
+    multiply_add,
+    offset,
+    pointer,
+    splat,
+    splat_int,
+    vector_function,
+)
+
+TILE_ROWS = 16
+"""Rows of weights that meet all tokens of a step at once."""
+CHAINS = 2
+"""Sums a digit is added to in turn: one product waits for the last of its chain."""
+
+
+LINES_AHEAD = 4
+"""Lines of a row between what is multiplied and what memory is asked for."""
+
+
+def digit_rows(num_parts: int) -> Any:
+    """16 rows of weights times tokens in digits, a lane a row.
+
+    The Numba function takes the address of int64 [16] addresses of the rows, that of the first
+    token's record, K, the address of scales float32 [K/64, 16], the number of tokens, the address
+    of float32 [tokens, 16] to write, and the bytes from these rows to those that come next (0: none
+    do). A record is int8 digits [num_parts, K], lowest first, then float32 steps [K/64] and int32
+    starts [2, K/64]: -128 times the sums of what the lower two digits say, and of the third; in
+    whole lines.
+    """
+
+    def generate(
+        features: Any,
+        b: Any,
+        rows: Any,
+        x: Any,
+        columns: Any,
+        scales: Any,
+        tokens: Any,
+        sums: Any,
+        ahead: Any,
+    ) -> None:
+        lines = b.udiv(columns, I64(LINE))
+        stride = _record_bytes(b, columns, lines, num_parts)
+        with cgutils.for_range(b, tokens) as loop:
+            to = offset(b, sums, loop.index, I64(4 * LANES))
+            b.store(ir.Constant(FLOATS, [0.0] * LANES), pointer(b, to, FLOATS), align=4)
+        with cgutils.for_range(b, lines) as blocks:
+            k = b.mul(blocks.index, I64(LINE))
+            at = [load(b, b.add(rows, I64(8 * r)), I64) for r in range(TILE_ROWS)]
+            _prefetch(b, at, k, columns, ahead)
+            weights = _turn(b, [load(b, b.add(row, k), INTS) for row in at])
+            scale = load(b, offset(b, scales, k, I64(1)), FLOATS)
+            with cgutils.for_range(b, tokens) as loop:
+                record = offset(b, x, loop.index, stride)
+                ends = b.add(
+                    offset(b, record, num_parts, columns), b.mul(blocks.index, I64(4))
+                )
+                digits = [
+                    _dot_line(features, b, weights, b.add(offset(b, record, part, columns), k))
+                    for part in range(num_parts)
+                ]
+                starts = [b.add(ends, b.mul(lines, I64(4 * i))) for i in (1, 2)]
+                total = _join(b, digits, starts)
+                factor = b.fmul(scale, splat(b, load(b, ends, FLOAT)))
+                cell = pointer(b, offset(b, sums, loop.index, I64(4 * LANES)), FLOATS)
+                b.store(multiply_add(b, total, factor, b.load(cell, align=4)), cell, align=4)
+
+    return vector_function(f"digit_rows_{num_parts}", 7, generate)
+
+
+def _record_bytes(builder: Any, columns: Any, lines: Any, parts: int) -> Any:
+    """Bytes of a record (cpu_batch_loops.batch_record_bytes)."""
+    used = builder.add(builder.mul(columns, I64(parts)), builder.mul(lines, I64(12)))
+    return builder.and_(builder.add(used, I64(LINE - 1)), I64(-LINE))
+
+
+def _prefetch(builder: Any, rows: list[Any], k: Any, columns: Any, ahead: Any) -> None:
+    """Ask for a line of each row some lines on, where a row ends in the row that comes next.
+
+    Sixteen streams are too many for a CPU to guess, and so is one that jumps.
+    """
+    wanted = builder.add(k, I64(LINE * LINES_AHEAD))
+    beyond = builder.add(ahead, builder.sub(wanted, columns))
+    past = builder.icmp_signed(">=", wanted, columns)
+    distance = builder.select(past, beyond, wanted)
+    for row in rows:
+        line = pointer(builder, builder.add(row, distance), I8)
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), line, I32(0), I32(3), I32(1))
+
+
+def turn_scales() -> Any:
+    """Scales of 16 rows, turned: a lane a row.
+
+    The Numba function takes the address of float32 [16, K/G], the bytes of one of its rows, K/G,
+    G/64, and the address of float32 [K/64, 16] to write. Up to 15 groups more are read and written.
+    """
+
+    def generate(
+        _features: Any, b: Any, scales: Any, stride: Any, groups: Any, lines: Any, out: Any
+    ) -> None:
+        turns = b.udiv(b.add(groups, I64(LANES - 1)), I64(LANES))
+        with cgutils.for_range(b, turns) as loop:
+            group = b.mul(loop.index, I64(LANES))
+            at = offset(b, scales, group, I64(4))
+            rows = [load(b, offset(b, at, r, stride), INTS) for r in range(TILE_ROWS)]
+            for i, turned in enumerate(_turn(b, rows)):
+                line = b.mul(b.add(group, I64(i)), lines)
+                first = offset(b, out, line, I64(4 * TILE_ROWS))
+                with cgutils.for_range(b, lines) as copies:
+                    to = offset(b, first, copies.index, I64(4 * TILE_ROWS))
+                    b.store(turned, pointer(b, to, INTS), align=4)
+
+    return vector_function("turn_scales", 5, generate)
+
+
+def _turn(builder: Any, rows: list[Any]) -> list[Any]:
+    """16 vectors of 16 words, transposed."""
+    for step, (low, high) in enumerate(_turns()):
+        distance = 1 << step
+        turned = list(rows)
+        for i in range(LANES):
+            if not i & distance:
+                pair = rows[i], rows[i + distance]
+                turned[i] = builder.shuffle_vector(*pair, low)
+                turned[i + distance] = builder.shuffle_vector(*pair, high)
+        rows = turned
+    return [rows[_place(word)] for word in range(LANES)]
+
+
+def _turns() -> list[tuple[Any, Any]]:
+    """What pairs of vectors are shuffled to in the four steps that exchange rows and columns."""
+    steps = (
+        (_unpack(1, 0), _unpack(1, 1)),
+        (_unpack(2, 0), _unpack(2, 1)),
+        (_quarters(0, 2), _quarters(1, 3)),
+        (_quarters(0, 2), _quarters(1, 3)),
+    )
+    return [(ir.Constant(INTS, low), ir.Constant(INTS, high)) for low, high in steps]
+
+
+def _unpack(width: int, high: int) -> list[int]:
+    """Words of two vectors in turn, `width` at a time, of the low or high half of each quarter."""
+    lanes = []
+    for quarter in range(4):
+        for i in range(2 // width):
+            at = 4 * quarter + 2 * high + i * width
+            lanes += [*range(at, at + width), *range(LANES + at, LANES + at + width)]
+    return lanes
+
+
+def _quarters(first: int, second: int) -> list[int]:
+    """Two quarters of a vector, then the same two of another."""
+    return [
+        base + 4 * quarter + i for base in (0, LANES) for quarter in (first, second) for i in range(4)
+    ]
+
+
+def _place(word: int) -> int:
+    """Where the four steps of `_turn` leave a word: the middle two of each four are swapped."""
+    return word & ~3 | (word & 1) << 1 | (word & 2) >> 1
+
+
+def _dot_line(features: Any, builder: Any, weights: list[Any], x: Any) -> Any:
+    """Sums of 16 rows' 64 bytes times 64 digits at an address, summed in two chains."""
+    sums = [constant(0)] * CHAINS
+    for i, quad in enumerate(weights):
+        digits = splat_int(builder, load(builder, builder.add(x, I64(4 * i)), I32))
+        signed = builder.bitcast(digits, BYTES64)
+        unsigned = builder.bitcast(quad, BYTES64)
+        sums[i % CHAINS] = dot_bytes(features, builder, sums[i % CHAINS], unsigned, signed)
+    return builder.add(*sums)
+
+
+def _join(builder: Any, digits: list[Any], starts: list[Any]) -> Any:
+    """Sums of products with one to three digits as floats; the lower two fit an int32."""
+    total = digits[0]
+    if len(digits) > 1:
+        total = builder.add(total, builder.shl(digits[1], constant(8)))
+    start = splat_int(builder, load(builder, starts[0], I32))
+    joined = builder.sitofp(builder.add(total, start), FLOATS)
+    if len(digits) < 3:
+        return joined
+    start = splat_int(builder, load(builder, starts[1], I32))
+    third = builder.sitofp(builder.add(digits[2], start), FLOATS)
+    weight = ir.Constant(FLOATS, [65536.0] * LANES)
+    return multiply_add(builder, third, weight, joined)
+
+
+def key_scores(dtype: str) -> Any:
+    """A query times some keys, 16 at a time.
+
+    The Numba function takes the addresses of the query float32 [D] and of keys [16 blocks, D], D (a
+    multiple of 16), blocks, and the address of float32 [16 blocks] to write.
+    """
+
+    def generate(
+        _features: Any, b: Any, query: Any, keys: Any, size: Any, num_blocks: Any, out: Any
+    ) -> None:
+        stride = b.mul(size, I64(ITEM[dtype]))
+        with cgutils.for_range(b, num_blocks) as blocks:
+            first = offset(b, keys, b.mul(blocks.index, I64(LANES)), stride)
+            zero = ir.Constant(FLOATS, [0.0] * LANES)
+            cells = [cgutils.alloca_once_value(b, zero) for _ in range(LANES)]
+            for cell in cells:
+                b.store(zero, cell)
+            with cgutils.for_range(b, b.udiv(size, I64(LANES))) as loop:
+                d = b.mul(loop.index, I64(LANES))
+                of_query = load(b, offset(b, query, d, I64(4)), FLOATS)
+                at = offset(b, first, d, I64(ITEM[dtype]))
+                for i, cell in enumerate(cells):
+                    key = _numbers(b, dtype, offset(b, at, i, stride))
+                    b.store(multiply_add(b, of_query, key, b.load(cell)), cell)
+            scores = _sum_each(b, [b.load(cell) for cell in cells])
+            to = offset(b, out, blocks.index, I64(4 * LANES))
+            b.store(scores, pointer(b, to, FLOATS), align=4)
+
+    return vector_function(f"key_scores_{dtype}", 5, generate)
+
+
+def value_sums(dtype: str) -> Any:
+    """Values, each times its weight, added to sums.
+
+    The Numba function takes the addresses of weights float32 [count] and of values [count, D], D (a
+    multiple of 16), count, and the address of float32 [D] to add to.
+    """
+
+    def generate(
+        _features: Any, b: Any, weights: Any, values: Any, size: Any, count: Any, out: Any
+    ) -> None:
+        wide = b.udiv(size, I64(LINE))
+        with cgutils.for_range(b, wide) as loop:
+            add(b, weights, values, size, count, out, b.mul(loop.index, I64(LINE)), LINE)
+        begin = b.mul(wide, I64(LINE))
+        rest = b.udiv(b.sub(size, begin), I64(LANES))
+        with cgutils.for_range(b, rest) as loop:
+            d = b.add(begin, b.mul(loop.index, I64(LANES)))
+            add(b, weights, values, size, count, out, d, LANES)
+
+    def add(
+        b: Any, weights: Any, values: Any, size: Any, count: Any, out: Any, d: Any, width: int
+    ) -> None:
+        """Numbers d .. d + width of all values."""
+        stride, at = b.mul(size, I64(ITEM[dtype])), offset(b, values, d, I64(ITEM[dtype]))
+        to = [
+            pointer(b, b.add(offset(b, out, d, I64(4)), I64(4 * lane)), FLOATS)
+            for lane in range(0, width, LANES)
+        ]
+        cells = [cgutils.alloca_once(b, FLOATS) for _ in to]
+        for cell, where in zip(cells, to, strict=True):
+            b.store(b.load(where, align=4), cell)
+        with cgutils.for_range(b, count) as loop:
+            weight = splat(b, load(b, offset(b, weights, loop.index, I64(4)), FLOAT))
+            row = offset(b, at, loop.index, stride)
+            for i, cell in enumerate(cells):
+                value = _numbers(b, dtype, b.add(row, I64(LANES * ITEM[dtype] * i)))
+                b.store(multiply_add(b, value, weight, b.load(cell)), cell)
+        for cell, where in zip(cells, to, strict=True):
+            b.store(b.load(cell), where, align=4)
+
+    return vector_function(f"value_sums_{dtype}", 5, generate)
+
+
+ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number in the cache."""
+
+
+def _numbers(builder: Any, dtype: str, address: Any) -> Any:
+    """16 numbers at an address as float32."""
+    if dtype == "float32":
+        return load(builder, address, FLOATS)
+    if dtype == "float16":
+        return builder.fpext(load(builder, address, HALVES), FLOATS)
+    words = builder.zext(load(builder, address, SHORTS), INTS)
+    return builder.bitcast(builder.shl(words, constant(16)), FLOATS)
+
+
+def _sum_each(builder: Any, vectors: list[Any]) -> Any:
+    """The sum of each of 16 vectors, as the lanes of one."""
+    for low, high in _turns():
+        vectors = [
+            builder.fadd(*(builder.shuffle_vector(x, y, mask) for mask in (low, high)))
+            for x, y in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+    return vectors[0]
