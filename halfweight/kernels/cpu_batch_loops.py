@@ -28,7 +28,7 @@ from halfweight.kernels.cpu_loops import (
     row_scales,
     whole_lines,
 )
-from halfweight.kernels.cpu_batch_tiles import TILE_ROWS, digit_rows, turn_scales
+from halfweight.kernels.cpu_batch_tiles import TILE_ROWS, digit_rows, matrix_rows, turn_words
 from halfweight.kernels.cpu_step import exp, floats_at
 from halfweight.kernels.simd import (
     cell,
@@ -47,7 +47,8 @@ STORE, ADD, GATE = range(3)
 """What becomes of a product: y = p, y += p, or y = silu(y) p."""
 
 digit_rows_2, digit_rows_3 = digit_rows(2), digit_rows(3)
-turn_scales_16 = turn_scales()
+matrix_rows_2, matrix_rows_3 = matrix_rows(2), matrix_rows(3)
+turn = turn_words()
 
 
 @inline
@@ -75,10 +76,21 @@ def write_batch_record(x: Any, columns: Any, parts: Any, record: Any, scratch: A
         store_int(steps + 4 * (2 * blocks + b), high)
 
 
-def batch_scratch_floats(columns: int, tokens: int) -> int:
-    """Floats of scratch that `batch_product` needs."""
-    most = columns // LINE + LANES
-    return TILE_ROWS * (2 * most + LANES + tokens + 16)
+def batch_scratch_bytes(columns: int, tokens: int) -> int:
+    """Bytes of scratch that a product needs."""
+    scales = 4 * TILE_ROWS * (2 * (columns // LINE + LANES) + LANES)
+    return int(8 * LINE + sums_bytes.py_func(tokens) + TILE_ROWS * max(columns, LINE) + scales)
+
+
+@inline
+def turned_scales(linear: Any, row: Any, rows: Any, scratch: Any) -> Any:
+    """Where in `scratch` scales float32 [K/64, 16] are written, without powers of two."""
+    columns, size = cell(linear, IN), cell(linear, GROUP)
+    groups = columns // size
+    scales = scratch + 4 * TILE_ROWS * (groups + LANES)
+    row_scales(linear, row, rows, size, scratch)
+    turn(scratch, 4 * groups, groups, size // LINE, scales)
+    return scales
 
 
 @inline
@@ -87,20 +99,66 @@ def multiply_digits(
 ) -> None:
     """sums float32 [M, 16] of records; `more`: whether the rows behind these come next."""
     columns = cell(linear, IN)
-    first = cell(linear, PACKED) + row * columns
-    groups, size = columns // cell(linear, GROUP), cell(linear, GROUP)
-    addresses, straight = scratch, scratch + 8 * TILE_ROWS
+    first, addresses = cell(linear, PACKED) + row * columns, scratch
     pointers = carray(pointer_to(addresses), TILE_ROWS, int64)
     for r in range(TILE_ROWS):
         pointers[r] = first + min(r, rows - 1) * columns
-    scales = straight + 4 * TILE_ROWS * (groups + LANES)
-    row_scales(linear, row, rows, size, straight)
-    turn_scales_16(straight, 4 * groups, groups, size // LINE, scales)
+    scales = turned_scales(linear, row, rows, scratch + 8 * TILE_ROWS)
     ahead = TILE_ROWS * columns if more else int64(0)
     if cell(linear, PARTS) == 2:
         digit_rows_2(addresses, x, columns, scales, tokens, sums, ahead)
     else:
         digit_rows_3(addresses, x, columns, scales, tokens, sums, ahead)
+
+
+@inline
+def turned_bytes(columns: Any, parts: Any) -> Any:
+    """Bytes of 16 tokens in digits as `matrix_rows` reads them."""
+    return LANES * (parts * columns + 12 * (columns // LINE))
+
+
+@inline
+def turn_tokens(records: Any, columns: Any, parts: Any, tokens: Any, to: Any) -> None:
+    """Records as `matrix_rows` reads them, 16 at a time.
+
+    Past the last one digits are anything, and steps 0: numbers below the normal ones are slow.
+    """
+    record, blocks = batch_record_bytes(columns, parts), columns // LINE
+    for m in range(0, tokens, LANES):
+        at = records + m * record
+        for part in range(parts):
+            turn(at + part * columns, record, columns // 4, 1, to + LANES * columns * part)
+        ends, turned = at + parts * columns, to + LANES * columns * parts
+        for i in range(3):
+            turn(ends + 4 * blocks * i, record, blocks, 1, turned + 4 * LANES * blocks * i)
+        steps = floats_at(turned, LANES * blocks)
+        for b in range(blocks):
+            for lane in range(tokens - m, LANES):
+                steps[b * LANES + lane] = float32(0)
+        to += turned_bytes(columns, parts)
+
+
+@inline
+def multiply_matrix(
+    linear: Any, row: Any, rows: Any, x: Any, tokens: Any, sums: Any, scratch: Any, more: Any
+) -> None:
+    """`multiply_digits` of turned tokens by a matrix unit; up to 15 sums more are written."""
+    columns, parts = cell(linear, IN), cell(linear, PARTS)
+    first, own = cell(linear, PACKED) + row * columns, scratch
+    scales = turned_scales(linear, row, rows, scratch + TILE_ROWS * columns)
+    if rows < TILE_ROWS:
+        words = carray(pointer_to(first), rows * columns // 4, int32)
+        copied = carray(pointer_to(own), rows * columns // 4, int32)
+        copied[:] = words
+        first = own
+    ahead = TILE_ROWS * columns if more else int64(0)
+    for m in range(0, tokens, LANES):
+        to = sums + 4 * TILE_ROWS * m
+        if parts == 2:
+            matrix_rows_2(first, x, columns, scales, to, ahead)
+        else:
+            matrix_rows_3(first, x, columns, scales, to, ahead)
+        x += turned_bytes(columns, parts)
 
 
 @inline
@@ -153,6 +211,12 @@ def finish_rows(
                 out[r] = products[r] * powers[r] + added[r]
 
 
+@inline
+def sums_bytes(tokens: Any) -> Any:
+    """Bytes of sums float32 [M, 16], M in whole sixteens."""
+    return 4 * TILE_ROWS * ((tokens + LANES - 1) // LANES * LANES)
+
+
 def batch_product(
     linear: Any, begin: Any, end: Any, x: Any, tokens: Any, scratch: Any, y: Any, stride: Any, use: Any
 ) -> Any:
@@ -161,13 +225,26 @@ def batch_product(
     A function of its own that kernels call by its address, so that it is compiled once.
     """
     sums = scratch + 8 * LINE
-    own = sums + 4 * TILE_ROWS * tokens
+    own = sums + sums_bytes(tokens)
     for row in range(begin, end, TILE_ROWS):
         rows = min(int64(TILE_ROWS), end - row)
         if cell(linear, PARTS):
             multiply_digits(linear, row, rows, x, tokens, sums, own, row + TILE_ROWS < end)
         else:
             multiply_floats(linear, row, rows, x, tokens, sums, own)
+        finish_rows(linear, row, rows, sums, tokens, scratch, y, stride, use)
+    return y
+
+
+def matrix_product(
+    linear: Any, begin: Any, end: Any, x: Any, tokens: Any, scratch: Any, y: Any, stride: Any, use: Any
+) -> Any:
+    """`batch_product` of turned tokens by a matrix unit: the same bits."""
+    sums = scratch + 8 * LINE
+    own = sums + sums_bytes(tokens)
+    for row in range(begin, end, TILE_ROWS):
+        rows = min(int64(TILE_ROWS), end - row)
+        multiply_matrix(linear, row, rows, x, tokens, sums, own, row + TILE_ROWS < end)
         finish_rows(linear, row, rows, sums, tokens, scratch, y, stride, use)
     return y
 

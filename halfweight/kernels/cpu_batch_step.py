@@ -27,8 +27,10 @@ from halfweight.kernels.cpu_batch_loops import (
     GATE,
     STORE,
     batch_record_bytes,
-    batch_scratch_floats,
+    batch_scratch_bytes,
     take_rows,
+    turn_tokens,
+    turned_bytes,
     write_batch_record,
 )
 from halfweight.kernels.cpu_batch_tiles import key_scores, value_sums
@@ -95,14 +97,16 @@ from halfweight.kernels.vectors import LANES, LINE
     SEQUENCES,
     NUM_LOGITS,
     LOGIT_TOKENS,
-) = range(33)
+    MATRIX,
+) = range(34)
 """Cells of a step; EPSILON and SCALING are bits of a float32, the rest counts and addresses.
 
 DIGITS: parts that a linear's x is rounded to where its groups allow. WIDEST is the longest x of a
 product. Each thread has WORK_BYTES of its own, from WORK on. IDS and POSITIONS have an int64 a
-token, LOGIT_TOKENS the tokens (indices) whose logits are wanted.
+token, LOGIT_TOKENS the tokens (indices) whose logits are wanted. MATRIX: the address of
+`matrix_product` where the CPU has a matrix unit, else 0.
 """
-STEP_CELLS = 33
+STEP_CELLS = 34
 FIRST, COUNT, TABLE = range(3)
 SEQUENCE_CELLS = 3
 """Cells of a sequence: its first token in the step, how many, and the address of its pages' ids."""
@@ -144,6 +148,10 @@ EMBEDDING_TICKET, EMBEDDING_DONE, FINAL_TICKET, FINAL_DONE, LOGITS_TICKET, LOGIT
 )
 COUNTERS_A_STEP = 7
 """Counters before those of the layers."""
+MIN_MATRIX_TOKENS = 8
+"""Tokens from which on a matrix unit is worth to turn them."""
+SPARE_BYTES = 16 * LINE
+"""What is read and written past the last number that is turned."""
 
 scores_float32, scores_bfloat16, scores_float16 = (
     key_scores(dtype) for dtype in ("float32", "bfloat16", "float16")
@@ -166,15 +174,21 @@ def prepare_one(
 
 
 @inline
+def by_matrix(step: Any, count: Any) -> Any:
+    """Whether so many tokens are worth a matrix unit."""
+    return cell(step, MATRIX) != 0 and count >= MIN_MATRIX_TOKENS
+
+
+@inline
 def prepare(
     step: Any, norm: Any, x: Any, columns: Any, count: Any, chosen: Any, ticket: Any, work: Any
 ) -> Any:
-    """Tokens of x float32 [M, K] as products want them: the addresses of floats and of records.
+    """Tokens of x float32 [M, K] as products want them: as floats, as records, and turned.
 
     `chosen` is the address of the `count` tokens wanted, 0 for the first ones; `ticket` that of the
     counter of tokens taken, and of those done behind it.
     """
-    own, scratch, _ = work
+    own, scratch, turned = work
     alone = count == 1
     base = own if alone else cell(step, PREPARED)
     size = batch_record_bytes(columns, cell(step, DIGITS))
@@ -190,19 +204,24 @@ def prepare(
         m = fetch_add(ticket, 1)
     if not alone:
         wait_for(ticket + 8, count)
+    if by_matrix(step, count) and columns % LINE == 0:
+        turn_tokens(records, columns, cell(step, DIGITS), count, turned)
     floats = base if norm else x
-    return floats, records
+    return floats, records, turned
 
 
 @inline
 def multiply_rows(
-    linear: Any, rows: Any, x: Any, tokens: Any, work: Any, y: Any, stride: Any, use: Any
+    step: Any, linear: Any, rows: Any, x: Any, tokens: Any, scratch: Any, y: Any, use: Any
 ) -> None:
-    """y[:, rows] of prepared tokens, y float32 [M, stride]."""
-    floats, records = x
-    at = records if cell(linear, PARTS) else floats
-    arguments = (linear, rows[0], rows[1], at, tokens, work[1], y, stride, use)
-    call_at(cell(linear, PRODUCT), arguments)
+    """y[:, rows] of prepared tokens; y: address and stride of float32 [M, stride]."""
+    floats, records, turned = x
+    at, product = floats, cell(linear, PRODUCT)
+    if cell(linear, PARTS):
+        at = records
+        if by_matrix(step, tokens):
+            at, product = turned, cell(step, MATRIX)
+    call_at(product, (linear, rows[0], rows[1], at, tokens, scratch, y[0], y[1], use))
 
 
 @inline
@@ -215,7 +234,7 @@ def share(
     """
     ticket, done = counters
     while rows[0] < rows[1]:
-        multiply_rows(linear, rows, x, tokens, work, y[0], y[1], use)
+        multiply_rows(step, linear, rows, x, tokens, work[1], y, use)
         fetch_add(done, rows[1] - rows[0])
         rows = take_rows(ticket, linear, cell(step, THREADS))
 
@@ -224,12 +243,12 @@ def share(
 def share_gated(
     step: Any, layer: Any, rows: Any, counters: Any, x: Any, tokens: Any, work: Any, y: Any
 ) -> None:
-    """y [M, F] = silu(gate x) * (up x)."""
+    """y [M, F] (address, stride) = silu(gate x) * (up x)."""
     gate, up = layer + 8 * GATE_ROWS, layer + 8 * UP
     ticket, done = counters
     while rows[0] < rows[1]:
-        multiply_rows(gate, rows, x, tokens, work, y, cell(gate, OUT), STORE)
-        multiply_rows(up, rows, x, tokens, work, y, cell(gate, OUT), GATE)
+        multiply_rows(step, gate, rows, x, tokens, work[1], y, STORE)
+        multiply_rows(step, up, rows, x, tokens, work[1], y, GATE)
         fetch_add(done, rows[1] - rows[0])
         rows = take_rows(ticket, gate, cell(step, THREADS))
 
@@ -426,7 +445,8 @@ def gated_phases(step: Any, layer: Any, counters: Any, work: Any) -> None:
     hidden, norm, at = cell(step, HIDDEN), cell(layer, MIDDLE_NORM), counters + 8 * MIDDLE_TICKET
     x = prepare(step, norm, hidden, cell(gate, IN), tokens, 0, at, work)
     activated = cell(step, ACTIVATED)
-    share_gated(step, layer, rows, (ticket, done), x, tokens, work, activated)
+    to = (activated, cell(gate, OUT))
+    share_gated(step, layer, rows, (ticket, done), x, tokens, work, to)
     ticket = counters + 8 * DOWN_TICKET
     rows = take_rows(ticket, down, threads)
     wait_for(done, cell(gate, OUT))
@@ -455,9 +475,11 @@ def batch_work_bytes(
 ) -> tuple[int, int]:
     """Bytes of memory that a thread needs for itself, and that `tokens` prepared ones need."""
     token = whole_lines.py_func(4 * widest) + batch_record_bytes.py_func(widest, digits)
-    attention = head_size + page_tokens
-    scratch = max(batch_scratch_floats(widest, tokens), attention, MAX_PARTS * LANES)
-    return int(token + whole_lines.py_func(4 * scratch)), int(tokens * token)
+    attention = 4 * (head_size + page_tokens)
+    scratch = max(batch_scratch_bytes(widest, tokens), attention, 4 * MAX_PARTS * LANES)
+    turned = -(-tokens // LANES) * turned_bytes.py_func(widest, digits) + SPARE_BYTES
+    own = token + whole_lines.py_func(scratch) + whole_lines.py_func(turned)
+    return int(own), int(tokens * token + SPARE_BYTES)
 
 
 def run_batch_step(pointer: Any) -> None:
@@ -468,7 +490,9 @@ def run_batch_step(pointer: Any) -> None:
     own = cell(step, WORK) + thread * cell(step, WORK_BYTES)
     widest = cell(step, WIDEST)
     scratch = own + whole_lines(4 * widest) + batch_record_bytes(widest, cell(step, DIGITS))
-    work = (own, scratch, int64(0))
+    end = own + cell(step, WORK_BYTES)
+    turned = end - whole_lines(2 * turned_bytes(widest, cell(step, DIGITS)) + SPARE_BYTES)
+    work = (own, scratch, turned)
     token = fetch_add(counters + 8 * EMBEDDING_TICKET, 1)
     while token < tokens:
         read_embedding(step, token, scratch)

@@ -18,6 +18,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
+from halfweight.kernels.matrix_tiles import configure_tiles, load_tile, tile_call
 from halfweight.kernels.vectors import (
     BYTES64,
     FLOAT,
@@ -30,6 +31,7 @@ from halfweight.kernels.vectors import (
     LANES,
     LINE,
     SHORTS,
+    accumulators,
     call,
     constant,
     dot_bytes,
@@ -94,7 +96,9 @@ def digit_rows(num_parts: int) -> Any:
                     _dot_line(features, b, weights, b.add(offset(b, record, part, columns), k))
                     for part in range(num_parts)
                 ]
-                starts = [b.add(ends, b.mul(lines, I64(4 * i))) for i in (1, 2)]
+                starts = [
+                    splat_int(b, load(b, b.add(ends, b.mul(lines, I64(4 * i))), I32)) for i in (1, 2)
+                ]
                 total = _join(b, digits, starts)
                 factor = b.fmul(scale, splat(b, load(b, ends, FLOAT)))
                 cell = pointer(b, offset(b, sums, loop.index, I64(4 * LANES)), FLOATS)
@@ -123,29 +127,90 @@ def _prefetch(builder: Any, rows: list[Any], k: Any, columns: Any, ahead: Any) -
         call(builder, "llvm.prefetch.p0", ir.VoidType(), line, I32(0), I32(3), I32(1))
 
 
-def turn_scales() -> Any:
-    """Scales of 16 rows, turned: a lane a row.
+def turn_words() -> Any:
+    """Words of 16 rows, turned: 16 of a column side by side.
 
-    The Numba function takes the address of float32 [16, K/G], the bytes of one of its rows, K/G,
-    G/64, and the address of float32 [K/64, 16] to write. Up to 15 groups more are read and written.
+    The Numba function takes the address of 4-byte words [16, count], the bytes of one of its rows,
+    count, how often each column is to be written, and the address of [count, copies, 16] to write.
+    Up to 15 columns more are read and written.
     """
 
     def generate(
-        _features: Any, b: Any, scales: Any, stride: Any, groups: Any, lines: Any, out: Any
+        _features: Any, b: Any, words: Any, stride: Any, count: Any, copies: Any, out: Any
     ) -> None:
-        turns = b.udiv(b.add(groups, I64(LANES - 1)), I64(LANES))
+        turns = b.udiv(b.add(count, I64(LANES - 1)), I64(LANES))
         with cgutils.for_range(b, turns) as loop:
-            group = b.mul(loop.index, I64(LANES))
-            at = offset(b, scales, group, I64(4))
+            column = b.mul(loop.index, I64(LANES))
+            at = offset(b, words, column, I64(4))
             rows = [load(b, offset(b, at, r, stride), INTS) for r in range(TILE_ROWS)]
             for i, turned in enumerate(_turn(b, rows)):
-                line = b.mul(b.add(group, I64(i)), lines)
+                line = b.mul(b.add(column, I64(i)), copies)
                 first = offset(b, out, line, I64(4 * TILE_ROWS))
-                with cgutils.for_range(b, lines) as copies:
-                    to = offset(b, first, copies.index, I64(4 * TILE_ROWS))
+                with cgutils.for_range(b, copies) as copy:
+                    to = offset(b, first, copy.index, I64(4 * TILE_ROWS))
                     b.store(turned, pointer(b, to, INTS), align=4)
 
-    return vector_function("turn_scales", 5, generate)
+    return vector_function("turn_words", 5, generate)
+
+
+def matrix_rows(num_parts: int) -> Any:
+    """`digit_rows` for 16 tokens by a CPU's matrix unit (AMX).
+
+    The Numba function takes the address of the first of 16 rows, that of tokens, K, the addresses
+    of scales float32 [K/64, 16] and of float32 [16, 16] (tokens, rows) to write, and the bytes to
+    the rows that come next. Tokens are turned: digits [num_parts, K/4, 16, 4], steps [K/64, 16],
+    starts [2, K/64, 16]. A line of a tile is a row of weights as it lies, a column a token; while
+    the unit multiplies a block, the one before it is scaled and added.
+    """
+
+    def generate(
+        _features: Any, b: Any, weights: Any, x: Any, columns: Any, scales: Any, out: Any, ahead: Any
+    ) -> None:
+        lines, size = b.udiv(columns, I64(LINE)), 4 * LANES * TILE_ROWS
+        digits = b.mul(columns, I64(LANES))
+        steps = offset(b, x, num_parts, digits)
+        both = b.ptrtoint(cgutils.alloca_once(b, I32, 2 * num_parts * size // 4), I64)
+        sums = accumulators(b, TILE_ROWS, FLOATS)
+        for cell in sums:
+            b.store(ir.Constant(FLOATS, [0.0] * LANES), cell)
+        rows = [offset(b, weights, r, columns) for r in range(TILE_ROWS)]
+        configure_tiles(b)
+        with cgutils.for_range(b, b.add(lines, I64(1))) as blocks:
+            turn = b.mul(b.and_(blocks.index, I64(1)), I64(num_parts * size))
+            here, other = b.add(both, turn), b.add(both, b.sub(I64(num_parts * size), turn))
+            with b.if_then(b.icmp_signed("<", blocks.index, lines)):
+                k = b.mul(blocks.index, I64(LINE))
+                _prefetch(b, rows, k, columns, ahead)
+                load_tile(b, 0, b.add(weights, k), columns)
+                for part in range(num_parts):
+                    at = b.add(offset(b, x, part, digits), b.mul(k, I64(LANES)))
+                    load_tile(b, 1 + part, at, I64(LINE))
+                    tile_call(b, "tilezero", I8(4 + part))
+                    tile_call(b, "tdpbusd", I8(4 + part), I8(0), I8(1 + part))
+                    to = b.inttoptr(b.add(here, I64(size * part)), I8.as_pointer())
+                    tile_call(b, "tilestored64", I8(4 + part), to, I64(LINE))
+            with b.if_then(b.icmp_signed(">", blocks.index, I64(0))):
+                block = b.mul(b.sub(blocks.index, I64(1)), I64(4 * LANES))
+                step = load(b, b.add(steps, block), FLOATS)
+                starts = [
+                    load(b, b.add(offset(b, steps, i, b.mul(lines, I64(4 * LANES))), block), INTS)
+                    for i in (1, 2)
+                ]
+                for r, cell in enumerate(sums):
+                    line = b.add(other, I64(LINE * r))
+                    products = [
+                        load(b, b.add(line, I64(size * part)), INTS) for part in range(num_parts)
+                    ]
+                    scale = splat(b, load(b, b.add(scales, b.add(block, I64(4 * r))), FLOAT))
+                    total, factor = _join(b, products, starts), b.fmul(scale, step)
+                    b.store(multiply_add(b, total, factor, b.load(cell)), cell)
+        tile_call(b, "tilerelease")
+        of_rows = [b.bitcast(b.load(cell), INTS) for cell in sums]
+        for token, turned in enumerate(_turn(b, of_rows)):
+            to = pointer(b, b.add(out, I64(4 * TILE_ROWS * token)), INTS)
+            b.store(turned, to, align=4)
+
+    return vector_function(f"matrix_rows_{num_parts}", 6, generate)
 
 
 def _turn(builder: Any, rows: list[Any]) -> list[Any]:
@@ -211,12 +276,10 @@ def _join(builder: Any, digits: list[Any], starts: list[Any]) -> Any:
     total = digits[0]
     if len(digits) > 1:
         total = builder.add(total, builder.shl(digits[1], constant(8)))
-    start = splat_int(builder, load(builder, starts[0], I32))
-    joined = builder.sitofp(builder.add(total, start), FLOATS)
+    joined = builder.sitofp(builder.add(total, starts[0]), FLOATS)
     if len(digits) < 3:
         return joined
-    start = splat_int(builder, load(builder, starts[1], I32))
-    third = builder.sitofp(builder.add(digits[2], start), FLOATS)
+    third = builder.sitofp(builder.add(digits[2], starts[1]), FLOATS)
     weight = ir.Constant(FLOATS, [65536.0] * LANES)
     return multiply_add(builder, third, weight, joined)
 

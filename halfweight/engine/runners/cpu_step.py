@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from halfweight.engine.step import Chunk
 from halfweight.kernels import cpu_batch_step as names
-from halfweight.kernels.cpu import FORMATS, exact_parts, linear_cells
-from halfweight.kernels.cpu_batch_loops import batch_product
+from halfweight.kernels.cpu import FORMATS, exact_parts, has_matrix_unit, linear_cells
+from halfweight.kernels.cpu_batch_loops import batch_product, matrix_product
 from halfweight.kernels.cpu_loops import PRODUCT
 from halfweight.kernels.threads import Arguments, CFunction, Kernel, num_threads
 from halfweight.llama_like import layer_linears
@@ -27,7 +27,7 @@ from halfweight.modules import QuantizedWeight
 MAX_TOKENS = 32
 """Tokens of one call, of all its sequences."""
 
-_product = CFunction(batch_product)
+_product, _by_matrix = CFunction(batch_product), CFunction(matrix_product)
 _kernel = Kernel(names.run_batch_step)
 
 
@@ -166,6 +166,7 @@ class BatchStep:
             names.WIDEST: widest,
             names.PREPARED: self._address(torch.zeros(sizes[1], dtype=torch.uint8)),
             names.WORK_BYTES: sizes[0],
+            names.MATRIX: _by_matrix.address if digits and has_matrix_unit() else 0,
         }
         for cell, value in values.items():
             self._arguments.cells[cell] = value
