@@ -11,6 +11,7 @@ from typing import Any
 
 from numba import carray, float32, int32, int64
 
+from halfweight.kernels.cpu_batch_tiles import TILE_ROWS, digit_rows, matrix_rows, turn_words
 from halfweight.kernels.cpu_loops import (
     BIAS,
     FIRST_BYTES,
@@ -28,7 +29,6 @@ from halfweight.kernels.cpu_loops import (
     row_scales,
     whole_lines,
 )
-from halfweight.kernels.cpu_batch_tiles import TILE_ROWS, digit_rows, matrix_rows, turn_words
 from halfweight.kernels.cpu_step import exp, floats_at
 from halfweight.kernels.simd import (
     cell,
@@ -188,7 +188,15 @@ def multiply_floats(
 
 @inline
 def finish_rows(
-    linear: Any, row: Any, rows: Any, sums: Any, tokens: Any, own: Any, y: Any, stride: Any, use: Any
+    linear: Any,
+    row: Any,
+    rows: Any,
+    sums: Any,
+    tokens: Any,
+    own: Any,
+    y: Any,
+    stride: Any,
+    use: Any,
 ) -> None:
     """Powers of two and bias; sums [M, 16] to y float32 [M, stride] as `use` says."""
     bias = cell(linear, BIAS)
@@ -218,7 +226,15 @@ def sums_bytes(tokens: Any) -> Any:
 
 
 def batch_product(
-    linear: Any, begin: Any, end: Any, x: Any, tokens: Any, scratch: Any, y: Any, stride: Any, use: Any
+    linear: Any,
+    begin: Any,
+    end: Any,
+    x: Any,
+    tokens: Any,
+    scratch: Any,
+    y: Any,
+    stride: Any,
+    use: Any,
 ) -> Any:
     """y[:, begin:end] of M prepared tokens, y float32 [M, stride]; begin a multiple of 16.
 
@@ -237,7 +253,15 @@ def batch_product(
 
 
 def matrix_product(
-    linear: Any, begin: Any, end: Any, x: Any, tokens: Any, scratch: Any, y: Any, stride: Any, use: Any
+    linear: Any,
+    begin: Any,
+    end: Any,
+    x: Any,
+    tokens: Any,
+    scratch: Any,
+    y: Any,
+    stride: Any,
+    use: Any,
 ) -> Any:
     """`batch_product` of turned tokens by a matrix unit: the same bits."""
     sums = scratch + 8 * LINE

@@ -9,19 +9,78 @@ all layers together, by tickets, each weight read once for all tokens. A layer's
 Before a product its tokens are prepared (norm, digits). One token is prepared by every thread for
 itself, which is cheaper than to wait; several are shared out, a ticket each.
 
-A head of a sequence rotates and writes its own keys and values before it attends, so nobody waits
-for another; heads that share a key write the same bytes to the same place. Attention goes page by
-page with a running maximum, so its memory does not grow with the context, and so a token's numbers
-depend on nothing but its sequence: the same bits alone and beside others, in one step or in many.
+A token's numbers depend on nothing but its sequence: the same bits alone and beside others, in one
+step or in many (cpu_batch_tiles.py, cpu_batch_attention.py).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numba import float32, int64
 
+from halfweight.kernels.cpu_batch_attention import attention_bytes, share_heads
+from halfweight.kernels.cpu_batch_cells import (
+    ACTIVATED,
+    ACTIVATED_TICKET,
+    ATTENDED,
+    ATTENDED_TICKET,
+    COUNTERS,
+    COUNTERS_A_LAYER,
+    COUNTERS_A_STEP,
+    DIGITS,
+    DOWN,
+    DOWN_DONE,
+    DOWN_TICKET,
+    EMBEDDING,
+    EMBEDDING_DONE,
+    EMBEDDING_TICKET,
+    EPSILON,
+    FINAL_NORM,
+    FINAL_TICKET,
+    GATE_ROWS,
+    GATED_DONE,
+    GATED_TICKET,
+    HEAD,
+    HEAD_TICKET,
+    HEADS,
+    HEADS_DONE,
+    HIDDEN,
+    IDS,
+    INPUT_NORM,
+    INPUT_TICKET,
+    K_TICKET,
+    LAYER_CELLS,
+    LAYERS,
+    LOGIT_TOKENS,
+    LOGITS,
+    LOGITS_DONE,
+    LOGITS_TICKET,
+    MATRIX,
+    MIDDLE_NORM,
+    MIDDLE_TICKET,
+    NUM_LAYERS,
+    NUM_LOGITS,
+    NUM_SEQUENCES,
+    NUM_TOKENS,
+    OUTPUT,
+    OUTPUT_DONE,
+    OUTPUT_TICKET,
+    PREPARED,
+    Q_TICKET,
+    QKV,
+    QKV_DONE,
+    THREAD,
+    THREADS,
+    UP,
+    V_TICKET,
+    WIDEST,
+    WORK,
+    WORK_BYTES,
+    K,
+    Q,
+    V,
+)
 from halfweight.kernels.cpu_batch_loops import (
     ADD,
     GATE,
@@ -33,13 +92,9 @@ from halfweight.kernels.cpu_batch_loops import (
     turned_bytes,
     write_batch_record,
 )
-from halfweight.kernels.cpu_batch_tiles import key_scores, value_sums
 from halfweight.kernels.cpu_loops import (
-    BFLOAT16,
-    FLOAT32,
     GROUP,
     IN,
-    LINEAR_CELLS,
     MAX_PARTS,
     OUT,
     PACKED,
@@ -47,11 +102,10 @@ from halfweight.kernels.cpu_loops import (
     PRODUCT,
     row_power,
     row_scales,
-    store_number,
     weight_at,
     whole_lines,
 )
-from halfweight.kernels.cpu_step import exp, floats_at, normalize, rotate, wait_for
+from halfweight.kernels.cpu_step import normalize, wait_for
 from halfweight.kernels.simd import (
     address_of,
     call_at,
@@ -63,102 +117,10 @@ from halfweight.kernels.simd import (
 )
 from halfweight.kernels.vectors import LANES, LINE
 
-(
-    COUNTERS,
-    NUM_LAYERS,
-    LAYERS,
-    HEADS,
-    KV_HEADS,
-    HEAD_SIZE,
-    PAGE_TOKENS,
-    CACHE_FORMAT,
-    DIGITS,
-    EPSILON,
-    SCALING,
-    COS,
-    SIN,
-    HIDDEN,
-    QKV,
-    ATTENDED,
-    ACTIVATED,
-    LOGITS,
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    WIDEST,
-    PREPARED,
-    THREADS,
-    WORK,
-    WORK_BYTES,
-    NUM_TOKENS,
-    IDS,
-    POSITIONS,
-    NUM_SEQUENCES,
-    SEQUENCES,
-    NUM_LOGITS,
-    LOGIT_TOKENS,
-    MATRIX,
-) = range(34)
-"""Cells of a step; EPSILON and SCALING are bits of a float32, the rest counts and addresses.
-
-DIGITS: parts that a linear's x is rounded to where its groups allow. WIDEST is the longest x of a
-product. Each thread has WORK_BYTES of its own, from WORK on. IDS and POSITIONS have an int64 a
-token, LOGIT_TOKENS the tokens (indices) whose logits are wanted. MATRIX: the address of
-`matrix_product` where the CPU has a matrix unit, else 0.
-"""
-STEP_CELLS = 34
-FIRST, COUNT, TABLE = range(3)
-SEQUENCE_CELLS = 3
-"""Cells of a sequence: its first token in the step, how many, and the address of its pages' ids."""
-
-LINEARS = 7
-Q, K, V, OUTPUT, GATE_ROWS, UP, DOWN = (LINEAR_CELLS * i for i in range(LINEARS))
-INPUT_NORM, Q_NORM, K_NORM, MIDDLE_NORM, KEYS, VALUES = range(
-    LINEAR_CELLS * LINEARS, LINEAR_CELLS * LINEARS + 6
-)
-LAYER_CELLS = LINEAR_CELLS * LINEARS + 6
-"""Cells of a layer: seven linears, addresses of float32 norms (0: none) and of the pages."""
-
-(
-    INPUT_TICKET,
-    INPUT_DONE,
-    Q_TICKET,
-    K_TICKET,
-    V_TICKET,
-    QKV_DONE,
-    HEAD_TICKET,
-    HEADS_DONE,
-    ATTENDED_TICKET,
-    ATTENDED_DONE,
-    OUTPUT_TICKET,
-    OUTPUT_DONE,
-    MIDDLE_TICKET,
-    MIDDLE_DONE,
-    GATED_TICKET,
-    GATED_DONE,
-    ACTIVATED_TICKET,
-    ACTIVATED_DONE,
-    DOWN_TICKET,
-    DOWN_DONE,
-) = range(20)
-COUNTERS_A_LAYER = 20
-"""Rows, heads or tokens of each phase taken, and done."""
-EMBEDDING_TICKET, EMBEDDING_DONE, FINAL_TICKET, FINAL_DONE, LOGITS_TICKET, LOGITS_DONE, THREAD = (
-    range(7)
-)
-COUNTERS_A_STEP = 7
-"""Counters before those of the layers."""
 MIN_MATRIX_TOKENS = 8
 """Tokens from which on a matrix unit is worth to turn them."""
 SPARE_BYTES = 16 * LINE
 """What is read and written past the last number that is turned."""
-
-scores_float32, scores_bfloat16, scores_float16 = (
-    key_scores(dtype) for dtype in ("float32", "bfloat16", "float16")
-)
-values_float32, values_bfloat16, values_float16 = (
-    value_sums(dtype) for dtype in ("float32", "bfloat16", "float16")
-)
 
 
 @inline
@@ -226,7 +188,15 @@ def multiply_rows(
 
 @inline
 def share(
-    step: Any, linear: Any, rows: Any, counters: Any, x: Any, tokens: Any, work: Any, y: Any, use: Any
+    step: Any,
+    linear: Any,
+    rows: Any,
+    counters: Any,
+    x: Any,
+    tokens: Any,
+    work: Any,
+    y: Any,
+    use: Any,
 ) -> None:
     """y (address, stride) of a linear by all threads; `rows` are those that this one has already.
 
@@ -251,140 +221,6 @@ def share_gated(
         multiply_rows(step, up, rows, x, tokens, work[1], y, GATE)
         fetch_add(done, rows[1] - rows[0])
         rows = take_rows(ticket, gate, cell(step, THREADS))
-
-
-@inline
-def prepare_head(step: Any, norm: Any, values: Any, position: Any, to: Any) -> None:
-    """Copy a head of q or k, normalized where the model does so, and rotate it."""
-    size = cell(step, HEAD_SIZE)
-    if norm:
-        normalize(values, norm, size, load(step + 8 * EPSILON, float32), to)
-    else:
-        for d in range(size):
-            store(to + 4 * d, load(values + 4 * d, float32))
-    at = 4 * size * position
-    rotate(to, size, cell(step, COS) + at, cell(step, SIN) + at)
-
-
-@inline
-def page_bytes(step: Any) -> Any:
-    """Bytes of a page of keys, or of values, of one head."""
-    item = int64(4) if cell(step, CACHE_FORMAT) == FLOAT32 else int64(2)
-    return cell(step, PAGE_TOKENS) * cell(step, HEAD_SIZE) * item
-
-
-@inline
-def page_of(step: Any, table: Any, head: Any, page: Any) -> Any:
-    """Where a sequence's page of one head is, counted from the first page."""
-    return (cell(table, page) * cell(step, KV_HEADS) + head) * page_bytes(step)
-
-
-@inline
-def write_token(step: Any, layer: Any, table: Any, head: Any, token: Any, scratch: Any) -> None:
-    """Rotate a token's key of one head, write it and its value to their page."""
-    size, number_format = cell(step, HEAD_SIZE), cell(step, CACHE_FORMAT)
-    num_q, num_k = cell(layer + 8 * Q, OUT), cell(layer + 8 * K, OUT)
-    position, page_tokens = cell(cell(step, POSITIONS), token), cell(step, PAGE_TOKENS)
-    k = cell(step, QKV) + 4 * (token * (num_q + 2 * num_k) + num_q + head * size)
-    prepare_head(step, cell(layer, K_NORM), k, position, scratch)
-    at, first = page_of(step, table, head, position // page_tokens), position % page_tokens * size
-    keys, values = cell(layer, KEYS) + at, cell(layer, VALUES) + at
-    for d in range(size):
-        store_number(keys, first + d, number_format, load(scratch + 4 * d, float32))
-        value = load(k + 4 * (num_k + d), float32)
-        store_number(values, first + d, number_format, value)
-
-
-@inline
-def score_page(query: Any, keys: Any, size: Any, count: Any, number_format: Any, to: Any) -> None:
-    """`count` scores, and up to 15 of what lies behind."""
-    blocks = (count + LANES - 1) // LANES
-    if number_format == BFLOAT16:
-        scores_bfloat16(query, keys, size, blocks, to)
-    elif number_format == FLOAT32:
-        scores_float32(query, keys, size, blocks, to)
-    else:
-        scores_float16(query, keys, size, blocks, to)
-
-
-@inline
-def add_page(
-    weights: Any, values: Any, size: Any, count: Any, number_format: Any, out: Any
-) -> None:
-    """out float32 [D] += `count` values times their weights."""
-    if number_format == BFLOAT16:
-        values_bfloat16(weights, values, size, count, out)
-    elif number_format == FLOAT32:
-        values_float32(weights, values, size, count, out)
-    else:
-        values_float16(weights, values, size, count, out)
-
-
-@inline
-def attend_token(
-    step: Any, layer: Any, table: Any, head: Any, position: Any, query: Any, to: Any, scratch: Any
-) -> None:
-    """Attention of one query to all positions up to its own, page by page, to float32 [D] at `to`.
-
-    Sums and weights are relative to the largest score so far.
-    """
-    size, page_tokens = cell(step, HEAD_SIZE), cell(step, PAGE_TOKENS)
-    number_format = cell(step, CACHE_FORMAT)
-    out = floats_at(to, size)
-    out[:] = float32(0)
-    most, total = float32(-np.inf), float32(0)
-    for page in range(position // page_tokens + 1):
-        at = page_of(step, table, head, page)
-        count = min(page_tokens, position + 1 - page * page_tokens)
-        score_page(query, cell(layer, KEYS) + at, size, count, number_format, scratch)
-        scores = floats_at(scratch, count)
-        largest = most
-        for t in range(count):
-            largest = max(largest, scores[t])
-        if largest > most:
-            factor = exp(most - largest)
-            most = largest
-            total *= factor
-            for d in range(size):
-                out[d] *= factor
-        for t in range(count):
-            scores[t] = exp(scores[t] - most)
-            total += scores[t]
-        add_page(scratch, cell(layer, VALUES) + at, size, count, number_format, to)
-    for d in range(size):
-        out[d] /= total
-
-
-@inline
-def attend(step: Any, layer: Any, sequence: Any, head: Any, scratch: Any) -> None:
-    """One head of a sequence: write the keys and values of its new tokens, attend for each."""
-    size, heads = cell(step, HEAD_SIZE), cell(step, HEADS)
-    shared, table = head // (heads // cell(step, KV_HEADS)), cell(sequence, TABLE)
-    width = cell(layer + 8 * Q, OUT) + 2 * cell(layer + 8 * K, OUT)
-    begin = cell(sequence, FIRST)
-    for token in range(begin, begin + cell(sequence, COUNT)):
-        write_token(step, layer, table, shared, token, scratch)
-    scaling = load(step + 8 * SCALING, float32)
-    for token in range(begin, begin + cell(sequence, COUNT)):
-        position = cell(cell(step, POSITIONS), token)
-        q = cell(step, QKV) + 4 * (token * width + head * size)
-        prepare_head(step, cell(layer, Q_NORM), q, position, scratch)
-        for d in range(size):
-            store(scratch + 4 * d, load(scratch + 4 * d, float32) * scaling)
-        out = cell(step, ATTENDED) + 4 * size * (token * heads + head)
-        attend_token(step, layer, table, shared, position, scratch, out, scratch + 4 * size)
-
-
-@inline
-def share_heads(step: Any, layer: Any, ticket: Any, scratch: Any) -> None:
-    """`attend` for every head of every sequence; the counter of those done is behind `ticket`."""
-    heads = cell(step, HEADS)
-    i = fetch_add(ticket, 1)
-    while i < heads * cell(step, NUM_SEQUENCES):
-        sequence = cell(step, SEQUENCES) + 8 * SEQUENCE_CELLS * (i // heads)
-        attend(step, layer, sequence, i % heads, scratch)
-        fetch_add(ticket + 8, 1)
-        i = fetch_add(ticket, 1)
 
 
 @inline
@@ -475,7 +311,7 @@ def batch_work_bytes(
 ) -> tuple[int, int]:
     """Bytes of memory that a thread needs for itself, and that `tokens` prepared ones need."""
     token = whole_lines.py_func(4 * widest) + batch_record_bytes.py_func(widest, digits)
-    attention = 4 * (head_size + page_tokens)
+    attention = attention_bytes(head_size, page_tokens)
     scratch = max(batch_scratch_bytes(widest, tokens), attention, 4 * MAX_PARTS * LANES)
     turned = -(-tokens // LANES) * turned_bytes.py_func(widest, digits) + SPARE_BYTES
     own = token + whole_lines.py_func(scratch) + whole_lines.py_func(turned)

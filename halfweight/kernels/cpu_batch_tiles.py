@@ -23,14 +23,12 @@ from halfweight.kernels.vectors import (
     BYTES64,
     FLOAT,
     FLOATS,
-    HALVES,
     I8,
     I32,
     I64,
     INTS,
     LANES,
     LINE,
-    SHORTS,
     accumulators,
     call,
     constant,
@@ -89,15 +87,14 @@ def digit_rows(num_parts: int) -> Any:
             scale = load(b, offset(b, scales, k, I64(1)), FLOATS)
             with cgutils.for_range(b, tokens) as loop:
                 record = offset(b, x, loop.index, stride)
-                ends = b.add(
-                    offset(b, record, num_parts, columns), b.mul(blocks.index, I64(4))
-                )
+                ends = b.add(offset(b, record, num_parts, columns), b.mul(blocks.index, I64(4)))
                 digits = [
                     _dot_line(features, b, weights, b.add(offset(b, record, part, columns), k))
                     for part in range(num_parts)
                 ]
                 starts = [
-                    splat_int(b, load(b, b.add(ends, b.mul(lines, I64(4 * i))), I32)) for i in (1, 2)
+                    splat_int(b, load(b, b.add(ends, b.mul(lines, I64(4 * i))), I32))
+                    for i in (1, 2)
                 ]
                 total = _join(b, digits, starts)
                 factor = b.fmul(scale, splat(b, load(b, ends, FLOAT)))
@@ -164,7 +161,14 @@ def matrix_rows(num_parts: int) -> Any:
     """
 
     def generate(
-        _features: Any, b: Any, weights: Any, x: Any, columns: Any, scales: Any, out: Any, ahead: Any
+        _features: Any,
+        b: Any,
+        weights: Any,
+        x: Any,
+        columns: Any,
+        scales: Any,
+        out: Any,
+        ahead: Any,
     ) -> None:
         lines, size = b.udiv(columns, I64(LINE)), 4 * LANES * TILE_ROWS
         digits = b.mul(columns, I64(LANES))
@@ -251,7 +255,10 @@ def _unpack(width: int, high: int) -> list[int]:
 def _quarters(first: int, second: int) -> list[int]:
     """Two quarters of a vector, then the same two of another."""
     return [
-        base + 4 * quarter + i for base in (0, LANES) for quarter in (first, second) for i in range(4)
+        base + 4 * quarter + i
+        for base in (0, LANES)
+        for quarter in (first, second)
+        for i in range(4)
     ]
 
 
@@ -282,101 +289,3 @@ def _join(builder: Any, digits: list[Any], starts: list[Any]) -> Any:
     third = builder.sitofp(builder.add(digits[2], starts[1]), FLOATS)
     weight = ir.Constant(FLOATS, [65536.0] * LANES)
     return multiply_add(builder, third, weight, joined)
-
-
-def key_scores(dtype: str) -> Any:
-    """A query times some keys, 16 at a time.
-
-    The Numba function takes the addresses of the query float32 [D] and of keys [16 blocks, D], D (a
-    multiple of 16), blocks, and the address of float32 [16 blocks] to write.
-    """
-
-    def generate(
-        _features: Any, b: Any, query: Any, keys: Any, size: Any, num_blocks: Any, out: Any
-    ) -> None:
-        stride = b.mul(size, I64(ITEM[dtype]))
-        with cgutils.for_range(b, num_blocks) as blocks:
-            first = offset(b, keys, b.mul(blocks.index, I64(LANES)), stride)
-            zero = ir.Constant(FLOATS, [0.0] * LANES)
-            cells = [cgutils.alloca_once_value(b, zero) for _ in range(LANES)]
-            for cell in cells:
-                b.store(zero, cell)
-            with cgutils.for_range(b, b.udiv(size, I64(LANES))) as loop:
-                d = b.mul(loop.index, I64(LANES))
-                of_query = load(b, offset(b, query, d, I64(4)), FLOATS)
-                at = offset(b, first, d, I64(ITEM[dtype]))
-                for i, cell in enumerate(cells):
-                    key = _numbers(b, dtype, offset(b, at, i, stride))
-                    b.store(multiply_add(b, of_query, key, b.load(cell)), cell)
-            scores = _sum_each(b, [b.load(cell) for cell in cells])
-            to = offset(b, out, blocks.index, I64(4 * LANES))
-            b.store(scores, pointer(b, to, FLOATS), align=4)
-
-    return vector_function(f"key_scores_{dtype}", 5, generate)
-
-
-def value_sums(dtype: str) -> Any:
-    """Values, each times its weight, added to sums.
-
-    The Numba function takes the addresses of weights float32 [count] and of values [count, D], D (a
-    multiple of 16), count, and the address of float32 [D] to add to.
-    """
-
-    def generate(
-        _features: Any, b: Any, weights: Any, values: Any, size: Any, count: Any, out: Any
-    ) -> None:
-        wide = b.udiv(size, I64(LINE))
-        with cgutils.for_range(b, wide) as loop:
-            add(b, weights, values, size, count, out, b.mul(loop.index, I64(LINE)), LINE)
-        begin = b.mul(wide, I64(LINE))
-        rest = b.udiv(b.sub(size, begin), I64(LANES))
-        with cgutils.for_range(b, rest) as loop:
-            d = b.add(begin, b.mul(loop.index, I64(LANES)))
-            add(b, weights, values, size, count, out, d, LANES)
-
-    def add(
-        b: Any, weights: Any, values: Any, size: Any, count: Any, out: Any, d: Any, width: int
-    ) -> None:
-        """Numbers d .. d + width of all values."""
-        stride, at = b.mul(size, I64(ITEM[dtype])), offset(b, values, d, I64(ITEM[dtype]))
-        to = [
-            pointer(b, b.add(offset(b, out, d, I64(4)), I64(4 * lane)), FLOATS)
-            for lane in range(0, width, LANES)
-        ]
-        cells = [cgutils.alloca_once(b, FLOATS) for _ in to]
-        for cell, where in zip(cells, to, strict=True):
-            b.store(b.load(where, align=4), cell)
-        with cgutils.for_range(b, count) as loop:
-            weight = splat(b, load(b, offset(b, weights, loop.index, I64(4)), FLOAT))
-            row = offset(b, at, loop.index, stride)
-            for i, cell in enumerate(cells):
-                value = _numbers(b, dtype, b.add(row, I64(LANES * ITEM[dtype] * i)))
-                b.store(multiply_add(b, value, weight, b.load(cell)), cell)
-        for cell, where in zip(cells, to, strict=True):
-            b.store(b.load(cell), where, align=4)
-
-    return vector_function(f"value_sums_{dtype}", 5, generate)
-
-
-ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of a number in the cache."""
-
-
-def _numbers(builder: Any, dtype: str, address: Any) -> Any:
-    """16 numbers at an address as float32."""
-    if dtype == "float32":
-        return load(builder, address, FLOATS)
-    if dtype == "float16":
-        return builder.fpext(load(builder, address, HALVES), FLOATS)
-    words = builder.zext(load(builder, address, SHORTS), INTS)
-    return builder.bitcast(builder.shl(words, constant(16)), FLOATS)
-
-
-def _sum_each(builder: Any, vectors: list[Any]) -> Any:
-    """The sum of each of 16 vectors, as the lanes of one."""
-    for low, high in _turns():
-        vectors = [
-            builder.fadd(*(builder.shuffle_vector(x, y, mask) for mask in (low, high)))
-            for x, y in zip(vectors[::2], vectors[1::2], strict=True)
-        ]
-    return vectors[0]

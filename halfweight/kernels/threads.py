@@ -26,8 +26,8 @@ from numba.core.ccallback import CFunc
 
 SOURCES = (
     *(f"cpu_{name}" for name in ("loops", "prefill", "step")),
-    *(f"cpu_batch_{name}" for name in ("loops", "step", "tiles")),
-    *("matrix_tiles", "simd", "tiles", "vectors"),
+    *(f"cpu_batch_{name}" for name in ("attention", "cells", "loops", "step", "tiles")),
+    *("cpu_attention_products", "cpu_attention_tiles", "matrix_tiles", "simd", "tiles", "vectors"),
 )
 """Modules that kernels are made of."""
 

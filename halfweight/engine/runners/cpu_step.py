@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfweight.engine.step import Chunk
-from halfweight.kernels import cpu_batch_step as names
+from halfweight.kernels import cpu_attention_products as products
+from halfweight.kernels import cpu_batch_cells as names
 from halfweight.kernels.cpu import FORMATS, exact_parts, has_matrix_unit, linear_cells
 from halfweight.kernels.cpu_batch_loops import batch_product, matrix_product
+from halfweight.kernels.cpu_batch_step import batch_work_bytes, run_batch_step
 from halfweight.kernels.cpu_loops import PRODUCT
 from halfweight.kernels.threads import Arguments, CFunction, Kernel, num_threads
 from halfweight.llama_like import layer_linears
@@ -28,25 +30,49 @@ MAX_TOKENS = 32
 """Tokens of one call, of all its sequences."""
 
 _product, _by_matrix = CFunction(batch_product), CFunction(matrix_product)
-_kernel = Kernel(names.run_batch_step)
+_attention = {
+    dtype: (CFunction(score), CFunction(add))
+    for dtype, score, add in (
+        (torch.float32, products.score_float32, products.sum_float32),
+        (torch.bfloat16, products.score_bfloat16, products.sum_bfloat16),
+        (torch.float16, products.score_float16, products.sum_float16),
+        (torch.int8, products.score_int8, products.sum_int8),
+    )
+}
+_kernel = Kernel(run_batch_step)
 
 
 class Pages:
-    """The KV cache of every layer: keys and values [num_pages, kv_heads, page_tokens, head_size]."""
+    """The KV cache of every layer, in the model's dtype or in INT8.
 
-    def __init__(self, model: PreTrainedModel, num_pages: int, page_tokens: int) -> None:
+    Keys [num_pages, kv_heads, head_size, page_tokens], values [.., page_tokens, head_size]; in INT8
+    [num_pages, kv_heads, (head_size + 4) page_tokens] bytes, the last of them float32 scales.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, num_pages: int, page_tokens: int, int8: bool
+    ) -> None:
         """Memory that the system hands out when it is first written."""
-        config = model.config
-        size = model.model.layers[0].self_attn.head_dim
-        shape = (num_pages, config.num_key_value_heads, page_tokens, size)
-        count = config.num_hidden_layers
-        self.keys = [torch.empty(shape, dtype=model.dtype) for _ in range(count)]
-        self.values = [torch.empty(shape, dtype=model.dtype) for _ in range(count)]
-        self.page_tokens, self.num_pages = page_tokens, num_pages
+        self.page_tokens, self.dtype = page_tokens, torch.int8 if int8 else model.dtype
+        size, heads = model.model.layers[0].self_attn.head_dim, model.config.num_key_value_heads
+        keys: tuple[int, ...] = (size, page_tokens)
+        values: tuple[int, ...] = (page_tokens, size)
+        if int8:
+            keys = values = ((size + 4) * page_tokens,)
+        layers = range(model.config.num_hidden_layers)
+        self.keys = [torch.empty(num_pages, heads, *keys, dtype=self.dtype) for _ in layers]
+        self.values = [torch.empty(num_pages, heads, *values, dtype=self.dtype) for _ in layers]
+
+
+def token_bytes(model: PreTrainedModel, int8: bool) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    size, config = model.model.layers[0].self_attn.head_dim, model.config
+    width = size + 4 if int8 else size * model.dtype.itemsize
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * width)
 
 
 class Rotary:
-    """cos and sin float32 [T, head_size] of positions, as the model's own; grows as they are met."""
+    """cos and sin float32 [T, head_size] of positions, the model's own; they grow when needed."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._embedding = model.model.rotary_emb
@@ -142,9 +168,8 @@ class BatchStep:
         attended, inner = attention.o_proj.in_features, config.intermediate_size
         widest = max(config.hidden_size, inner, attended)
         qkv = sum(getattr(attention, f"{name}_proj").out_features for name in "qkv")
-        sizes = names.batch_work_bytes(
-            widest, digits, attention.head_dim, pages.page_tokens, MAX_TOKENS
-        )
+        sizes = batch_work_bytes(widest, digits, attention.head_dim, pages.page_tokens, MAX_TOKENS)
+        score, add = _attention[pages.dtype]
         values = {
             names.NUM_LAYERS: len(layers),
             names.LAYERS: self._address(layers),
@@ -152,7 +177,9 @@ class BatchStep:
             names.KV_HEADS: config.num_key_value_heads,
             names.HEAD_SIZE: attention.head_dim,
             names.PAGE_TOKENS: pages.page_tokens,
-            names.CACHE_FORMAT: FORMATS[pages.keys[0].dtype],
+            names.CACHE_FORMAT: FORMATS.get(pages.dtype, names.INT8),
+            names.SCORE: score.address,
+            names.SUM_VALUES: add.address,
             names.DIGITS: digits,
             names.EPSILON: _bits(body.norm.variance_epsilon),
             names.SCALING: _bits(attention.scaling),
