@@ -74,7 +74,7 @@ def matrix_block(kind: str) -> Any:
         columns, group_bytes = b.mul(num_groups, group), b.mul(num_groups, I64(4))
         x_stride = columns if kind == "bfloat16" else record_stride(b, columns, num_groups)
         both = b.ptrtoint(cgutils.alloca_once(b, I32, 2 * size), I64)
-        _configure_tiles(b)
+        configure_tiles(b)
         with cgutils.for_range(b, I64(tokens)) as loop:
             for v in range(BLOCK_ROWS // LANES):
                 row = b.add(offset(b, out, loop.index, out_stride), I64(4 * LANES * v))
@@ -105,7 +105,7 @@ def matrix_block(kind: str) -> Any:
                         ends = b.add(offset(b, x, record, x_stride), b.add(columns, at_group))
                         join = kind == "pairs"
                         _add_record(b, join, ends, group_bytes, x_stride, sums, of_rows, to)
-        _tile_call(b, "tilerelease")
+        tile_call(b, "tilerelease")
 
     return vector_function(f"matrix_block_{kind}", 7, generate)
 
@@ -123,21 +123,21 @@ def _multiply_tiles(
     """sums [32, 32] of a group: the bytes [begin, begin + group) of each record."""
     tiles = [(0, 0), (0, 1), (1, 0), (1, 1)]
     for c in range(len(tiles)):
-        _tile_call(builder, "tilezero", I8(c))
+        tile_call(builder, "tilezero", I8(c))
     with cgutils.for_range(builder, builder.udiv(group, I64(LINE))) as loop:
         k = builder.add(begin, builder.mul(loop.index, I64(LINE)))
         rows_at = builder.add(weights, builder.mul(k, I64(BLOCK_ROWS)))
         for half in range(2):
             records = offset(builder, builder.add(x, k), LANES * half, x_stride)
-            _load_tile(builder, 4 + half, records, x_stride)
+            load_tile(builder, 4 + half, records, x_stride)
             rows = builder.add(rows_at, I64(LINE * half))
-            _load_tile(builder, 6 + half, rows, I64(4 * BLOCK_ROWS))
+            load_tile(builder, 6 + half, rows, I64(4 * BLOCK_ROWS))
         for c, (m, n) in enumerate(tiles):
-            _tile_call(builder, product, I8(c), I8(4 + m), I8(6 + n))
+            tile_call(builder, product, I8(c), I8(4 + m), I8(6 + n))
     for c, (m, n) in enumerate(tiles):
         at = builder.add(sums, I64(4 * (LANES * BLOCK_ROWS * m + LANES * n)))
         to = builder.inttoptr(at, I8.as_pointer())
-        _tile_call(builder, "tilestored64", I8(c), to, I64(4 * BLOCK_ROWS))
+        tile_call(builder, "tilestored64", I8(c), to, I64(4 * BLOCK_ROWS))
 
 
 def _add_floats(b: Any, sums: Any, scales: Any, to: Any) -> None:
@@ -224,17 +224,19 @@ def spread_row() -> Any:
     return vector_function("spread_row", 3, generate)
 
 
-def _configure_tiles(builder: Any) -> None:
+def configure_tiles(builder: Any) -> None:
     """All eight tile registers as 16 lines of 64 bytes."""
     config = [1, *[0] * 15, *[LINE, 0] * 8, *[0] * 16, *[LANES] * 8, *[0] * 8]
     cell = cgutils.alloca_once_value(builder, ir.Constant(BYTES64, config))
-    _tile_call(builder, "ldtilecfg", builder.bitcast(cell, I8.as_pointer()))
+    tile_call(builder, "ldtilecfg", builder.bitcast(cell, I8.as_pointer()))
 
 
-def _tile_call(builder: Any, name: str, *values: Any) -> None:
+def tile_call(builder: Any, name: str, *values: Any) -> None:
+    """One of the matrix unit's instructions."""
     call(builder, f"llvm.x86.{name}", ir.VoidType(), *values)
 
 
-def _load_tile(builder: Any, tile: int, address: Any, stride: Any) -> None:
+def load_tile(builder: Any, tile: int, address: Any, stride: Any) -> None:
+    """Fill a tile register with 16 lines, `stride` bytes apart."""
     where = builder.inttoptr(address, I8.as_pointer())
-    _tile_call(builder, "tileloadd64", I8(tile), where, stride)
+    tile_call(builder, "tileloadd64", I8(tile), where, stride)

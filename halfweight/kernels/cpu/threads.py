@@ -25,15 +25,10 @@ from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 
 SOURCES = (
-    *(
-        "decode_products",
-        "decode_step",
-        "dot_tiles",
-        "llvm",
-        "llvm_vectors",
-        "matrix_unit",
-        "prefill_products",
-    ),
+    *("attention_products", "attention_tiles"),
+    *(f"batch_{name}" for name in ("attention", "cells", "loops", "step", "tiles")),
+    *("decode_products", "decode_step", "dot_tiles", "llvm", "llvm_vectors", "matrix_unit"),
+    "prefill_products",
 )
 """Modules that kernels are made of."""
 

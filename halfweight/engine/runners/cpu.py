@@ -1,0 +1,131 @@
+"""Llama-like models on the CPU over pages of KV cache: every token through one compiled step.
+
+A step of the engine becomes calls of at most 32 tokens (`decode_step.py`): decoding sequences and
+pieces of prompts share each call, and a weight is read once for all its tokens. Longer pieces would
+gain nothing: the weights are in cache by then and arithmetic is the limit. A sequence's logits are
+the same to the bit whatever runs beside it and however its prompt is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halfweight.engine import cpu_step
+from halfweight.engine.decoder import KvCache
+from halfweight.engine.runners.cpu_step import MAX_TOKENS, BatchStep, Pages, token_bytes
+from halfweight.engine.runners.unfit import UnfitError
+from halfweight.engine.step import Chunk, Step
+from halfweight.errors import DoesNotFitError
+from halfweight.kernels.cpu.llvm_vectors import LANES
+from halfweight.memory.devices import processor_device
+
+PAGE_TOKENS = 32
+CACHE_SHARE = 0.5
+"""Part of the free memory that pages may take."""
+
+
+class CpuRunner:
+    """A Runner (`engine/step.py`) for Llama-like models in INT8 on the backend 'cpu'."""
+
+    page_tokens = PAGE_TOKENS
+    shares_prefixes = True
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_sequences: int,
+        max_context: int,
+        cache_tokens: int | None = None,
+        kv_cache: KvCache = "16bit",
+    ) -> None:
+        """Raises UnfitError for models that the kernel does not know.
+
+        `cache_tokens` in pages by default hold all sequences, or fill half of the free memory if
+        that is less; raises DoesNotFitError where that is not one sequence of `max_context`.
+        """
+        reason = unsupported(model)
+        if reason is not None:
+            raise UnfitError(reason)
+        int8 = kv_cache == "int8"
+        self.max_sequences, self.max_context = max_sequences, max_context
+        self.max_step_tokens = max_sequences + MAX_TOKENS
+        self.num_pages = 1 + self._pages_for(cache_tokens, token_bytes(model, int8))
+        self.vocab_size = model.get_output_embeddings().out_features
+        self.table = torch.zeros(max_sequences + 1, max_context + 1, dtype=torch.int32)
+        self._ids = self.table.numpy()
+        self._logits = torch.empty(MAX_TOKENS, self.vocab_size)
+        pages = Pages(model, self.num_pages, PAGE_TOKENS, int8)
+        self._step: BatchStep | None = BatchStep(model, pages, max_context)
+
+    def run(self, step: Step) -> Tensor:
+        """Logits float32 [sum of num_logits, V] in chunk order, valid until the next run."""
+        assert self._step is not None
+        wanted = sum(chunk.num_logits for chunk in step)
+        if wanted > len(self._logits):
+            self._logits = torch.empty(wanted, self.vocab_size)
+        done = 0
+        for pieces in cut(step):
+            count = sum(piece.num_logits for piece in pieces)
+            ids = [self._ids[p.slot, p.start : p.start + p.num_tokens] for p in pieces]
+            self._step(pieces, np.concatenate(ids), self._logits[done : done + count])
+            done += count
+        return self._logits[:wanted]
+
+    def close(self) -> None:
+        """Free the pages."""
+        self._step = None
+
+    def _pages_for(self, cache_tokens: int | None, size: int) -> int:
+        """Pages for the tokens asked for, or for what memory allows."""
+        each = -(-self.max_context // PAGE_TOKENS)
+        if cache_tokens is not None:
+            return max(1, cache_tokens // PAGE_TOKENS)
+        free = processor_device().free_bytes
+        pages = int(free * CACHE_SHARE) // (size * PAGE_TOKENS)
+        if pages < each:
+            raise DoesNotFitError(
+                f"a sequence of {self.max_context} tokens needs "
+                f"{each * PAGE_TOKENS * size / 1e9:.2f} GB of KV cache, "
+                f"half of the free memory is {free * CACHE_SHARE / 1e9:.2f} GB",
+                hint="ask for a shorter context, or for an int8 KV cache",
+            )
+        return min(pages, self.max_sequences * each)
+
+
+def unsupported(model: PreTrainedModel) -> str | None:
+    """Why `model` has no compiled step, or None."""
+    reason = cpu_step.unsupported(model)
+    if reason is None and model.model.layers[0].self_attn.head_dim % LANES:
+        return f"its heads are not a multiple of {LANES} wide"
+    return reason
+
+
+def cut(step: Step) -> Iterator[list[Chunk]]:
+    """The chunks of a step in pieces, in calls of at most 32 tokens; their order is kept."""
+    pieces: list[Chunk] = []
+    room = MAX_TOKENS
+    for chunk in step:
+        begin, end = chunk.start, chunk.start + chunk.num_tokens
+        while begin < end:
+            count = min(room, end - begin)
+            after = end - begin - count
+            pieces.append(_piece(chunk, begin, count, after) if count < chunk.num_tokens else chunk)
+            begin, room = begin + count, room - count
+            if room == 0:
+                yield pieces
+                pieces, room = [], MAX_TOKENS
+    if pieces:
+        yield pieces
+
+
+def _piece(chunk: Chunk, start: int, count: int, after: int) -> Chunk:
+    """Tokens start .. start + count of a chunk, with `after` more of it behind them."""
+    num_logits = min(count, max(0, chunk.num_logits - after))
+    return Chunk(chunk.slot, start, count, num_logits, chunk.pages)

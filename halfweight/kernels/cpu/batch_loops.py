@@ -1,0 +1,299 @@
+"""Products of a step of several tokens: rows of weights read once for all of them.
+
+Tokens come prepared: float32 [M, K] where a linear's groups are no multiple of 64 or the CPU has no
+VNNI, else a record a token (batch_tiles.py). Either way a token's results are the same to the
+bit whatever stands beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import carray, float32, int32, int64
+
+from halfweight.kernels.cpu.batch_tiles import TILE_ROWS, digit_rows, matrix_rows, turn_words
+from halfweight.kernels.cpu.decode_products import (
+    BIAS,
+    FIRST_BYTES,
+    GROUP,
+    IN,
+    MAX_SHARE_ROWS,
+    MIN_SHARE_BYTES,
+    OUT,
+    PACKED,
+    PARTS,
+    add_ends_of_groups,
+    float_1,
+    round_part,
+    row_power,
+    row_scales,
+    whole_lines,
+)
+from halfweight.kernels.cpu.decode_step import exp, floats_at
+from halfweight.kernels.cpu.dot_tiles import ROWS
+from halfweight.kernels.cpu.llvm import (
+    cell,
+    fetch_add,
+    inline,
+    load,
+    pointer_to,
+    prefetch,
+    store,
+    store_int,
+)
+from halfweight.kernels.cpu.llvm_vectors import LANES, LINE
+
+STORE, ADD, GATE = range(3)
+"""What becomes of a product: y = p, y += p, or y = silu(y) p."""
+
+digit_rows_2, digit_rows_3 = digit_rows(2), digit_rows(3)
+matrix_rows_2, matrix_rows_3 = matrix_rows(2), matrix_rows(3)
+turn = turn_words()
+
+
+@inline
+def batch_record_bytes(columns: Any, parts: Any) -> Any:
+    """Bytes of a token in digits."""
+    return whole_lines(parts * columns + 12 * (columns // LINE))
+
+
+@inline
+def write_batch_record(x: Any, columns: Any, parts: Any, record: Any, scratch: Any) -> None:
+    """Round x float32 [K] to digits, a step for each 64; scratch for int32 [parts, 16]."""
+    blocks = columns // LINE
+    steps = record + parts * columns
+    for b in range(blocks):
+        at, digits = x + 4 * LINE * b, record + LINE * b
+        round_part(at, digits, columns, scratch, steps + 4 * b, LINE, parts)
+        low, high = int32(0), int32(0)
+        starts = carray(pointer_to(scratch), parts * LANES, int32)
+        for lane in range(LANES):
+            low += starts[lane] + (starts[LANES + lane] << int32(8))
+        if parts == 3:
+            for lane in range(LANES):
+                high += starts[2 * LANES + lane]
+        store_int(steps + 4 * (blocks + b), low)
+        store_int(steps + 4 * (2 * blocks + b), high)
+
+
+def batch_scratch_bytes(columns: int, tokens: int) -> int:
+    """Bytes of scratch that a product needs."""
+    scales = 4 * TILE_ROWS * (2 * (columns // LINE + LANES) + LANES)
+    return int(8 * LINE + sums_bytes.py_func(tokens) + TILE_ROWS * max(columns, LINE) + scales)
+
+
+@inline
+def turned_scales(linear: Any, row: Any, rows: Any, scratch: Any) -> Any:
+    """Where in `scratch` scales float32 [K/64, 16] are written, without powers of two."""
+    columns, size = cell(linear, IN), cell(linear, GROUP)
+    groups = columns // size
+    scales = scratch + 4 * TILE_ROWS * (groups + LANES)
+    row_scales(linear, row, rows, size, scratch)
+    turn(scratch, 4 * groups, groups, size // LINE, scales)
+    return scales
+
+
+@inline
+def multiply_digits(
+    linear: Any, row: Any, rows: Any, x: Any, tokens: Any, sums: Any, scratch: Any, more: Any
+) -> None:
+    """sums float32 [M, 16] of records; `more`: whether the rows behind these come next."""
+    columns = cell(linear, IN)
+    first, addresses = cell(linear, PACKED) + row * columns, scratch
+    pointers = carray(pointer_to(addresses), TILE_ROWS, int64)
+    for r in range(TILE_ROWS):
+        pointers[r] = first + min(r, rows - 1) * columns
+    scales = turned_scales(linear, row, rows, scratch + 8 * TILE_ROWS)
+    ahead = TILE_ROWS * columns if more else int64(0)
+    if cell(linear, PARTS) == 2:
+        digit_rows_2(addresses, x, columns, scales, tokens, sums, ahead)
+    else:
+        digit_rows_3(addresses, x, columns, scales, tokens, sums, ahead)
+
+
+@inline
+def turned_bytes(columns: Any, parts: Any) -> Any:
+    """Bytes of 16 tokens in digits as `matrix_rows` reads them."""
+    return LANES * (parts * columns + 12 * (columns // LINE))
+
+
+@inline
+def turn_tokens(records: Any, columns: Any, parts: Any, tokens: Any, to: Any) -> None:
+    """Records as `matrix_rows` reads them, 16 at a time.
+
+    Past the last one digits are anything, and steps 0: numbers below the normal ones are slow.
+    """
+    record, blocks = batch_record_bytes(columns, parts), columns // LINE
+    for m in range(0, tokens, LANES):
+        at = records + m * record
+        for part in range(parts):
+            turn(at + part * columns, record, columns // 4, 1, to + LANES * columns * part)
+        ends, turned = at + parts * columns, to + LANES * columns * parts
+        for i in range(3):
+            turn(ends + 4 * blocks * i, record, blocks, 1, turned + 4 * LANES * blocks * i)
+        steps = floats_at(turned, LANES * blocks)
+        for b in range(blocks):
+            for lane in range(tokens - m, LANES):
+                steps[b * LANES + lane] = float32(0)
+        to += turned_bytes(columns, parts)
+
+
+@inline
+def multiply_matrix(
+    linear: Any, row: Any, rows: Any, x: Any, tokens: Any, sums: Any, scratch: Any, more: Any
+) -> None:
+    """`multiply_digits` of turned tokens by a matrix unit; up to 15 sums more are written."""
+    columns, parts = cell(linear, IN), cell(linear, PARTS)
+    first, own = cell(linear, PACKED) + row * columns, scratch
+    scales = turned_scales(linear, row, rows, scratch + TILE_ROWS * columns)
+    if rows < TILE_ROWS:
+        words = carray(pointer_to(first), rows * columns // 4, int32)
+        copied = carray(pointer_to(own), rows * columns // 4, int32)
+        copied[:] = words
+        first = own
+    ahead = TILE_ROWS * columns if more else int64(0)
+    for m in range(0, tokens, LANES):
+        to = sums + 4 * TILE_ROWS * m
+        if parts == 2:
+            matrix_rows_2(first, x, columns, scales, to, ahead)
+        else:
+            matrix_rows_3(first, x, columns, scales, to, ahead)
+        x += turned_bytes(columns, parts)
+
+
+@inline
+def multiply_floats(
+    linear: Any, row: Any, rows: Any, x: Any, tokens: Any, sums: Any, scratch: Any
+) -> None:
+    """sums float32 [M, 16] of x float32 [M, K], four rows at a time, one token after the other."""
+    columns, size = cell(linear, IN), cell(linear, GROUP)
+    groups = columns // size
+    limit = cell(linear, PACKED) + cell(linear, OUT) * columns - 1
+    out, scales = scratch, scratch + 4 * ROWS
+    r = int64(0)
+    while r < rows:
+        count = int64(ROWS) if rows - r >= ROWS else int64(1)
+        stride = columns if count == ROWS else int64(0)
+        row_scales(linear, row + r, count, size, scales)
+        weights = cell(linear, PACKED) + (row + r) * columns
+        for m in range(tokens):
+            at = x + 4 * m * columns
+            float_1(at, weights, scales, groups, size, out, stride, limit)
+            if size % LANES:
+                add_ends_of_groups(at, 1, weights, count, scales, groups, size, out)
+            for i in range(count):
+                store(sums + 4 * (m * TILE_ROWS + r + i), load(out + 4 * i, float32))
+        r += count
+
+
+@inline
+def finish_rows(
+    linear: Any,
+    row: Any,
+    rows: Any,
+    sums: Any,
+    tokens: Any,
+    own: Any,
+    y: Any,
+    stride: Any,
+    use: Any,
+) -> None:
+    """Powers of two and bias; sums [M, 16] to y float32 [M, stride] as `use` says."""
+    bias = cell(linear, BIAS)
+    powers, added = floats_at(own, TILE_ROWS), floats_at(own + 4 * TILE_ROWS, TILE_ROWS)
+    for r in range(rows):
+        powers[r] = row_power(linear, row + r)
+        added[r] = load(bias + 4 * (row + r), float32) if bias else float32(0)
+    for m in range(tokens):
+        products = floats_at(sums + 4 * TILE_ROWS * m, rows)
+        out = floats_at(y + 4 * (m * stride + row), rows)
+        if use == ADD:
+            for r in range(rows):
+                out[r] += products[r] * powers[r] + added[r]
+        elif use == GATE:
+            for r in range(rows):
+                gate = out[r] / (float32(1) + exp(-out[r]))
+                out[r] = gate * (products[r] * powers[r] + added[r])
+        else:
+            for r in range(rows):
+                out[r] = products[r] * powers[r] + added[r]
+
+
+@inline
+def sums_bytes(tokens: Any) -> Any:
+    """Bytes of sums float32 [M, 16], M in whole sixteens."""
+    return 4 * TILE_ROWS * ((tokens + LANES - 1) // LANES * LANES)
+
+
+def batch_product(
+    linear: Any,
+    begin: Any,
+    end: Any,
+    x: Any,
+    tokens: Any,
+    scratch: Any,
+    y: Any,
+    stride: Any,
+    use: Any,
+) -> Any:
+    """y[:, begin:end] of M prepared tokens, y float32 [M, stride]; begin a multiple of 16.
+
+    A function of its own that kernels call by its address, so that it is compiled once.
+    """
+    sums = scratch + 8 * LINE
+    own = sums + sums_bytes(tokens)
+    for row in range(begin, end, TILE_ROWS):
+        rows = min(int64(TILE_ROWS), end - row)
+        if cell(linear, PARTS):
+            multiply_digits(linear, row, rows, x, tokens, sums, own, row + TILE_ROWS < end)
+        else:
+            multiply_floats(linear, row, rows, x, tokens, sums, own)
+        finish_rows(linear, row, rows, sums, tokens, scratch, y, stride, use)
+    return y
+
+
+def matrix_product(
+    linear: Any,
+    begin: Any,
+    end: Any,
+    x: Any,
+    tokens: Any,
+    scratch: Any,
+    y: Any,
+    stride: Any,
+    use: Any,
+) -> Any:
+    """`batch_product` of turned tokens by a matrix unit: the same bits."""
+    sums = scratch + 8 * LINE
+    own = sums + sums_bytes(tokens)
+    for row in range(begin, end, TILE_ROWS):
+        rows = min(int64(TILE_ROWS), end - row)
+        multiply_matrix(linear, row, rows, x, tokens, sums, own, row + TILE_ROWS < end)
+        finish_rows(linear, row, rows, sums, tokens, scratch, y, stride, use)
+    return y
+
+
+@inline
+def take_rows(counter: Any, linear: Any, threads: Any) -> Any:
+    """The next rows of a linear that nobody has: begin and end, equal when there are none.
+
+    First a large share for each thread, where memory is read without a break, then small ones.
+    Begins are multiples of 16. The first lines are asked for.
+    """
+    rows, columns = cell(linear, OUT), cell(linear, IN)
+    large = min(3 * rows // (4 * threads), int64(MAX_SHARE_ROWS)) // TILE_ROWS * TILE_ROWS
+    rest = rows - large * threads
+    small = min(max(rest // (2 * threads), MIN_SHARE_BYTES // columns), int64(MAX_SHARE_ROWS))
+    small = max(int64(TILE_ROWS), small // TILE_ROWS * TILE_ROWS)
+    i = fetch_add(counter, 1)
+    if large > 0 and i < threads:
+        begin, end = i * large, i * large + large
+    else:
+        if large > 0:
+            i -= threads
+        begin = min(large * threads + i * small, rows)
+        end = min(begin + small, rows)
+    weights = cell(linear, PACKED) + begin * columns
+    for at in range(weights, weights + min((end - begin) * columns, int64(FIRST_BYTES)), LINE):
+        prefetch(at)
+    return begin, end
