@@ -83,10 +83,10 @@ def _compile_and_launch(
 
 
 def _function(kernel: str) -> Any:
-    from halfweight.kernels import triton_gemv, triton_kernels, triton_step
+    from halfweight.kernels import triton_gemv, triton_kernels, triton_paged, triton_step
 
     return next(
         getattr(file, kernel)
-        for file in (triton_kernels, triton_gemv, triton_step)
+        for file in (triton_kernels, triton_gemv, triton_step, triton_paged)
         if hasattr(file, kernel)
     )

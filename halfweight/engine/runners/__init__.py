@@ -1,0 +1,1 @@
+"""What turns a step into logits: one file for each way of running a model (see engine/step.py)."""
