@@ -9,9 +9,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen3Config,
+)
 
+import halfweight
 from halfweight.engine.runners import gpu_attention
+from halfweight.engine.runners.gpu import GpuRunner
 from halfweight.engine.runners.gpu_attention import (
     PAGE_TOKENS,
     PagedAttention,
@@ -22,10 +30,11 @@ from halfweight.engine.runners.gpu_attention import (
 )
 from halfweight.engine.runners.gpu_inputs import Queries, cut, tiles
 from halfweight.engine.runners.gpu_layers import Layer
+from halfweight.engine.step import Chunk
 from halfweight.kv_cache import quantize_heads
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-MAX_PAGES = 6
+MAX_PAGES = 40
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 """Relative error of attention's output."""
 
@@ -107,10 +116,6 @@ class Case:
         work = self.work(cut(found, len(queries), at_once))
         self.attention.tiles(self.layer, queries, out, work, sources)
 
-    def tolerance(self, kind):
-        """Tiles read INT8 pages rounded to 16 bits."""
-        return TOLERANCE[self.dtype]
-
     def qkv(self, tokens):
         width = (self.heads + 2 * self.kv_heads) * self.head_size
         return torch.randn(tokens, width, device=DEVICE).to(self.dtype)
@@ -122,9 +127,7 @@ class Case:
         if self.layer.q_norm is not None:
             q, k = normed(q, self.layer.q_norm), normed(k, self.layer.k_norm)
         at = torch.tensor([positions], device=DEVICE)
-        cos, sin = (
-            t[0].double()[:, None] for t in self.model.model.rotary_emb(torch.empty(1), at)
-        )
+        cos, sin = (t[0].double()[:, None] for t in self.model.model.rotary_emb(torch.empty(1), at))
         return rotated(q, cos, sin), rotated(k, cos, sin), v
 
     def expected(self, q, keys, values, position):
@@ -145,8 +148,8 @@ class Case:
 def attention_only(heads, head_size, dtype):
     """A Llama of which only the sizes of attention are used."""
     config = LlamaConfig(
-        hidden_size=96,
-        intermediate_size=96,
+        hidden_size=8 * heads[0],
+        intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=heads[0],
         num_key_value_heads=heads[1],
@@ -210,9 +213,7 @@ ATTENTION = [
 
 
 @pytest.mark.parametrize("at_once", [1, 4])
-@pytest.mark.parametrize(
-    ("lengths", "heads", "head_size", "dtype", "kv_cache", "norms"), ATTENTION
-)
+@pytest.mark.parametrize(("lengths", "heads", "head_size", "dtype", "kv_cache", "norms"), ATTENTION)
 def test_a_new_token_of_each_sequence(lengths, heads, head_size, dtype, kv_cache, norms, at_once):
     skip_what_is_not_interpreted(dtype)
     case = Case(lengths, heads, head_size, dtype, kv_cache, norms, new=1)
@@ -230,9 +231,7 @@ def test_a_new_token_of_each_sequence(lengths, heads, head_size, dtype, kv_cache
 
 @pytest.mark.parametrize("kind", ["few", "tiles"])
 @pytest.mark.parametrize("at_once", [1, 4])
-@pytest.mark.parametrize(
-    ("lengths", "heads", "head_size", "dtype", "kv_cache", "norms"), ATTENTION
-)
+@pytest.mark.parametrize(("lengths", "heads", "head_size", "dtype", "kv_cache", "norms"), ATTENTION)
 def test_new_tokens_of_chunks(
     lengths, heads, head_size, dtype, kv_cache, norms, at_once, kind, monkeypatch
 ):
@@ -262,9 +261,139 @@ def test_new_tokens_of_chunks(
         keys, values = case.with_held(row, start, k[some], v[some])
         for i in range(count):
             expected = case.expected(q[begin + i], keys, values, start + i)
-            assert error(out[begin + i], expected) < case.tolerance(kind)
+            assert error(out[begin + i], expected) < TOLERANCE[dtype]
 
 
 def skip_what_is_not_interpreted(dtype):
     if DEVICE.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("the interpreter has no bfloat16 products")
+
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 323,
+    "max_position_embeddings": 256,
+}
+MODELS = {
+    "llama-bias": LlamaConfig(**SIZES, attention_bias=True),
+    "qwen3": Qwen3Config(**SIZES),
+    "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
+}
+LIMITS = {"max_sequences": 4, "max_step_tokens": 128, "num_pages": 12}
+
+
+class Texts:
+    """Sequences of random tokens and a runner that reads them as the test says."""
+
+    def __init__(self, model, lengths, **options):
+        self.model = model
+        self.runner = GpuRunner(model, **(LIMITS | options))
+        self.tokens = [torch.randint(0, model.config.vocab_size, (n,)) for n in lengths]
+        size = self.runner.page_tokens
+        order = (torch.randperm(self.runner.num_pages - 1) + 1).tolist()
+        self.pages = [[order.pop() for _ in range(-(-n // size))] for n in lengths]
+        self.read = [0] * len(lengths)
+        for slot, text in enumerate(self.tokens):
+            self.runner.table[slot, : len(text)] = text.to(DEVICE)
+
+    def step(self, *chunks):
+        """Read (slot, tokens, logits wanted); logits of each chunk and what they should be."""
+        step = [
+            Chunk(slot, self.read[slot], count, wanted, self.pages[slot])
+            for slot, count, wanted in chunks
+        ]
+        found = self.runner.run(step).clone()
+        expected = []
+        for slot, count, wanted in chunks:
+            self.read[slot] += count
+            text = self.tokens[slot][: self.read[slot]].to(DEVICE)
+            with torch.inference_mode():
+                expected.append(self.model(text[None]).logits[0, len(text) - wanted :])
+        return found, torch.cat(expected)
+
+
+def quantized(tmp_path, config, dtype):
+    """A random model of `config` in INT8, its norms and biases away from 1 and 0."""
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    halfweight.quantize(tmp_path / "source", tmp_path / "int8")
+    return halfweight.load(tmp_path / "int8", dtype=dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("kv_cache", ["16bit", "int8"])
+@pytest.mark.parametrize("family", MODELS)
+def test_the_runner_equals_the_models_forward(tmp_path, family, kv_cache):
+    model = quantized(tmp_path, MODELS[family], torch.float32)
+    texts = Texts(model, [110, 10, 80], kv_cache=kv_cache)
+    steps = [
+        [(0, 80, 0), (1, 3, 1)],
+        [(1, 1, 1), (0, 20, 1), (2, 70, 70)],
+        [(0, 1, 1), (1, 1, 0), (2, 1, 1)],
+        [(1, 1, 1), (0, 3, 3), (2, 2, 1)],
+        [(2, 1, 1)],
+        [(0, 6, 6)],
+    ]
+    for chunks in steps:
+        found, expected = texts.step(*chunks)
+        assert found.shape == expected.shape
+        assert error(found, expected) < (5e-6 if kv_cache == "16bit" else 3e-2)
+
+
+MIDDLE = LlamaConfig(
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=1000,
+    max_position_embeddings=2048,
+)
+COMPILED = {"max_sequences": 48, "max_step_tokens": 4096, "num_pages": 700}
+WHOLE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""How far logits may be from the model's own forward."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_cache", ["16bit", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_recorded_and_mixed_steps(tmp_path, batch, dtype, kv_cache):
+    model = quantized(tmp_path, MIDDLE, dtype)
+    lengths = [760 - 7 * i for i in range(batch)]
+    texts = Texts(model, lengths, kv_cache=kv_cache, **COMPILED)
+    half = batch // 2
+    steps = [[(i, 300 - 7 * i, 1)] for i in range(half)]
+    steps.append(
+        [(i, 1, 1) for i in range(half)] + [(i, 300 - 7 * i, 1) for i in range(half, batch)]
+    )
+    steps += [[(i, 1, 1) for i in range(batch)]] * 4
+    steps += [[(i, 8 - i, 2) for i in range(min(batch, 4))]] * 3
+    for chunks in steps:
+        found, expected = texts.step(*chunks)
+        assert error(found, expected) < WHOLE[dtype] + 2e-2 * (kv_cache == "int8")
+
+
+@pytest.mark.gpu
+def test_the_pool_fills_what_is_free_and_a_largest_step_still_fits(tmp_path):
+    model = quantized(tmp_path, MIDDLE, torch.float16)
+    total = torch.cuda.get_device_properties(DEVICE).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(6e9 / total, DEVICE)
+    try:
+        runner = GpuRunner(model, max_sequences=64, max_context=65536, max_step_tokens=8192)
+        assert runner.num_pages * 64 * 2 * 2 * 2 * 128 * 2 > 3e9
+        pages = list(range(1, 129))
+        runner.run([Chunk(0, 0, 8192, 1, pages)])
+        runner.run([Chunk(i, 100, 1, 1, [200 + 2 * i, 201 + 2 * i]) for i in range(16)])
+        torch.cuda.synchronize()
+        runner.close()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)

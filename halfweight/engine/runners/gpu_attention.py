@@ -32,6 +32,11 @@ MERGE_BLOCK = 32
 """Parts that are loaded together to be merged."""
 DECODE_PROGRAMS = {"16bit": 3, "int8": 5}
 """Programs of decode's attention that a multiprocessor of Hopper holds at once."""
+DECODE_WARPS = 4
+DECODE_STAGES = 3
+TILE_WARPS = 8
+SMALL_ROWS = 32
+"""Of head_size numbers, that a program's small things in shared memory take together."""
 SMALLEST_SHARED_BYTES = 99 << 10
 """Shared memory of a program on the GPUs that have least, from Ampere on."""
 
@@ -231,8 +236,8 @@ class PagedAttention:
             ROWS=self.shape.tile_rows,
             IS_NEW=False,
             IS_LONG=True,
-            num_warps=8,
-            num_stages=self._tile_stages(),
+            num_warps=TILE_WARPS,
+            num_stages=self._stages(3, self.shape.tile_rows),
         )
 
     def _read_pages(self, layer: Layer, sources: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -247,13 +252,14 @@ class PagedAttention:
     def _few(
         self, layer: Layer, qkv: Tensor, out: Tensor, work: WorkList, rows: int, *, is_new: bool
     ) -> None:
+        rows = max(MIN_DOT_ROWS, power_of_two(rows))
         self._launch(
             *(layer, qkv, out, work, self._pool.layer(layer.index), self._page_table),
-            ROWS=max(MIN_DOT_ROWS, power_of_two(rows)),
+            ROWS=rows,
             IS_NEW=is_new,
             IS_LONG=False,
-            num_warps=4,
-            num_stages=3,
+            num_warps=DECODE_WARPS,
+            num_stages=min(DECODE_STAGES, self._stages(DECODE_STAGES - 1, rows)),
         )
 
     def _launch(
@@ -302,11 +308,14 @@ class PagedAttention:
         new = self._no_parts.new_empty
         return new(place, self.shape.head_size), new(place, 2)
 
-    def _tile_stages(self) -> int:
-        """Pages that a tile's program holds in shared memory: 3 if there is room."""
+    def _stages(self, pages_held: int, rows: int) -> int:
+        """Stages of a loop over pages: 3, or fewer where shared memory holds fewer pages than
+        `pages_held` with three stages, and rows of queries.
+        """
         row = self.shape.head_size * self.shape.dtype.itemsize
-        wanted = (3 * 2 * PAGE_TOKENS + self.shape.tile_rows) * row
-        return 3 if wanted <= shared_bytes(self._device) else 2
+        room = shared_bytes(self._device) - (rows + SMALL_ROWS) * row
+        missing = pages_held - room // (2 * PAGE_TOKENS * row)
+        return max(1, 3 - max(0, missing))
 
 
 def shared_bytes(device: torch.device) -> int:

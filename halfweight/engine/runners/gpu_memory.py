@@ -63,7 +63,9 @@ def step_bytes(model: PreTrainedModel, limits: Limits) -> int:
     row = (shape.head_size + 2) * 4
     programs = limits.num_processors
     parts = row * 2 * programs * TILE_ROWS
-    parts += row * (max(DECODE_PROGRAMS.values()) * programs + limits.max_sequences * shape.kv_heads)
+    parts += row * (
+        max(DECODE_PROGRAMS.values()) * programs + limits.max_sequences * shape.kv_heads
+    )
     logits = (LOGIT_ROWS + 2 * limits.max_sequences) * config.vocab_size * size
     steps = activation_bytes(model, limits.max_step_tokens)
     steps += activation_bytes(model, limits.max_sequences)
