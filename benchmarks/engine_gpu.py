@@ -1,6 +1,6 @@
 """The engine's GPU runner alone: decode, long contexts, prefill, verifying drafts, host time.
 
-    python benchmarks/engine_gpu.py [--parts check decode long prefill tune] [--limit-seconds 230]
+    python benchmarks/engine_gpu.py [--parts check decode ...] [--limit-seconds 230]
 
 Random INT8 weights of Llama-3-8B's shapes, made on the device. Every step is a whole forward to the
 logits, without a sampler. The ceiling is the measured read bandwidth: a step reads each weight and
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 import time
 from collections.abc import Callable
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -88,9 +88,9 @@ def decode_step(pages: list[list[int]], start: int, tokens: int = 1) -> list[Chu
     return [Chunk(slot, start, tokens, tokens, p) for slot, p in enumerate(pages)]
 
 
-def milliseconds(call: Callable[[int], object], repeats: int = REPEATS) -> float:
+def milliseconds(call: Callable[[int], object], repeats: int = REPEATS, warm_ups: int = 3) -> float:
     """Time of a call on the device, many in a row; `call` is told its number."""
-    for i in range(3):
+    for i in range(warm_ups):
         call(i)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
@@ -155,7 +155,7 @@ def prefilling(runner: GpuRunner, sizes: list[tuple[int, int]]) -> Any:
             for step in steps:
                 runner.run(step)
 
-        ms = milliseconds(read, 1 if count * length > 60000 else 3)
+        ms = milliseconds(read, 1 if count * length > 60000 else 3, warm_ups=1)
         yield {
             "kv_cache": runner.kv_cache,
             "prompts": count,
@@ -322,6 +322,21 @@ def graph_milliseconds(call: Callable[[], None]) -> float:
         return milliseconds(lambda _: graph.replay(), 8)
 
 
+def measured(part: str, model: Any, runner: GpuRunner, peak: float) -> Any:
+    """The rows of a part."""
+    if part in ("decode", "long"):
+        yield from decoding(model, runner, DECODE if part == "decode" else LONG, peak)
+    elif part == "prefill":
+        yield from prefilling(runner, PREFILL)
+    elif part == "tiles":
+        yield from tiles(runner)
+    elif part == "profile" and runner.kv_cache == "16bit":
+        yield from profiled(runner)
+    elif part == "tune":
+        for size in LONG[1:]:
+            yield from tuning(runner, size, peak)
+
+
 def line(part: str, row: dict[str, Any]) -> str:
     """One row for people."""
     cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
@@ -352,29 +367,21 @@ def main() -> None:
     for kv_cache in options.caches:
         if "check" in options.parts:
             save("check", checking(model, kv_cache))
-    for kv_cache in options.caches:
+    timed = [part for part in options.parts if part not in ("check", "tune")]
+    tuned = [part for part in options.parts if part == "tune"]
+    for parts, kv_cache in product((timed, tuned), options.caches):
+        if not parts:
+            continue
         gc.collect()
         torch.cuda.empty_cache()
         runner = GpuRunner(
             model, max_context=66048, max_sequences=256, num_pages=options.pages, kv_cache=kv_cache
         )
         random_pages(runner)
-        if "decode" in options.parts:
-            save("decode", decoding(model, runner, DECODE, peak))
-        if "long" in options.parts:
-            save("long", decoding(model, runner, LONG, peak))
-        if "prefill" in options.parts:
-            save("prefill", prefilling(runner, PREFILL))
-        if "tiles" in options.parts:
-            save("tiles", tiles(runner))
-        if "profile" in options.parts and kv_cache == "16bit":
-            save("profile", profiled(runner))
-        if "tune" in options.parts:
-            for size in LONG[1:]:
-                save("tune", tuning(runner, size, peak))
+        for part in parts:
+            save(part, measured(part, model, runner, peak))
         runner.close()
         del runner
-    assert not math.isnan(peak)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ class Chunk:
     num_logits: int
     """Logits wanted, of its last tokens: 0 for an inner chunk of a prompt, 1, or 1 + drafts."""
     pages: Sequence[int]
-    """Page ids from the sequence's first token on, at least enough for start + num_tokens. It is the
-    scheduler's own list, which grows later: read it during `run`, do not keep it."""
+    """Page ids from the sequence's first token on, at least enough for start + num_tokens. This is
+    the scheduler's own list, which grows later: read it during `run`, do not keep it."""
 
 
 Step = Sequence[Chunk]

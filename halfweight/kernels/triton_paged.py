@@ -1,8 +1,8 @@
 """Device code of attention over pages: rotation into pages, attention, and what belongs to it.
 
-A page holds PAGE tokens of one layer: keys and values [KV_HEADS, PAGE, HEAD_SIZE], so that a tile of
-a key head is one piece of memory. In INT8 they are bytes q + 128, as weights are, with the steps of
-key and value of a token beside each other, [KV_HEADS, PAGE, 2] in the model's dtype.
+A page holds PAGE tokens of one layer: keys and values [KV_HEADS, PAGE, HEAD_SIZE], so that a tile
+of a key head is one piece of memory. In INT8 they are bytes q + 128, as weights are, with the steps
+of key and value of a token beside each other, [KV_HEADS, PAGE, 2] in the model's dtype.
 
 Attention is a list of work, int32 [items, FIELDS], which the host writes for each step:
 
@@ -19,15 +19,16 @@ once. Parts are added by `merge_parts`, always in the same order.
 Bytes become numbers without conversion instructions, which a GPU has few units for (they were the
 limit of an earlier INT8 kernel), and without single bytes crossing threads: a tile is loaded as
 pairs of bytes, which move to the tensor cores' layout as 16-bit numbers do, and there the even and
-the odd columns are permuted out of them (`from_pair`): two products of half the width. Steps multiply
+the odd columns are taken out of them (`from_pair`): two products of half the width. Steps multiply
 scores and chances, which are few, not keys and values. The largest score is looked for after adding
-the logarithm of the value's step, so what is rounded to 16 bits is never larger than 1 and the
-weights that count keep their precision.
+the logarithm of the value's step: so what is rounded to 16 bits is about 1 where it counts most,
+however small the steps, and keeps its precision.
 
 What lies in a page beyond a sequence's tokens may be anything, NaN included.
 """
 
 # mypy: ignore-errors
+# ruff: noqa: SIM108, SIM300
 from __future__ import annotations
 
 import triton
@@ -89,7 +90,7 @@ def angles(cos_table, sin_table, position, HEAD_SIZE: tl.constexpr):
 def rotated_heads(
     heads, rows, weight, cos, sin, epsilon, HEAD_SIZE: tl.constexpr, HAS_NORM: tl.constexpr
 ):
-    """Heads at `rows` [R, 1] after the pointer, normed and rotated: [R, HEAD_SIZE] in their dtype."""
+    """Heads at `rows` [R, 1] after the pointer, normed and rotated: [R, HEAD_SIZE], same dtype."""
     d = tl.arange(0, HEAD_SIZE)[None, :]
     other_d = (d + HEAD_SIZE // 2) % HEAD_SIZE
     DTYPE: tl.constexpr = heads.dtype.element_ty
@@ -117,7 +118,7 @@ def store_token(
     cache, steps, place, value, IS_VALUE: tl.constexpr,
     HEAD_SIZE: tl.constexpr, INT8: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
-    """Put vectors [R, HEAD_SIZE] at tokens `place` [R, 1] of a cache; what it then holds of them."""
+    """Put vectors [R, HEAD_SIZE] at tokens `place` [R, 1] of a cache; what it then holds."""
     at = place * HEAD_SIZE + tl.arange(0, HEAD_SIZE)[None, :]
     held = value.to(tl.float32)
     if INT8:
@@ -233,8 +234,8 @@ def add_values(
 
 @triton.jit
 def add_pages(
-    top, total, acc, acc_odd, q, q_odd, keys, values, steps, table, begin, end, limit, most, kv_head,
-    scale,
+    top, total, acc, acc_odd, q, q_odd, keys, values, steps, table,
+    begin, end, limit, most, kv_head, scale,
     KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PAGE: tl.constexpr, INT8: tl.constexpr,
     MASKED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -472,9 +473,7 @@ def merge_parts(
         at = ((first + part) * KV_HEADS + head // GROUP) * ROWS + row
         tops = tl.load(stats + at * 2, mask=inside, other=float("-inf"))
         totals = tl.load(stats + at * 2 + 1, mask=inside, other=0)
-        sums = tl.load(
-            parts + at[:, None] * HEAD_SIZE + d[None, :], mask=inside[:, None], other=0
-        )
+        sums = tl.load(parts + at[:, None] * HEAD_SIZE + d[None, :], mask=inside[:, None], other=0)
         higher = tl.maximum(top, tl.max(tops, axis=0))
         factor = tl.exp2(tops - higher)
         shrink = tl.exp2(top - higher)

@@ -50,6 +50,8 @@ SMALL_BUCKETS = (1, 2, 4)
 BUCKET_STEP = 8
 """Between the larger buckets."""
 UPDATE_BLOCK = 256
+LEAST_CAPABILITY = (8, 0)
+"""Before, Triton has no products of tiles on the tensor cores."""
 
 
 class GpuRunner:
@@ -73,9 +75,9 @@ class GpuRunner:
         Raises UsageError for a model that has no such step, DoesNotFitError where the pages of one
         sequence do not fit.
         """
-        reason = unsupported(model)
+        reason = unfit(model)
         if reason is not None:
-            raise UsageError(f"no GPU step for this model: {reason}", hint="use another backend")
+            raise UsageError(f"no GPU step for this model: {reason}", hint="take another runner")
         self.device, self.kv_cache = model.device, kv_cache
         self.max_context = int(max_context or model.config.max_position_embeddings)
         self.max_sequences, self.max_step_tokens = max_sequences, max_step_tokens
@@ -153,8 +155,9 @@ class GpuRunner:
     def _few(self, batch: int, tokens: int) -> FewTokens:
         key = (bucket(batch), tokens)
         if key not in self._steps:
-            buffers = (self._inputs, self._logits, self._recordings)
-            self._steps[key] = FewTokens(self._parts, *key, *buffers)
+            self._steps[key] = FewTokens(
+                self._parts, *key, self._inputs, self._logits, self._recordings
+            )
         return self._steps[key]
 
     def _send_pages(self, step: Step) -> None:
@@ -175,6 +178,15 @@ class GpuRunner:
             f"{pool.nbytes / GIB:.2f} GiB ({pool.nbytes / 1e9:.2f} GB); "
             f"{self.max_sequences} sequences, context {self.max_context}"
         )
+
+
+def unfit(model: PreTrainedModel) -> str | None:
+    """Why GpuRunner cannot run `model` where it is, or None."""
+    if model.device.type == "cuda" and torch.version.hip is None:
+        found = torch.cuda.get_device_capability(model.device)
+        if found < LEAST_CAPABILITY:
+            return f"needs compute capability 8.0, this GPU has {found[0]}.{found[1]}"
+    return unsupported(model)
 
 
 def bucket(batch: int) -> int:

@@ -14,6 +14,7 @@ times, so a chunk's pages are turned to 16 bits first, of one layer at a time, i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ DECODE_STAGES = 3
 TILE_WARPS = 8
 SMALL_ROWS = 32
 """Of head_size numbers, that a program's small things in shared memory take together."""
+HOPPER_SHARED_BYTES = 227 << 10
 SMALLEST_SHARED_BYTES = 99 << 10
 """Shared memory of a program on the GPUs that have least, from Ampere on."""
 
@@ -309,18 +311,23 @@ class PagedAttention:
         return new(place, self.shape.head_size), new(place, 2)
 
     def _stages(self, pages_held: int, rows: int) -> int:
-        """Stages of a loop over pages: 3, or fewer where shared memory holds fewer pages than
-        `pages_held` with three stages, and rows of queries.
+        """Stages of a loop over pages: 3, or fewer where shared memory has no room for the
+        `pages_held` that three stages hold.
+
+        The tensor cores of Hopper take a tile's `rows` of queries from shared memory as well.
         """
         row = self.shape.head_size * self.shape.dtype.itemsize
-        room = shared_bytes(self._device) - (rows + SMALL_ROWS) * row
-        missing = pages_held - room // (2 * PAGE_TOKENS * row)
+        shared = shared_bytes(self._device)
+        rows = rows if shared >= HOPPER_SHARED_BYTES else 0
+        missing = pages_held - (shared - (rows + SMALL_ROWS) * row) // (2 * PAGE_TOKENS * row)
         return max(1, 3 - max(0, missing))
 
 
+@cache
 def shared_bytes(device: torch.device) -> int:
     """Shared memory that one program may have."""
     if device.type != "cuda":
         return SMALLEST_SHARED_BYTES
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", SMALLEST_SHARED_BYTES))
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])

@@ -22,6 +22,8 @@ Ints = NDArray[np.int32]
 
 FIELDS = 7
 """Numbers of a work item: first, queries, position, table, begin, end, part."""
+POSITION = 2
+"""Which of them is the position."""
 ROW_FIELDS = 3
 """Of a token in parts: its first part, how many there are, its place among the item's queries."""
 ALIGNMENT = 4

@@ -45,7 +45,7 @@ class Limits:
 def activation_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     """The most that the layers' intermediate results take at once for so many tokens."""
     config, shape = model.config, Shape.of(model)
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden, inner = int(config.hidden_size), int(config.intermediate_size)
     width = shape.heads * shape.head_size
     qkv = width + 2 * shape.kv_heads * shape.head_size
     attention = 2 * hidden + qkv + 2 * width
@@ -66,7 +66,7 @@ def step_bytes(model: PreTrainedModel, limits: Limits) -> int:
     parts += row * (
         max(DECODE_PROGRAMS.values()) * programs + limits.max_sequences * shape.kv_heads
     )
-    logits = (LOGIT_ROWS + 2 * limits.max_sequences) * config.vocab_size * size
+    logits = (LOGIT_ROWS + 2 * limits.max_sequences) * int(config.vocab_size) * size
     steps = activation_bytes(model, limits.max_step_tokens)
     steps += activation_bytes(model, limits.max_sequences)
     return FIXED_BYTES + tables + rotary + parts + logits + steps + scratch_bytes(model, limits)
@@ -91,7 +91,7 @@ def pages_that_fit(model: PreTrainedModel, limits: Limits, free_bytes: int) -> i
     sequence of `max_context` tokens.
     """
     needed = step_bytes(model, limits)
-    page = Shape.of(model).page_bytes(limits.kv_cache) * model.config.num_hidden_layers
+    page = Shape.of(model).page_bytes(limits.kv_cache) * int(model.config.num_hidden_layers)
     found = max(0, free_bytes - needed) // page
     least = limits.max_pages + 1
     if found < least:

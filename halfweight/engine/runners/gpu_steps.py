@@ -15,6 +15,7 @@ from torch import Tensor
 from halfweight.engine.runners.gpu_attention import PAGE_TOKENS, PagedAttention, WorkList
 from halfweight.engine.runners.gpu_inputs import (
     FIELDS,
+    POSITION,
     ROW_FIELDS,
     Inputs,
     Ints,
@@ -133,6 +134,8 @@ class FewTokens:
         self._parts, self._batch, self._tokens = parts, batch, tokens
         self._inputs, self._logits, self._recordings = inputs, logits, recordings
         self._sections = self.sections(parts, batch, tokens)
+        self._ones = np.ones(batch, np.int32)
+        self._last: tuple[bytes, Work] | None = None
 
     @staticmethod
     def sections(parts: Parts, batch: int, tokens: int) -> Sections:
@@ -156,14 +159,25 @@ class FewTokens:
         first = np.arange(batch, dtype=np.int32) * tokens
         if tokens == 1:
             self._sections.of(host, "ids")[:] = parts.ids_at(slots, starts)
-            queries = Queries(first, np.ones_like(first), starts, tables, _num_pages(starts))
+            queries = Queries(first, self._ones, starts, tables, _num_pages(starts))
         else:
             self._pack_rows(step, host, slots, starts, counts)
             queries = Queries(first, counts, starts, tables, _num_pages(starts + counts))
-        work = cut(queries, batch * tokens, parts.attention.num_decoding_at_once)
+        work = self._cut(queries)
         self._sections.of(host, "row_parts")[:] = work.row_parts.reshape(-1)
         items = self._sections.of(host, "work")
         items[: work.items.size], items[work.items.size :] = work.items.reshape(-1), 0
+
+    def _cut(self, queries: Queries) -> Work:
+        """The work, which for few sequences is that of the step before at other positions."""
+        columns = (queries.count, queries.table, queries.pages)
+        key = b"".join([column.tobytes() for column in columns])
+        if self._last is None or self._last[0] != key:
+            at_once = self._parts.attention.num_decoding_at_once
+            self._last = key, cut(queries, self._batch * self._tokens, at_once)
+        items = self._last[1].items
+        items[:, POSITION] = queries.position[items[:, 0] // self._tokens]
+        return self._last[1]
 
     def _pack_rows(self, step: Step, host: Ints, slots: Ints, starts: Ints, counts: Ints) -> None:
         """Every token's place in the tables, padding's beyond a sequence's; rows of logits."""
