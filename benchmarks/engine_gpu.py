@@ -38,6 +38,8 @@ CACHES = ("16bit", "int8")
 DECODE = [(batch, 576) for batch in (1, 4, 16, 64, 256)]
 LONG = [(1, 32768), (1, 65536), (8, 8192), (32, 2048)]
 PREFILL = [(1, 512), (64, 512), (8, 8192), (1, 65536)]
+TILES = [(16, 512), (1, 8192)]
+"""Prompts of one step."""
 STEP_TOKENS = 8192
 REPEATS = 25
 TUNED = [(warps, stages) for warps in (2, 4) for stages in (2, 3, 4)]
@@ -257,7 +259,7 @@ def tiles(runner: GpuRunner) -> Any:
     """A layer's attention of a step of prompts, alone: rotation, writing, tiles."""
     shape, mixed = runner._parts.attention.shape, runner._mixed
     layer = runner._parts.layers._layers[0]
-    for count, length in ((16, 512), (1, 8192)):
+    for count, length in TILES:
         (step,) = prompt_steps(sequences(runner, count, length), length)
         runner._send_pages(step)
         width = (shape.heads + 2 * shape.kv_heads) * shape.head_size
