@@ -83,8 +83,7 @@ def _compile_and_launch(
 
 
 def _function(kernel: str) -> Any:
-    from halfweight.kernels.triton import between_products, gemv, tiled
+    from halfweight.kernels.triton import between_products, gemv, paged, tiled
 
-    return next(
-        getattr(file, kernel) for file in (tiled, gemv, between_products) if hasattr(file, kernel)
-    )
+    files = (tiled, gemv, between_products, paged)
+    return next(getattr(file, kernel) for file in files if hasattr(file, kernel))

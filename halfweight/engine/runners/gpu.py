@@ -1,0 +1,197 @@
+"""Llama-like models on a GPU: our own kernels over pages, a step as few launches.
+
+A step takes one of three ways (gpu_steps.py):
+
+    decode   one token a sequence: a CUDA graph, recorded for each bucket of batch sizes
+    verify   a few tokens of a few sequences (drafts to verify): a CUDA graph as well
+    mixed    anything else: decoding sequences and chunks of prompts share the products, launched
+             one by one
+
+What changes from step to step is one int32 array (gpu_inputs.py), sent by one copy before the
+launches; token ids come from the token table on the device. gpu_layers.py has what is between the
+products, gpu_attention.py attention over the pages, gpu_memory.py how many of these there are.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halfweight.engine.gpu_step import unsupported
+from halfweight.engine.runners.gpu_attention import (
+    PAGE_TOKENS,
+    PagedAttention,
+    Pool,
+    Scratch,
+    Shape,
+)
+from halfweight.engine.runners.gpu_inputs import Inputs, PageTables
+from halfweight.engine.runners.gpu_layers import Layers
+from halfweight.engine.runners.gpu_memory import GIB, Limits, pages_that_fit, scratch_pages
+from halfweight.engine.runners.gpu_steps import FewTokens, MixedStep, Parts, Recordings
+from halfweight.engine.step import Step
+from halfweight.errors import UsageError
+from halfweight.kernels.triton.launch import device_info, launch
+from halfweight.memory.device_memory import available_bytes
+
+log = logging.getLogger("halfweight")
+
+KvCache = Literal["16bit", "int8"]
+FEW_TOKENS = 8
+"""Tokens a sequence of a recorded step that verifies drafts."""
+FEW_SEQUENCES = 8
+"""Sequences of such a step at most."""
+SMALL_BUCKETS = (1, 2, 4)
+BUCKET_STEP = 8
+"""Between the larger buckets."""
+UPDATE_BLOCK = 256
+LEAST_CAPABILITY = (8, 0)
+"""Before, Triton has no products of tiles on the tensor cores."""
+
+
+class GpuRunner:
+    """Runner (engine/step.py) of a Llama-like model whose linears are in INT8, on one GPU."""
+
+    page_tokens = PAGE_TOKENS
+    shares_prefixes = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_context: int | None = None,
+        max_sequences: int = 256,
+        max_step_tokens: int = 8192,
+        kv_cache: KvCache = "16bit",
+        num_pages: int | None = None,
+    ) -> None:
+        """`num_pages` defaults to what fits beside the model, `max_context` to the model's own.
+
+        Raises UsageError for a model that has no such step, DoesNotFitError where the pages of one
+        sequence do not fit.
+        """
+        reason = unfit(model)
+        if reason is not None:
+            raise UsageError(f"no GPU step for this model: {reason}", hint="take another runner")
+        self.device, self.kv_cache = model.device, kv_cache
+        self.max_context = int(max_context or model.config.max_position_embeddings)
+        self.max_sequences, self.max_step_tokens = max_sequences, max_step_tokens
+        self.vocab_size = int(model.config.vocab_size)
+        layers, shape = Layers(model), Shape.of(model)
+        limits = self._limits(shape)
+        self.num_pages = num_pages or self._pages_that_fit(model, limits)
+        pool = Pool(shape, model.config.num_hidden_layers, self.num_pages, kv_cache, self.device)
+        self._page_tables = PageTables(max_sequences + 1, limits.max_pages, self.device)
+        room = scratch_pages(limits)
+        scratch = Scratch.make(shape, room, self.device) if room else None
+        table = self._page_tables.device_table
+        attention = PagedAttention(model, pool, table, self.max_context, scratch)
+        rows = (max_sequences + 1, self.max_context + 1)
+        self.table = torch.zeros(rows, dtype=torch.int32, device=self.device)
+        self._parts = Parts(layers, attention, self.table, limits.max_pages, room)
+        self._make_steps(shape.dtype)
+        log.info("KV cache: %s", self._sizes(pool))
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> Tensor:
+        """Logits [sum of num_logits, V] in the model's dtype; see Runner."""
+        self._send_pages(step)
+        most = max(chunk.num_tokens for chunk in step)
+        if most == 1:
+            logits = self._few(len(step), 1)(step)
+            if all(chunk.num_logits for chunk in step):
+                return logits[: len(step)]
+            kept = [i for i, chunk in enumerate(step) if chunk.num_logits]
+            return logits[torch.tensor(kept, dtype=torch.long, device=self.device)]
+        if most <= FEW_TOKENS and len(step) <= FEW_SEQUENCES:
+            logits = self._few(len(step), FEW_TOKENS)(step)
+            return logits[: sum(chunk.num_logits for chunk in step)]
+        return self._mixed(step)
+
+    @torch.inference_mode()
+    def record(self, batch_sizes: list[int]) -> None:
+        """Record the graphs of these batch sizes now, not when first met."""
+        for tokens, most in ((1, self.max_sequences), (FEW_TOKENS, FEW_SEQUENCES)):
+            for batch in {bucket(b) for b in batch_sizes if b <= most}:
+                for _ in range(2):
+                    self._few(batch, tokens)([])
+
+    def close(self) -> None:
+        """Free pages, graphs and buffers; the runner is of no use after."""
+        for name in ("_parts", "_page_tables", "_inputs", "_logits", "_recordings", "_steps"):
+            self.__dict__.pop(name, None)
+        self.__dict__.pop("_mixed", None)
+        self.table = self.table[:0]
+
+    def _limits(self, shape: Shape) -> Limits:
+        return Limits(
+            *(self.max_context, self.max_sequences, self.max_step_tokens, self.kv_cache),
+            device_info(self.device).num_processors,
+        )
+
+    def _pages_that_fit(self, model: PreTrainedModel, limits: Limits) -> int:
+        free = available_bytes(self.device)
+        if free is None:
+            return limits.most_pages
+        return pages_that_fit(model, limits, free)
+
+    def _make_steps(self, dtype: torch.dtype) -> None:
+        """Buffers that recorded steps share, and the mixed step."""
+        largest = ((bucket(self.max_sequences), 1), (FEW_SEQUENCES, FEW_TOKENS))
+        size = max(FewTokens.sections(self._parts, *sizes).total for sizes in largest)
+        self._inputs = Inputs(size, self.device)
+        self._updates = Inputs(2 * self._page_tables.max_pages, self.device)
+        rows = max(batch * tokens for batch, tokens in largest)
+        self._logits = torch.empty(rows, self.vocab_size, dtype=dtype, device=self.device)
+        self._recordings = Recordings(self.device)
+        self._steps: dict[tuple[int, int], FewTokens] = {}
+        self._mixed = MixedStep(self._parts)
+
+    def _few(self, batch: int, tokens: int) -> FewTokens:
+        key = (bucket(batch), tokens)
+        if key not in self._steps:
+            self._steps[key] = FewTokens(
+                self._parts, *key, self._inputs, self._logits, self._recordings
+            )
+        return self._steps[key]
+
+    def _send_pages(self, step: Step) -> None:
+        """Tell the device's page tables what is new."""
+        new = [pair for c in step for pair in self._page_tables.updates(c.slot, c.pages)]
+        room = self._updates.size // 2
+        for begin in range(0, len(new), room):
+            part = np.array(new[begin : begin + room], np.int32)
+            self._updates.host_array()[: part.size] = part.reshape(-1)
+            sent = self._updates.send(part.size)
+            operands = (sent, self._page_tables.device_table)
+            grid = (-(-len(part) // UPDATE_BLOCK), 1)
+            launch("write_page_table", grid, len(part), operands, BLOCK=UPDATE_BLOCK)
+
+    def _sizes(self, pool: Pool) -> str:
+        return (
+            f"{self.num_pages} pages of {PAGE_TOKENS} tokens in {self.kv_cache}, "
+            f"{pool.nbytes / GIB:.2f} GiB ({pool.nbytes / 1e9:.2f} GB); "
+            f"{self.max_sequences} sequences, context {self.max_context}"
+        )
+
+
+def unfit(model: PreTrainedModel) -> str | None:
+    """Why GpuRunner cannot run `model` where it is, or None."""
+    if model.device.type == "cuda" and torch.version.hip is None:
+        found = torch.cuda.get_device_capability(model.device)
+        if found < LEAST_CAPABILITY:
+            return f"needs compute capability 8.0, this GPU has {found[0]}.{found[1]}"
+    return unsupported(model)
+
+
+def bucket(batch: int) -> int:
+    """The size of the recorded step that takes `batch` sequences: 1, 2, 4, 8, 16, 24, ..."""
+    for size in SMALL_BUCKETS:
+        if batch <= size:
+            return size
+    return -(-batch // BUCKET_STEP) * BUCKET_STEP

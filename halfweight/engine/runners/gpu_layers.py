@@ -1,0 +1,117 @@
+"""The layers of a Llama-like model on a GPU, but for attention, which the caller brings.
+
+A layer is four products and what is between them (between_products.py): projections that share
+their input are one product, whose weights lie one behind the other in memory (`stack`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halfweight.kernels.triton.launch import launch
+from halfweight.model.llama_like import layer_linears
+from halfweight.model.modules import QuantizedLinear, stack
+
+COLUMNS = 1024
+"""Of the gated activation, to a program."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The parts of a layer as a step uses them; norms of heads where the model has them."""
+
+    index: int
+    input_norm: Tensor
+    qkv: QuantizedLinear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: QuantizedLinear
+    post_norm: Tensor
+    gate_up: QuantizedLinear
+    down: QuantizedLinear
+
+
+Attend = Callable[[Layer, Tensor], Tensor]
+"""Attention of a layer: qkv [T, (heads + 2 kv_heads) head_size] -> [T, heads head_size]."""
+
+
+class Layers:
+    """All layers of a model, its embedding and its head."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Stacks the projections: each weight that did not lie beside its neighbour is copied."""
+        body = model.model
+        with torch.inference_mode(False):
+            self._layers = [_layer(i, layer) for i, layer in enumerate(body.layers)]
+        self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
+        self._final_norm: Tensor = body.norm.weight
+        self.epsilon = float(body.norm.variance_epsilon)
+
+    def hidden(self, ids: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """Hidden states [T, H] of token ids [T] before the last sum: the two that are added."""
+        hidden: Tensor = self._embedding(ids).view(len(ids), -1)
+        delta = None
+        for layer in self._layers:
+            normed = self._norm(hidden, delta, layer.input_norm)
+            delta = layer.o(attend(layer, layer.qkv(normed)))
+            normed = self._norm(hidden, delta, layer.post_norm)
+            delta = layer.down(_gated(layer.gate_up(normed)))
+        assert delta is not None
+        return hidden, delta
+
+    def logits(self, hidden: Tensor, delta: Tensor) -> Tensor:
+        """Logits [rows, V] in the model's dtype of what `hidden` gives; adds in place."""
+        logits: Tensor = self._head(self._norm(hidden, delta, self._final_norm))
+        return logits
+
+    def _norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
+        """The norm of hidden + delta, which becomes hidden."""
+        tokens, size = hidden.shape
+        out = torch.empty_like(hidden)
+        launch(
+            "add_norm",
+            (tokens, 1),
+            tokens,
+            (hidden, delta, weight, out, self.epsilon),
+            SIZE=size,
+            BLOCK=power_of_two(size),
+            HAS_DELTA=delta is not None,
+            num_warps=8,
+        )
+        return out
+
+
+def _layer(index: int, layer: Any) -> Layer:
+    q, k, v, o, gate, up, down = layer_linears(layer)
+    attention = layer.self_attn
+    return Layer(
+        index,
+        layer.input_layernorm.weight,
+        stack([q, k, v]),
+        *(attention.q_norm.weight if hasattr(attention, "q_norm") else None,),
+        *(attention.k_norm.weight if hasattr(attention, "k_norm") else None,),
+        o,
+        layer.post_attention_layernorm.weight,
+        stack([gate, up]),
+        down,
+    )
+
+
+def _gated(gate_up: Tensor) -> Tensor:
+    """silu(gate) up of [T, 2 I]."""
+    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(tokens, size)
+    grid = (-(-size // COLUMNS), tokens)
+    launch("gated_silu", grid, tokens, (gate_up, out), SIZE=size, BLOCK=COLUMNS)
+    return out
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()

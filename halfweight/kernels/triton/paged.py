@@ -1,0 +1,520 @@
+"""Device code of attention over pages: rotation into pages, attention, and what belongs to it.
+
+A page holds PAGE tokens of one layer: keys and values [KV_HEADS, PAGE, HEAD_SIZE], so that a tile
+of a key head is one piece of memory. In INT8 they are bytes q + 128, as weights are, with the steps
+of key and value of a token beside each other, [KV_HEADS, PAGE, 2] in the model's dtype.
+
+Attention is a list of work, int32 [items, FIELDS], which the host writes for each step:
+
+    0  row of the first query in the step's tokens      4, 5  pages to read: begin, end
+    1  queries, 0 for an item without work                 6  part that the item writes, -1 when it
+    2  position of the first query                            writes the result itself
+    3  where the sequence's pages begin in page_table
+
+A program takes one item and one key head, with the query heads of that key head and the queries of
+the item as the rows of its products. Long sequences are several items, so a recorded CUDA graph has
+a fixed grid and yet balanced work: the host cuts to measure, and items that are left over end at
+once. Parts are added by `merge_parts`, always in the same order.
+
+Bytes become numbers without conversion instructions, which a GPU has few units for (they were the
+limit of an earlier INT8 kernel), and without single bytes crossing threads: a tile is loaded as
+pairs of bytes, which move to the tensor cores' layout as 16-bit numbers do, and there the even and
+the odd columns are taken out of them (`from_pair`): two products of half the width. Steps multiply
+scores and chances, which are few, not keys and values. The largest score is looked for after adding
+the logarithm of the value's step: so what is rounded to 16 bits is about 1 where it counts most,
+however small the steps, and keeps its precision.
+
+What lies in a page beyond a sequence's tokens may be anything, NaN included.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: SIM108, SIM300
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+from halfweight.kernels.triton.between_products import int8_step, to_int8
+
+FIELDS: tl.constexpr = tl.constexpr(7)
+"""Numbers of a work item."""
+ROW_FIELDS: tl.constexpr = tl.constexpr(3)
+"""Of a token that is merged: its first part, how many there are, its place among the queries."""
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def from_pair(pair, ODD: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The low byte, or the high one, of int16 pairs of bytes q + 128, as q in DTYPE."""
+    BYTE: tl.constexpr = "shr.u32 w, $1, 8;" if ODD else "mov.b32 w, $1;"
+    if ASM and DTYPE == tl.float16:
+        # 0x64uu is 1024 + u. (A byte permute takes two constants, and ptxas moves one of them to a
+        # register again for each.)
+        q = tl.inline_asm_elementwise(
+            "{.reg .b32 w, m; mov.b32 m, 0x64806480;" + BYTE + "lop3.b32 w, w, 0x00ff00ff,"
+            " 0x64006400, 0xea; sub.f16x2 $0, w, m;}",
+            "=r,r",
+            [pair],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    elif ASM and DTYPE == tl.bfloat16:
+        # 0x43uu is 128 + u for u < 128: from that 128 is taken if bit 7 is set, else 256.
+        q = tl.inline_asm_elementwise(
+            "{.reg .b32 w, a, c, m; mov.b32 m, 0xbf80bf80;" + BYTE + "lop3.b32 a, w, 0x007f007f,"
+            " 0x43004300, 0xea; lop3.b32 c, w, 0x00800080, 0x43804380, 0x6a;"
+            "fma.rn.bf16x2 $0, c, m, a;}",
+            "=r,r",
+            [pair],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        q = (((pair.to(tl.int32) >> (8 if ODD else 0)) & 255) - 128).to(DTYPE)
+    return q
+
+
+@triton.jit
+def angles(cos_table, sin_table, position, HEAD_SIZE: tl.constexpr):
+    """cos and sin [R, HEAD_SIZE] of positions [R, 1]; sin is negative in the first half."""
+    d = tl.arange(0, HEAD_SIZE)[None, :]
+    at = position.to(tl.int64) * (HEAD_SIZE // 2) + d % (HEAD_SIZE // 2)
+    sin = tl.load(sin_table + at)
+    return tl.load(cos_table + at), tl.where(d < HEAD_SIZE // 2, -sin, sin)
+
+
+@triton.jit
+def rotated_heads(
+    heads, rows, weight, cos, sin, epsilon, HEAD_SIZE: tl.constexpr, HAS_NORM: tl.constexpr
+):
+    """Heads at `rows` [R, 1] after the pointer, normed and rotated: [R, HEAD_SIZE], same dtype."""
+    d = tl.arange(0, HEAD_SIZE)[None, :]
+    other_d = (d + HEAD_SIZE // 2) % HEAD_SIZE
+    DTYPE: tl.constexpr = heads.dtype.element_ty
+    value = tl.load(heads + rows + d).to(tl.float32)
+    other = tl.load(heads + rows + other_d).to(tl.float32)
+    if HAS_NORM:
+        square = tl.sum(value * value, axis=1) / HEAD_SIZE
+        factor = tl.rsqrt(square + epsilon)[:, None]
+        value = (value * factor).to(DTYPE).to(tl.float32) * tl.load(weight + d)
+        other = (other * factor).to(DTYPE).to(tl.float32) * tl.load(weight + other_d)
+        value = value.to(DTYPE).to(tl.float32)
+        other = other.to(DTYPE).to(tl.float32)
+    return (value * cos + other * sin).to(DTYPE)
+
+
+@triton.jit
+def to_bytes(value, DTYPE: tl.constexpr, SMALLEST: tl.constexpr):
+    """Vectors [R, D] in float32 as integers [R, D], still float32, and steps [R, 1] in DTYPE."""
+    step = int8_step(tl.max(tl.abs(value), axis=1), DTYPE, SMALLEST)[:, None]
+    return to_int8(value, step.to(tl.float32)), step
+
+
+@triton.jit
+def store_token(
+    cache, steps, place, value, IS_VALUE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, INT8: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """Put vectors [R, HEAD_SIZE] at tokens `place` [R, 1] of a cache; what it then holds."""
+    at = place * HEAD_SIZE + tl.arange(0, HEAD_SIZE)[None, :]
+    held = value.to(tl.float32)
+    if INT8:
+        q, step = to_bytes(held, value.dtype, SMALLEST)
+        tl.store(cache + at, (q.to(tl.int32) + 128).to(tl.uint8))
+        tl.store(steps + place * 2 + IS_VALUE, step)
+        held = q * step.to(tl.float32)
+    else:
+        tl.store(cache + at, value)
+    return held
+
+
+@triton.jit(do_not_specialize=["T"])
+def rotate_into_pages(
+    T, qkv, q_norm, k_norm, queries, keys, values, steps, cos_table, sin_table,
+    tables, positions, page_table, epsilon,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PAGE: tl.constexpr,
+    Q_ROWS: tl.constexpr,
+    KV_ROWS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    INT8: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One token of T: qkv [T, (HEADS + 2 KV_HEADS) HEAD_SIZE] -> queries [T, HEADS, HEAD_SIZE], and
+    its keys and values into the page of its position; its sequence's pages begin at tables[t] of
+    page_table. Q_ROWS and KV_ROWS pad the heads.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    if PDL:
+        cuda.gdc_launch_dependents()
+    position = tl.load(positions + token)
+    page = tl.load(page_table + tl.load(tables + token) + position // PAGE).to(tl.int64)
+    cos, sin = angles(cos_table, sin_table, tl.zeros((1, 1), tl.int32) + position, HEAD_SIZE)
+    if PDL:
+        cuda.gdc_wait()
+    mine = qkv + token * (HEADS + 2 * KV_HEADS) * HEAD_SIZE
+    d = tl.arange(0, HEAD_SIZE)[None, :]
+    head = tl.minimum(tl.arange(0, Q_ROWS), HEADS - 1)[:, None]
+    q = rotated_heads(mine, head * HEAD_SIZE, q_norm, cos, sin, epsilon, HEAD_SIZE, HAS_NORM)
+    tl.store(queries + (token * HEADS + head) * HEAD_SIZE + d, q)
+    kv_head = tl.minimum(tl.arange(0, KV_ROWS), KV_HEADS - 1)[:, None]
+    row = (HEADS + kv_head) * HEAD_SIZE
+    k = rotated_heads(mine, row, k_norm, cos, sin, epsilon, HEAD_SIZE, HAS_NORM)
+    v = tl.load(mine + row + KV_HEADS * HEAD_SIZE + d)
+    place = (page * KV_HEADS + kv_head) * PAGE + position % PAGE
+    store_token(keys, steps, place, k, 0, HEAD_SIZE, INT8, SMALLEST)
+    store_token(values, steps, place, v, 1, HEAD_SIZE, INT8, SMALLEST)
+
+
+@triton.jit
+def rough_log2(value):
+    """log2 of positive float32, 0 to 0.09 too small: the bits read as an integer."""
+    return value.to(tl.int32, bitcast=True).to(tl.float32) * 1.1920929e-07 - 127
+
+
+@triton.jit
+def steps_of_page(steps, place, PAGE: tl.constexpr, DTYPE: tl.constexpr):
+    """Steps of the keys and of the values [PAGE] in float32; a word of both is loaded at once."""
+    BITS: tl.constexpr = DTYPE.primitive_bitwidth
+    WORD: tl.constexpr = tl.int32 if BITS == 16 else tl.int64
+    PART: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
+    words = steps.to(tl.pointer_type(WORD), bitcast=True)
+    word = tl.load(words + place + tl.arange(0, PAGE))
+    k_step = word.to(PART).to(DTYPE, bitcast=True).to(tl.float32)
+    return k_step, (word >> BITS).to(PART).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def scores_of_page(
+    q, q_odd, keys, place, k_step, scale,
+    HEAD_SIZE: tl.constexpr, PAGE: tl.constexpr, INT8: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """q keys^T [ROWS, PAGE], for INT8 of the even and the odd columns of q and times `scale`."""
+    token = tl.arange(0, PAGE)[:, None]
+    if INT8:
+        at = place * (HEAD_SIZE // 2) + token * (HEAD_SIZE // 2)
+        pair = tl.trans(tl.load(keys + at + tl.arange(0, HEAD_SIZE // 2)[None, :]))
+        score = tl.dot(q, from_pair(pair, False, q.dtype, ASM), input_precision="ieee")
+        score += tl.dot(q_odd, from_pair(pair, True, q.dtype, ASM), input_precision="ieee")
+        score *= (k_step.to(tl.float32) * scale)[None, :]
+    else:
+        at = place * HEAD_SIZE + token * HEAD_SIZE + tl.arange(0, HEAD_SIZE)[None, :]
+        score = tl.dot(q, tl.trans(tl.load(keys + at)), input_precision="ieee")
+    return score
+
+
+@triton.jit
+def add_values(
+    acc, acc_odd, chance, values, place, known, DTYPE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, PAGE: tl.constexpr, INT8: tl.constexpr, MASKED: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """acc += chance [ROWS, PAGE] times the values of a page; INT8 has odd columns apart."""
+    token = tl.arange(0, PAGE)[:, None]
+    if INT8:
+        at = place * (HEAD_SIZE // 2) + token * (HEAD_SIZE // 2)
+        pair = tl.load(values + at + tl.arange(0, HEAD_SIZE // 2)[None, :])
+        acc += tl.dot(chance, from_pair(pair, False, DTYPE, ASM), input_precision="ieee")
+        acc_odd += tl.dot(chance, from_pair(pair, True, DTYPE, ASM), input_precision="ieee")
+    else:
+        at = place * HEAD_SIZE + token * HEAD_SIZE + tl.arange(0, HEAD_SIZE)[None, :]
+        if MASKED:
+            v = tl.load(values + at, mask=known[:, None], other=0)
+        else:
+            v = tl.load(values + at)
+        acc += tl.dot(chance, v, input_precision="ieee")
+    return acc, acc_odd
+
+
+@triton.jit
+def add_pages(
+    top, total, acc, acc_odd, q, q_odd, keys, values, steps, table,
+    begin, end, limit, most, kv_head, scale,
+    KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, PAGE: tl.constexpr, INT8: tl.constexpr,
+    MASKED: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Add the tokens of pages begin to end to running softmax sums.
+
+    A row sees tokens before its `limit` [ROWS], of which `most` is the largest; unmasked, all.
+    `total` is [ROWS], or [ROWS, PAGE], to be added up at the end: rows that lie in several warps
+    are slow to add. Scores times `unit` are powers of two.
+    """
+    UNSUMMED: tl.constexpr = len(total.shape) == 2
+    unit = 1.0 if INT8 else scale
+    in_page = tl.arange(0, PAGE)
+    page = tl.load(table + begin, mask=begin < end, other=0)
+    for index in range(begin, end):
+        place = (page.to(tl.int64) * KV_HEADS + kv_head) * PAGE
+        page = tl.load(table + index + 1, mask=index + 1 < end, other=0)
+        token = index * PAGE + in_page
+        known = token < most
+        k_step = tl.full((PAGE,), 1, tl.float32)
+        v_step = k_step
+        if INT8:
+            k_step, v_step = steps_of_page(steps, place, PAGE, q.dtype)
+            if MASKED:
+                v_step = tl.where(known, v_step, 1)
+        score = scores_of_page(q, q_odd, keys, place, k_step, scale, HEAD_SIZE, PAGE, INT8, ASM)
+        if MASKED:
+            score = tl.where(token[None, :] < limit[:, None], score, float("-inf"))
+        if INT8:
+            highest = tl.max(score + rough_log2(v_step)[None, :], axis=1)
+        else:
+            highest = tl.max(score, axis=1)
+        higher = tl.maximum(top, highest)
+        base = higher
+        if MASKED:
+            base = tl.where(higher == float("-inf"), 0, higher)
+        chance = tl.exp2(score * unit - (base * unit)[:, None])
+        shrink = tl.exp2((top - base) * unit)
+        if UNSUMMED:
+            total = total * shrink[:, None] + chance
+        else:
+            total = total * shrink + tl.sum(chance, axis=1)
+        if INT8:
+            chance *= v_step[None, :]
+            acc_odd *= shrink[:, None]
+        acc, acc_odd = add_values(
+            *(acc * shrink[:, None], acc_odd, chance.to(q.dtype), values, place, known, q.dtype),
+            *(HEAD_SIZE, PAGE, INT8, MASKED, ASM),
+        )
+        top = higher
+    return top, total, acc, acc_odd
+
+
+@triton.jit
+def halves(rows, INT8: tl.constexpr):
+    """Even and odd columns of rows [R, D]: two [R, D / 2]; without INT8 the rows, twice."""
+    even = rows
+    odd = rows
+    if INT8:
+        even, odd = tl.split(rows.reshape(rows.shape[0], rows.shape[1] // 2, 2))
+    return even, odd
+
+
+@triton.jit
+def store_rows(to, place, rows, real):
+    """Rows [R, D] at rows `place` [R] of a matrix, those that are real."""
+    d = tl.arange(0, rows.shape[1])[None, :]
+    tl.store(to + place[:, None] * rows.shape[1] + d, rows, mask=real[:, None])
+
+
+@triton.jit
+def store_new_token(
+    qkv, row, k_norm, keys, values, steps, place, cos, sin, epsilon,
+    KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HAS_NORM: tl.constexpr, INT8: tl.constexpr,
+    SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """Put the key at `row` [1, 1] after qkv, normed and rotated, and its value at token `place`.
+
+    Returns what the cache then holds of them, float32 [1, HEAD_SIZE].
+    """
+    k = rotated_heads(qkv, row, k_norm, cos, sin, epsilon, HEAD_SIZE, HAS_NORM)
+    v = tl.load(qkv + row + KV_HEADS * HEAD_SIZE + tl.arange(0, HEAD_SIZE)[None, :])
+    k_held = store_token(keys, steps, place, k, 0, HEAD_SIZE, INT8, SMALLEST)
+    return k_held, store_token(values, steps, place, v, 1, HEAD_SIZE, INT8, SMALLEST)
+
+
+@triton.jit(do_not_specialize=["B"])
+def attend_pages(
+    B, qkv, q_norm, k_norm, keys, values, steps, cos_table, sin_table, page_table, work,
+    out, parts, stats, scaling, epsilon,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    IS_NEW: tl.constexpr,
+    IS_LONG: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    INT8: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    ASM: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Causal attention of an item of `work` for one key head; ROWS pads its queries times heads.
+
+    IS_NEW: the only query is a token that is not in its page yet, and qkv [T, (HEADS + 2 KV_HEADS)
+    HEAD_SIZE] is what the projection gives; the program of the first pages norms and rotates the
+    key, writes it to its page and adds it. Else the queries are rotated, qkv [T, HEADS, HEAD_SIZE],
+    and their keys and values in pages. IS_LONG: most pages are seen by all queries of an item.
+
+    Results go to out [T, HEADS, HEAD_SIZE], or to float32 parts [part, KV_HEADS, ROWS, HEAD_SIZE]
+    and stats [part, KV_HEADS, ROWS, 2] (maximum as a power of two, sum).
+    """
+    if PDL:
+        cuda.gdc_launch_dependents()
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    kv_head = tl.program_id(1)
+    item = work + tl.program_id(0) * FIELDS
+    first = tl.load(item).to(tl.int64)
+    queries = tl.load(item + 1)
+    if queries == 0:
+        return
+    position = tl.load(item + 2)
+    table = page_table + tl.load(item + 3)
+    begin = tl.load(item + 4)
+    end = tl.load(item + 5)
+    part = tl.load(item + 6).to(tl.int64)
+    d = tl.arange(0, HEAD_SIZE)
+    row = tl.arange(0, ROWS)
+    query = tl.minimum(row // GROUP, queries - 1)
+    head = kv_head * GROUP + row % GROUP
+    scale = scaling * LOG2_E
+    unit = 1.0 if INT8 else scale
+
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    acc = tl.zeros((ROWS, HEAD_SIZE), tl.float32)
+    if IS_LONG:
+        total = tl.zeros((ROWS,), tl.float32)
+    else:
+        total = tl.zeros((ROWS, PAGE), tl.float32)
+    if IS_NEW:
+        one = tl.zeros((1, 1), tl.int32)
+        cos, sin = angles(cos_table, sin_table, one + position, HEAD_SIZE)
+        page = tl.load(table + position // PAGE).to(tl.int64)
+        if PDL:
+            cuda.gdc_wait()
+        mine = qkv + first * (HEADS + 2 * KV_HEADS) * HEAD_SIZE
+        q = rotated_heads(
+            mine, head[:, None] * HEAD_SIZE, q_norm, cos, sin, epsilon, HEAD_SIZE, HAS_NORM
+        )
+        if begin == 0:
+            k, v = store_new_token(
+                *(mine, (one + HEADS + kv_head) * HEAD_SIZE, k_norm, keys, values, steps),
+                *((page * KV_HEADS + kv_head) * PAGE + position % PAGE + one, cos, sin, epsilon),
+                *(KV_HEADS, HEAD_SIZE, HAS_NORM, INT8, SMALLEST),
+            )
+            top = tl.sum(q.to(tl.float32) * k, axis=1) * (scale if INT8 else 1.0)
+            total += tl.where(tl.arange(0, PAGE) == 0, 1.0, 0.0)[None, :]
+            acc += v
+        limit = position + tl.zeros_like(row)
+        most = position
+    else:
+        if PDL:
+            cuda.gdc_wait()
+        q = tl.load(qkv + ((first + query) * HEADS + head)[:, None] * HEAD_SIZE + d[None, :])
+        limit = position + query + 1
+        most = position + queries
+
+    q, q_odd = halves(q, INT8)
+    acc, acc_odd = halves(acc, INT8)
+    if INT8:
+        keys = keys.to(tl.pointer_type(tl.int16), bitcast=True)
+        values = values.to(tl.pointer_type(tl.int16), bitcast=True)
+    masked_from = begin
+    if IS_LONG:
+        masked_from = tl.maximum(begin, tl.minimum(end, (position + 1) // PAGE))
+        top, total, acc, acc_odd = add_pages(
+            *(top, total, acc, acc_odd, q, q_odd, keys, values, steps, table),
+            *(begin, masked_from, limit, most, kv_head, scale),
+            *(KV_HEADS, HEAD_SIZE, PAGE, INT8, False, ASM),
+        )
+    top, total, acc, acc_odd = add_pages(
+        *(top, total, acc, acc_odd, q, q_odd, keys, values, steps, table),
+        *(masked_from, end, limit, most, kv_head, scale),
+        *(KV_HEADS, HEAD_SIZE, PAGE, INT8, True, ASM),
+    )
+    done = acc
+    if INT8:
+        done = tl.join(acc, acc_odd).reshape(ROWS, HEAD_SIZE)
+    if not IS_LONG:
+        total = tl.sum(total, axis=1)
+    real = row < queries * GROUP
+    if part < 0:
+        store_rows(out, (first + query) * HEADS + head, done / total[:, None], real)
+    else:
+        at_part = (part * KV_HEADS + kv_head) * ROWS + row
+        store_rows(parts, at_part, done, real)
+        tl.store(stats + at_part * 2, top * unit, mask=real)
+        tl.store(stats + at_part * 2 + 1, total, mask=real)
+
+
+@triton.jit(do_not_specialize=["T"])
+def merge_parts(
+    T, parts, stats, row_parts, out,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """out [T, HEADS, HEAD_SIZE] of tokens that `attend_pages` left in parts, BLOCK at a time.
+
+    row_parts int32 [T, ROW_FIELDS]; a token of fewer than two parts is left alone.
+    """
+    if PDL:
+        cuda.gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    first = tl.load(row_parts + token * ROW_FIELDS).to(tl.int64)
+    count = tl.load(row_parts + token * ROW_FIELDS + 1)
+    query = tl.load(row_parts + token * ROW_FIELDS + 2)
+    if PDL:
+        cuda.gdc_wait()
+    if count < 2:
+        return
+    row = query * GROUP + head % GROUP
+    d = tl.arange(0, HEAD_SIZE)
+    top = float("-inf")
+    total = 0.0
+    acc = tl.zeros((HEAD_SIZE,), tl.float32)
+    for begin in range(0, count, BLOCK):
+        part = begin + tl.arange(0, BLOCK)
+        inside = part < count
+        at = ((first + part) * KV_HEADS + head // GROUP) * ROWS + row
+        tops = tl.load(stats + at * 2, mask=inside, other=float("-inf"))
+        totals = tl.load(stats + at * 2 + 1, mask=inside, other=0)
+        sums = tl.load(parts + at[:, None] * HEAD_SIZE + d[None, :], mask=inside[:, None], other=0)
+        higher = tl.maximum(top, tl.max(tops, axis=0))
+        factor = tl.exp2(tops - higher)
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(totals * factor, axis=0)
+        acc = acc * shrink + tl.sum(sums * factor[:, None], axis=0)
+        top = higher
+    tl.store(out + (token * HEADS + head) * HEAD_SIZE + d, acc / total)
+
+
+@triton.jit(do_not_specialize=["N"])
+def read_pages(
+    N, sources, keys, values, steps, to_keys, to_values,
+    KV_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PAGE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """INT8 pages sources[n] in the dtype of steps, as pages n of to_keys and to_values."""
+    if PDL:
+        cuda.gdc_launch_dependents()
+    page = tl.load(sources + tl.program_id(0)).to(tl.int64)
+    token = tl.arange(0, PAGE)[:, None]
+    d = tl.arange(0, HEAD_SIZE)[None, :]
+    source = (page * KV_HEADS + tl.program_id(1)) * PAGE + token
+    target = (tl.program_id(0).to(tl.int64) * KV_HEADS + tl.program_id(1)) * PAGE + token
+    if PDL:
+        cuda.gdc_wait()
+    k = tl.load(keys + source * HEAD_SIZE + d).to(tl.float32) - 128
+    v = tl.load(values + source * HEAD_SIZE + d).to(tl.float32) - 128
+    k_step = tl.load(steps + source * 2).to(tl.float32)
+    v_step = tl.load(steps + source * 2 + 1).to(tl.float32)
+    tl.store(to_keys + target * HEAD_SIZE + d, k * k_step)
+    tl.store(to_values + target * HEAD_SIZE + d, v * v_step)
+
+
+@triton.jit(do_not_specialize=["N"])
+def write_page_table(N, updates, page_table, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """page_table[updates[n, 0]] = updates[n, 1] for n < N."""
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.load(updates + n * 2, mask=n < N)
+    tl.store(page_table + at, tl.load(updates + n * 2 + 1, mask=n < N), mask=n < N)
