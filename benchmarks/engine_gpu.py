@@ -188,7 +188,9 @@ def checking(model: Any, kv_cache: str) -> Any:
     with torch.inference_mode():
         ids = torch.tensor([prompt], device=DEVICE)
         expected = model(ids, logits_to_keep=12).logits[0].float()
-    runner = GpuRunner(model, max_context=1024, max_sequences=8, num_pages=40, kv_cache=kv_cache)
+    runner = GpuRunner(
+        model, max_context=1024, max_sequences=8, cache_tokens=39 * 64, kv_cache=kv_cache
+    )
     runner.table[0, : len(prompt)] = ids[0]
     pages = sequences(runner, 1, 768)[0]
     counts = [(300, 0), (400, 1), (1, 1), (1, 1), (1, 1), (8, 8)]
@@ -377,7 +379,11 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
         runner = GpuRunner(
-            model, max_context=66048, max_sequences=256, num_pages=options.pages, kv_cache=kv_cache
+            model,
+            max_context=66048,
+            max_sequences=256,
+            cache_tokens=64 * options.pages,
+            kv_cache=kv_cache,
         )
         random_pages(runner)
         for part in parts:

@@ -284,7 +284,7 @@ MODELS = {
     "qwen3": Qwen3Config(**SIZES),
     "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
 }
-LIMITS = {"max_sequences": 4, "max_step_tokens": 128, "num_pages": 12}
+LIMITS = {"max_sequences": 4, "max_step_tokens": 128, "cache_tokens": 11 * 64}
 
 
 class Texts:
@@ -356,7 +356,7 @@ MIDDLE = LlamaConfig(
     vocab_size=1000,
     max_position_embeddings=2048,
 )
-COMPILED = {"max_sequences": 48, "max_step_tokens": 4096, "num_pages": 700}
+COMPILED = {"max_sequences": 48, "max_step_tokens": 4096, "cache_tokens": 699 * 64}
 WHOLE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """How far logits may be from the model's own forward."""
 

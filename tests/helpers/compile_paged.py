@@ -15,6 +15,8 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from halfweight.kernels.triton import paged
+
 SIZES = {"HEADS": 32, "KV_HEADS": 8, "HEAD_SIZE": 128, "PAGE": 64, "SMALLEST": 6e-5, "ASM": True}
 DECODE = {"ROWS": 16, "IS_NEW": True, "IS_LONG": False, "num_warps": 4, "num_stages": 3}
 TILES = {"ROWS": 128, "IS_NEW": False, "IS_LONG": True, "num_warps": 8, "num_stages": 2}

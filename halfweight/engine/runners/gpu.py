@@ -15,7 +15,6 @@ products, gpu_attention.py attention over the pages, gpu_memory.py how many of t
 from __future__ import annotations
 
 import logging
-from typing import Literal
 
 import numpy as np
 import torch
@@ -34,14 +33,13 @@ from halfweight.engine.runners.gpu_inputs import Inputs, PageTables
 from halfweight.engine.runners.gpu_layers import Layers
 from halfweight.engine.runners.gpu_memory import GIB, Limits, pages_that_fit, scratch_pages
 from halfweight.engine.runners.gpu_steps import FewTokens, MixedStep, Parts, Recordings
-from halfweight.engine.step import Step
-from halfweight.errors import UsageError
+from halfweight.engine.runners.unfit import UnfitError
+from halfweight.engine.step import KvCache, Step
 from halfweight.kernels.triton.launch import device_info, launch
 from halfweight.memory.device_memory import available_bytes
 
 log = logging.getLogger("halfweight")
 
-KvCache = Literal["16bit", "int8"]
 FEW_TOKENS = 8
 """Tokens a sequence of a recorded step that verifies drafts."""
 FEW_SEQUENCES = 8
@@ -68,23 +66,23 @@ class GpuRunner:
         max_sequences: int = 256,
         max_step_tokens: int = 8192,
         kv_cache: KvCache = "16bit",
-        num_pages: int | None = None,
+        cache_tokens: int | None = None,
     ) -> None:
-        """`num_pages` defaults to what fits beside the model, `max_context` to the model's own.
+        """`cache_tokens` of pages, by default what fits; `max_context` is by default the model's.
 
-        Raises UsageError for a model that has no such step, DoesNotFitError where the pages of one
+        Raises UnfitError for a model that has no such step, DoesNotFitError where the pages of one
         sequence do not fit.
         """
         reason = unfit(model)
         if reason is not None:
-            raise UsageError(f"no GPU step for this model: {reason}", hint="take another runner")
+            raise UnfitError(reason)
         self.device, self.kv_cache = model.device, kv_cache
         self.max_context = int(max_context or model.config.max_position_embeddings)
         self.max_sequences, self.max_step_tokens = max_sequences, max_step_tokens
         self.vocab_size = int(model.config.vocab_size)
         layers, shape = Layers(model), Shape.of(model)
         limits = self._limits(shape)
-        self.num_pages = num_pages or self._pages_that_fit(model, limits)
+        self.num_pages = self._num_pages(cache_tokens) or self._pages_that_fit(model, limits)
         pool = Pool(shape, model.config.num_hidden_layers, self.num_pages, kv_cache, self.device)
         self._page_tables = PageTables(max_sequences + 1, limits.max_pages, self.device)
         room = scratch_pages(limits)
@@ -96,6 +94,10 @@ class GpuRunner:
         self._parts = Parts(layers, attention, self.table, limits.max_pages, room)
         self._make_steps(shape.dtype)
         log.info("KV cache: %s", self._sizes(pool))
+
+    def _num_pages(self, cache_tokens: int | None) -> int | None:
+        """Pages that hold so many tokens, and nobody's page 0."""
+        return None if cache_tokens is None else -(-cache_tokens // self.page_tokens) + 1
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
