@@ -33,7 +33,7 @@ import torch
 from halfweight.engine.loop import Loop, OnOutput
 from halfweight.engine.request import Request, Sampling
 from halfweight.engine.sequence import MakeDrafter
-from halfweight.engine.step import Runner
+from halfweight.engine.step import KvCache, Runner
 from halfweight.engine.stops import default_sampling, end_of_text_tokens
 from halfweight.engine.streams import AsyncStream, Completion, Piece, Stream, complete
 from halfweight.engine.text import Detokenizer
@@ -79,16 +79,17 @@ class Engine:
         activations: Literal["exact", "int8"] = "exact",
         max_context: int | None = None,
         max_sequences: int | None = None,
-        kv_cache: Literal["16bit", "int8"] = "16bit",
+        cache_tokens: int | None = None,
+        kv_cache: KvCache = "16bit",
         speculates: bool = True,
     ) -> None:
         """Load a folder or Hub id, or take a model that is loaded already, and start.
 
         `device`, `dtype`, `backend` and `activations` are those of `halfweight.load`, the device by
-        default the GPU if there is one. `max_context` tokens a sequence and `max_sequences` at once
-        are chosen from free memory where not given. `tokenizer` is by default the model's own.
-        With `speculates` text that repeats is guessed and checked, several tokens a step; that
-        changes no answer. Raises what `halfweight.load` does.
+        default the GPU if there is one; `max_context` (tokens a sequence), `max_sequences` (at
+        once), `cache_tokens` (of KV cache, shared by all) and `kv_cache` those of `make_runner`.
+        `tokenizer` is by default the model's own. With `speculates` text that repeats is guessed
+        and checked, several tokens a step; that changes no answer. Raises what the two do.
         """
         from halfweight.engine.grammar import GrammarCompiler
         from halfweight.engine.runners import make_runner
@@ -97,7 +98,11 @@ class Engine:
         loaded = _load(model, device=device, dtype=dtype, backend=backend, activations=activations)
         tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
         runner = make_runner(
-            loaded, max_context=max_context, max_sequences=max_sequences, kv_cache=kv_cache
+            loaded,
+            max_context=max_context,
+            max_sequences=max_sequences,
+            cache_tokens=cache_tokens,
+            kv_cache=kv_cache,
         )
         generation = getattr(loaded, "generation_config", None)
         stops = end_of_text_tokens(generation, loaded.config, tokenizer)
@@ -278,7 +283,7 @@ class Engine:
                 f"unknown option {min(unknown)!r}",
                 hint=f"the fields of Sampling are {', '.join(sorted(_SAMPLING_FIELDS))}",
             )
-        ids = self._encode(prompt)
+        ids = self.encode(prompt)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if stops and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer", hint="use stop_tokens")
@@ -310,12 +315,22 @@ class Engine:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a prompt. A text that begins with the BOS is not given a second one.
+
+        Raises UsageError for a text where there is no tokenizer.
+        """
         if not isinstance(prompt, str):
             return tuple(map(int, prompt))
         if self.tokenizer is None:
             raise UsageError("text needs a tokenizer", hint="give token ids, or a tokenizer")
-        return tuple(self.tokenizer(prompt)["input_ids"])
+        ids = self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        return tuple(ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids)
+
+    def check(self, request: Request) -> None:
+        """Raise UsageError for what can never run, before anything does."""
+        self._loop.check(request)
 
     def _requests(self, prompts: Any, options: Mapping[str, Any]) -> list[Request]:
         """Requests of one prompt or of many; then an error says which of them it is about."""
