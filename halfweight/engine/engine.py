@@ -86,10 +86,10 @@ class Engine:
         """Load a folder or Hub id, or take a model that is loaded already, and start.
 
         `device`, `dtype`, `backend` and `activations` are those of `halfweight.load`, the device by
-        default the GPU if there is one; `max_context` (tokens a sequence), `max_sequences` (at
-        once), `cache_tokens` (of KV cache, shared by all) and `kv_cache` those of `make_runner`.
-        `tokenizer` is by default the model's own. With `speculates` text that repeats is guessed
-        and checked, several tokens a step; that changes no answer. Raises what the two do.
+        default the GPU if there is one. `max_context` tokens a sequence and `max_sequences` at once
+        are chosen from free memory where not given. `tokenizer` is by default the model's own.
+        With `speculates` text that repeats is guessed and checked, several tokens a step; that
+        changes no answer. Raises what `halfweight.load` does.
         """
         from halfweight.engine.grammar import GrammarCompiler
         from halfweight.engine.runners import make_runner
