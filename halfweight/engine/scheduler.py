@@ -95,11 +95,6 @@ class Scheduler:
         return self._make_drafter is not None and any(s.drafts for s in self._running)
 
     @property
-    def sequences(self) -> list[Sequence]:
-        """All that have not ended."""
-        return self._running + self._waiting
-
-    @property
     def most_tokens(self) -> int:
         """Tokens of the longest sequence that can run."""
         held = (self._runner.num_pages - 1) * self._page_tokens
