@@ -183,7 +183,9 @@ def test_logprobs_come_with_tokens_and_prompt(make_engine):
 
 
 def test_without_a_number_there_are_as_many_tokens_as_there_is_room_for(make_engine):
-    answer = make_engine(max_context=50).generate("abc", stop_tokens=())
+    engine = make_engine(max_context=60, page_tokens=10, num_pages=6)
+    assert engine.max_context == 50
+    answer = engine.generate("abc", stop_tokens=())
     assert (len(answer.tokens), answer.finish_reason) == (47, "length")
 
 
