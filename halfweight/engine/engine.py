@@ -159,10 +159,11 @@ class Engine:
         self.tokenizer = tokenizer
         self.stop_tokens = stop_tokens
         self.sampling = sampling
-        self.max_context, self.max_sequences = runner.max_context, runner.max_sequences
-        self.description = describe(runner)
+        self.max_sequences, self.description = runner.max_sequences, describe(runner)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._loop = Loop(runner, sampler, stop_tokens=stop_tokens, make_drafter=make_drafter)
+        self.max_context = self._loop.room(0)
+        """Tokens of the longest sequence, by the model's context and by the cache."""
         self._loop.start()
         self._stop = finalize(self, self._loop.stop)
 

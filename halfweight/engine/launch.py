@@ -121,14 +121,14 @@ class Launcher:
             begin, at = at, at + chunk.num_logits
             if chunk.num_logits and _is_of_prompt(chunk, sequence):
                 prompts.append(self._chances(chunk, sequence, logits[begin:at]))
-                is_inner = chunk.start + chunk.num_tokens < len(sequence.tokens)
-                chunk, begin = replace(chunk, num_logits=0 if is_inner else 1), at - (not is_inner)
+                if chunk.start + chunk.num_tokens < len(sequence.tokens):
+                    continue
+                chunk, begin = replace(chunk, num_logits=1), at - 1
             if chunk.num_logits:
                 sampling.append((sequence, chunk))
                 rows.extend(range(begin, at))
-        launched = self._sample(
-            sampling, logits[self._to_device(np.array(rows, dtype=np.int64))], plan
-        )
+        wanted = self._to_device(np.array(rows, dtype=np.int64))
+        launched = self._sample(sampling, logits[wanted], plan)
         event = _cuda.Event() if self._is_cuda else None
         if event is not None:
             event.record()

@@ -95,11 +95,6 @@ class Scheduler:
         return self._make_drafter is not None and any(s.drafts for s in self._running)
 
     @property
-    def sequences(self) -> list[Sequence]:
-        """All that have not ended."""
-        return self._running + self._waiting
-
-    @property
     def most_tokens(self) -> int:
         """Tokens of the longest sequence that can run."""
         held = (self._runner.num_pages - 1) * self._page_tokens
@@ -151,12 +146,10 @@ class Scheduler:
                 self._publish(sequence)
         self._reading = []
         plan = Plan()
-        num_waiting = len(self._waiting)
         budget = self._plan_decoding(plan)
         for sequence in self._reading:
             budget -= self._read(plan, sequence, budget)
-        if len(self._waiting) == num_waiting:  # else one has just given up its pages
-            self._admit(plan, budget)
+        self._admit(plan, budget)
         if self._reading or plan.drafts:
             _decoding_first(plan)
         return plan
@@ -276,6 +269,8 @@ class Scheduler:
         at = 0
         while budget > 0 and self._slots and at < min(len(self._waiting), MOST_PASSED_OVER):
             sequence = self._waiting[at]
+            if sequence.num_tokens > len(sequence.tokens):
+                return  # it has just given up its pages, with a token on its way
             most = self._most_shared(sequence)
             shared = self.pool.find(sequence.keys[:most])
             if len(shared) < most and sequence.keys[len(shared)] in filling:
@@ -304,7 +299,7 @@ class Scheduler:
     def _take_pages(self, sequence: Sequence, shared: list[int]) -> bool:
         """Pages for all its tokens, if that leaves one for each that will need another."""
         needed = -(-sequence.num_tokens // self._page_tokens) - len(shared)
-        growing = sum(len(s.pages) * self._page_tokens < s.limit for s in self._running)
+        growing = sum(len(s.pages) * self._page_tokens < s.limit - 1 for s in self._running)
         available = self.pool.num_available - self.pool.num_kept(shared)
         if needed + growing > available:
             return False
@@ -324,7 +319,6 @@ class Scheduler:
         self.pool.release(sequence.pages)
         sequence.slot, sequence.pages = -1, []
         sequence.num_read = sequence.num_published = 0
-        sequence.drafts = []
 
     def _continue(self, sequence: Sequence, gained: list[int]) -> None:
         """These tokens were added to a sequence that goes on."""
