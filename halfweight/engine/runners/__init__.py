@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from halfweight.engine.runners.unfit import UnfitError
+from halfweight.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["UnfitError", "make_runner"]
 
 log = logging.getLogger("halfweight")
+
+LEAST_CONTEXT = 16
+"""Tokens that a runner must hold of a sequence."""
 
 
 def make_runner(
@@ -39,6 +43,11 @@ def make_runner(
     `cache_tokens` is the size of the pool of pages, by default what the device has room for. Raises
     UsageError where no runner can, DoesNotFitError where memory is short.
     """
+    if max_context < LEAST_CONTEXT:
+        raise UsageError(
+            f"max_context is {max_context}, expected at least {LEAST_CONTEXT}",
+            hint="runners try a model with a short text before they take it",
+        )
     reasons: list[str] = []
     for name, make in _runners(model.device.type):
         try:
