@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.stops import context_tokens
+from halfweight.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +31,8 @@ MOST_SEQUENCES = {"cuda": 256, "cpu": 32}
 tokens come of it."""
 UNLIMITED_CONTEXT = 32_768
 """For models that set no limit."""
+LEAST_CONTEXT = 16
+"""Tokens that a runner must hold of a sequence."""
 
 
 def make_runner(
@@ -49,6 +52,11 @@ def make_runner(
     kind = model.device.type
     max_sequences = max_sequences or MOST_SEQUENCES.get(kind, MOST_SEQUENCES["cpu"])
     max_context = max_context or context_tokens(model.config) or UNLIMITED_CONTEXT
+    if max_context < LEAST_CONTEXT:
+        raise UsageError(
+            f"max_context is {max_context}, expected at least {LEAST_CONTEXT}",
+            hint="runners try a model with a short text before they take it",
+        )
     reasons: list[str] = []
     for name, make in _runners(kind):
         try:

@@ -75,6 +75,8 @@ class StaticRunner:
     """A Runner (`engine/step.py`) for models that need a state of their own for each sequence."""
 
     shares_prefixes = False
+    takes_drafts = False
+    """A state cannot go back; a chunk of several tokens is right but reads the whole text."""
 
     def __init__(
         self,

@@ -47,7 +47,7 @@ from halfweight.engine.runners.row import (
 )
 from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.step import Chunk, KvCache, Step
-from halfweight.memory.device_memory import available_bytes
+from halfweight.memory.device_memory import available_bytes, out_of_memory
 from halfweight.model.experts import has_experts
 
 log = logging.getLogger("halfweight")
@@ -66,6 +66,8 @@ class TransformersRunner:
 
     page_tokens = PAGE_TOKENS
     max_step_tokens = STEP_TOKENS
+    takes_drafts = True
+    """Tokens that are not taken are written over."""
 
     def __init__(
         self,
@@ -170,16 +172,19 @@ class TransformersRunner:
     def _make_pools(self, cache_tokens: int | None, *, int8: bool) -> None:
         size = sum(call.num_bytes(int8=int8) for call in self._calls if call.source is None)
         if cache_tokens is None:
-            cache_tokens = min(_room(self.device, size), self.max_sequences * self.max_context)
+            room = _room(self.device, size, self.max_context)
+            cache_tokens = min(room, self.max_sequences * self.max_context)
         self.num_pages = 1 + max(2, -(-cache_tokens // PAGE_TOKENS))
         self.pools: list[PagePool] = []
         """One for each attention call; a call with an earlier one's keys has its pool."""
-        for call in self._calls:
-            if call.source is not None:
-                self.pools.append(self.pools[call.source])
-                continue
-            shape = (self.num_pages, PAGE_TOKENS, call.num_heads)
-            self.pools.append(PagePool(shape, call.widths, call.dtype, self.device, int8=int8))
+        with out_of_memory(self.device, "the KV cache", hint="use a smaller --cache-tokens"):
+            for call in self._calls:
+                old = call.source
+                self.pools.append(self._pool(call, int8) if old is None else self.pools[old])
+
+    def _pool(self, call: Call, int8: bool) -> PagePool:
+        shape = (self.num_pages, PAGE_TOKENS, call.num_heads)
+        return PagePool(shape, call.widths, call.dtype, self.device, int8=int8)
 
     def _check(self, kv_cache: KvCache) -> None:
         found = deviation(self, self._model)
@@ -271,7 +276,9 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _room(device: torch.device, token_bytes: int) -> int:
-    """Tokens of cache that the device has room for."""
+def _room(device: torch.device, token_bytes: int, max_context: int) -> int:
+    """Tokens of cache that the device has room for; on a CPU one sequence at least."""
     free = available_bytes(device)
-    return CPU_CACHE_TOKENS if free is None else int(free * CACHE_SHARE) // token_bytes
+    if free is None:
+        return max(CPU_CACHE_TOKENS, max_context)
+    return int(free * CACHE_SHARE) // token_bytes
