@@ -39,10 +39,9 @@ class Chooser:
         self._arrived = torch.zeros(self._most, 2, dtype=torch.int32, device=device)
         self._compiled = {}
 
-    def __call__(self, scores: Tensor, rows: Tensor, table: Tensor) -> Tensor:
-        """Token and whether it equals its draft, int32 [R, 2]."""
+    def __call__(self, scores: Tensor, rows: Tensor, table: Tensor, out: Tensor) -> None:
+        """Write out [R, 2]: token and whether it equals its draft."""
         num_rows, vocab_size = scores.shape
-        out = torch.empty(num_rows, 2, dtype=torch.int32, device=scores.device)
         parts = max(1, min(self._most // num_rows, MOST_PARTS.value))
         operands = scores, rows, table, out, self._exchange, self._arrived, parts
         numbers = vocab_size, scores.stride(0), table.stride(0), GRAINS[scores.dtype]
@@ -55,7 +54,6 @@ class Chooser:
             compiled = _choose[grid](*operands, *numbers, **OPTIONS)
             if scores.is_cuda:
                 self._compiled[key] = compiled
-        return out
 
 
 @triton.jit(do_not_specialize=["parts"])
