@@ -21,6 +21,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,8 +38,7 @@ from halfweight.errors import UsageError
 _SEED_MASK = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Gained:
+class Gained(NamedTuple):
     """What a chunk gained: its accepted drafts and the token after them."""
 
     tokens: list[int]
@@ -68,6 +68,8 @@ class Sampled:
     @cached_property
     def _gained(self) -> list[Gained]:
         tokens, agrees = self._chosen.on_host.wait().T.tolist()
+        if self._logprobs is None and len(tokens) == len(self._ends):
+            return [Gained([token]) for token in tokens]
         logprobs = {} if self._logprobs is None else self._logprobs.wait()
         ends = [0, *self._ends.tolist()]
         return [_gained(begin, end, tokens, agrees, logprobs) for begin, end in pairwise(ends)]
