@@ -338,20 +338,23 @@ def test_drafts_and_preemption_change_nothing_but_the_number_of_steps(sampling):
 
 
 def test_gained_tokens_are_the_longest_run_of_right_drafts_and_one_more():
-    table = make_table(2)
+    table = make_table(3)
     sampler = Sampler(table, 20)
-    logits = torch.full((7, 20), -1.0, device=DEVICE)
-    for row, token in enumerate([5, 6, 7, 8, 5, 6, 9]):
-        logits[row, token] = 1
+    likeliest = [5, 6, 7, 8, 5, 6, 9, 2, 3, 4]
+    logits = torch.full((10, 20), -1.0, device=DEVICE)
+    logits[range(10), likeliest] = 1
     table[0, 1:4] = torch.tensor([5, 6, 3])
     table[1, 4:6] = torch.tensor([1, 6])
-    sampler.set(0, Sampling(), [1])
-    sampler.set(1, Sampling(num_logprobs=0), [1])
-    found = sampler.sample(logits, [decoding(0, 4, 4), decoding(1, 6, 3)]).wait()
-    assert [gained.tokens for gained in found] == [[5, 6, 7], [5]]
-    assert table[0, 3] == 7
+    table[2, 7:9] = torch.tensor([2, 3])
+    for slot in range(3):
+        sampler.set(slot, Sampling(num_logprobs=0 if slot == 1 else None), [1])
+    chunks = [decoding(0, 4, 4), decoding(1, 6, 3), decoding(2, 9, 3)]
+    found = sampler.sample(logits, chunks).wait()
+    assert [gained.tokens for gained in found] == [[5, 6, 7], [5], [2, 3, 4]]
+    assert table[0, 1:4].tolist() == [5, 6, 7]
     assert table[1, 4] == 5
-    assert [len(gained.logprobs) for gained in found] == [0, 1]
+    assert table[2, 7:10].tolist() == [2, 3, 4]
+    assert [len(gained.logprobs) for gained in found] == [0, 1, 0]
 
 
 def test_logprobs_are_the_models_own():
