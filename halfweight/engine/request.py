@@ -48,6 +48,8 @@ class Request:
     stop_tokens: frozenset[int] | None = None
     """None: the model's own."""
     stop_strings: tuple[str, ...] = ()
+    include_stop: bool = False
+    """Whether the text has the stop string that ended it."""
     prompt_logprobs: int | None = None
     """As `Sampling.num_logprobs`, for the prompt's own tokens; such a prompt is read in full."""
 

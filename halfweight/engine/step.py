@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+KvCache = Literal["16bit", "int8"]
+"""Numbers of the KV cache: the model's own, or one byte with a scale a token and head."""
 
 
 @dataclass(frozen=True, slots=True)
