@@ -152,9 +152,11 @@ def _source(grammar: Grammar) -> str:
     from llguidance import LLMatcher, grammar_from
 
     if grammar.kind == "json_schema":
-        options: Any = {"whitespace_pattern": _WHITESPACE}
-        return LLMatcher.grammar_from_json_schema(grammar.text, overrides=options)
-    return grammar_from(grammar.kind, grammar.text)
+        options = {"whitespace_pattern": _WHITESPACE}
+        source: str = LLMatcher.grammar_from_json_schema(grammar.text, overrides=options)
+    else:
+        source = grammar_from(grammar.kind, grammar.text)
+    return source
 
 
 def _refused(grammar: Grammar, message: str) -> UsageError:
