@@ -37,7 +37,7 @@ def test_a_kernel_is_compiled_once_for_the_same_sources(cached):
 def test_every_module_that_kernels_are_made_of_counts():
     folder = Path(threads.__file__).parent
     made_of: set[str] = set()
-    to_read = {"cpu_loops", "cpu_prefill", "cpu_step"}
+    to_read = {"cpu_loops", "cpu_prefill", "cpu_step", "cpu_batch_step", "cpu_attention_products"}
     while to_read:
         name = to_read.pop()
         made_of.add(name)
