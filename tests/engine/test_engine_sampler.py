@@ -423,10 +423,8 @@ def test_the_kernel_chooses_what_the_definition_chooses(dtype):
     scores[-1, 17] = INF
     table = make_table(len(rows))
     expected_table = table.cpu().clone()
-    expected = choice.choose(scores.cpu(), rows, expected_table)
-    found = sampling_kernels.Chooser(table.device)(scores, torch.from_numpy(rows).to(DEVICE), table)
-    assert found.tolist() == expected.tolist()
-from halfweight.kernels.triton.penalties import Penalizer
+    expected = choice.choose(scores.cpu(), rows, expected_table).on_device
+    assert by_kernel(scores, rows, table).tolist() == expected.tolist()
     assert torch.equal(table.cpu(), expected_table)
 
 
@@ -442,9 +440,7 @@ def test_the_kernel_keeps_what_the_definition_keeps(dtype, top_k, top_p):
     middles = (weights.cumsum() - weights / 2)[kept]
     rows = np.stack([row_of(1.0, top_k, top_p, uniform=middle) for middle in middles[::7]])
     many = scores.expand(len(rows), -1).contiguous()
-    on_device, table = torch.from_numpy(rows).to(DEVICE), make_table(1)
-    found = sampling_kernels.Chooser(table.device)(many, on_device, table)[:, 0]
-from halfweight.kernels.triton.penalties import Penalizer
+    found = by_kernel(many, rows, make_table(1))[:, 0]
     assert found.tolist() == kept[::7].tolist()
 
 
@@ -460,10 +456,7 @@ def test_a_row_gets_the_same_token_from_any_number_of_programs(dtype):
     rows.view(np.float32)[:, choice.UNIFORM] = generator.random(num_rows, np.float32)
     table = make_table(1)
     rows[:, choice.SLOT], rows[:, choice.POSITION] = 0, 3
-    chooser = sampling_kernels.Chooser(table.device)
-    on_device = torch.from_numpy(rows).to(DEVICE)
-    together = chooser(scores, on_device, table)[:, 0].tolist()
-from halfweight.kernels.triton.penalties import Penalizer
+    together = by_kernel(scores, rows, table)[:, 0].tolist()
     for count in (1, 3, 7, 100):
         for begin in range(0, num_rows, count * 5):
             part = slice(begin, begin + count)

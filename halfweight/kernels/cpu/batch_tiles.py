@@ -105,7 +105,7 @@ def digit_rows(num_parts: int) -> Any:
 
 
 def _record_bytes(builder: Any, columns: Any, lines: Any, parts: int) -> Any:
-    """Bytes of a record (cpu_batch_loops.batch_record_bytes)."""
+    """Bytes of a record (batch_loops.batch_record_bytes)."""
     used = builder.add(builder.mul(columns, I64(parts)), builder.mul(lines, I64(12)))
     return builder.and_(builder.add(used, I64(LINE - 1)), I64(-LINE))
 
