@@ -152,7 +152,7 @@ class Engine:
         speculates: bool,
     ) -> None:
         make_drafter: MakeDrafter | None = None
-        if speculates and runner.shares_prefixes:  # a state cannot go back to before a draft
+        if speculates and runner.most_drafts:
             from halfweight.engine.speculation import PromptLookup
 
             make_drafter = PromptLookup

@@ -59,6 +59,9 @@ class Runner(Protocol):
     shares_prefixes: bool
     """Whether sequences that begin with the same tokens may share pages."""
 
+    most_drafts: int
+    """Drafts of a sequence that a step checks at little cost; 0 where it cannot."""
+
     def run(self, step: Step) -> Tensor:
         """Logits [sum of num_logits, V] in the order of chunks, float32 or the model's dtype.
 

@@ -34,6 +34,7 @@ class CpuRunner:
 
     page_tokens = PAGE_TOKENS
     shares_prefixes = True
+    most_drafts = 15
     device = torch.device("cpu")
 
     def __init__(

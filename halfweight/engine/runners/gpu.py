@@ -57,6 +57,7 @@ class GpuRunner:
 
     page_tokens = PAGE_TOKENS
     shares_prefixes = True
+    most_drafts = FEW_TOKENS - 1
 
     def __init__(
         self,

@@ -66,7 +66,7 @@ class TransformersRunner:
 
     page_tokens = PAGE_TOKENS
     max_step_tokens = STEP_TOKENS
-    takes_drafts = True
+    most_drafts = 8
     """Tokens that are not taken are written over."""
 
     def __init__(
