@@ -20,6 +20,7 @@ from halfweight.errors import CheckpointError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*"]
 
@@ -102,6 +103,21 @@ def read_headers(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{path}: no such file or folder", hint="check the path")
     config = read_json(path / "config.json") if (path / "config.json").exists() else {}
     return Checkpoint(path, tuple(_read_shards(path)), config)
+
+
+def own_dtype(checkpoint: Checkpoint) -> str:
+    """The torch dtype that a checkpoint is in: config.json's, else that of most of its floats."""
+    text = checkpoint.config.get("text_config")
+    for part in (checkpoint.config, text if isinstance(text, dict) else {}):
+        name = str(part.get("dtype") or part.get("torch_dtype")).removeprefix("torch.")
+        if name in TORCH_DTYPES.values():
+            return name
+    totals = dict.fromkeys(TORCH_DTYPES, 0)
+    for tensor in checkpoint.tensors:
+        if tensor.info.dtype in totals and not tensor.name.endswith(".weight_scale"):
+            totals[tensor.info.dtype] += tensor.info.num_bytes
+    most = max(totals, key=lambda dtype: totals[dtype])
+    return TORCH_DTYPES[most] if totals[most] else "bfloat16"
 
 
 def quantized_modules(checkpoint: Checkpoint) -> dict[str, StoredWeight]:
