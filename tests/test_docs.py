@@ -19,10 +19,12 @@ from halfweight.cli import main
 
 ROOT = Path(__file__).parent.parent
 
-DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.json"))
 SKIPPED = ("halfweight serve", "halfweight chat", "halfweight demo", "halfweight bench")
 BLOCK = re.compile(r"```(console|python)\n(.*?)```", re.DOTALL)
+NAMED = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|cu|cuh|json|md|toml))`")
+PLACES = (ROOT, ROOT / "halfweight", ROOT / "docs")
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 
 
@@ -71,6 +73,13 @@ def test_the_python_of_the_quickstart_runs(workplace):
 def test_links_lead_somewhere(page):
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page):
+    for name in NAMED.findall(page.read_text()):
+        there = any((place / name).exists() for place in PLACES)
+        assert there, f"{page.name} names {name}"
 
 
 def test_every_command_named_in_the_docs_exists():

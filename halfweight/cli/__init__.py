@@ -36,12 +36,10 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    context: typer.Context,
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log choices made.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
-    context.obj = {"debug": debug}
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr
     )

@@ -1,4 +1,4 @@
-"""The two inner loops of `numerics_cpu`, written in vectors of 16 floats.
+"""The two inner loops of `fast_pass`, written in vectors of 16 floats.
 
 A compiler may not reorder a float sum, so of the definition's fixed order it makes scalar code, ten
 times slower. Here the order is spelled out in LLVM's own vectors, which become whatever the

@@ -37,12 +37,6 @@ def shards(source):
     return sorted(source.glob("*.safetensors"))
 
 
-def header_of(shard):
-    data = shard.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
 def write_raw(shard, header, data):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     shard.write_bytes(struct.pack("<Q", len(text)) + text + data)

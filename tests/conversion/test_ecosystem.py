@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import make_llama, tensors_of
+from tiny import SIZES, make_llama, tensors_of
 
 from halfweight.conversion import convert
 from halfweight.quantization.numerics import dequantize, quantize
@@ -71,16 +71,7 @@ def test_a_mixture_of_experts_in_2d_linears(tmp_path):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     source = tmp_path / "src"
-    config = MixtralConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        vocab_size=128,
-    )
-    MixtralForCausalLM(config).save_pretrained(source)
+    MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)).save_pretrained(source)
     names = tensors_of(source).keys()
     experts = [name for name in names if ".experts." in name]
     assert len(experts) == 2 * 4 * 3, "transformers saves Mixtral's experts one by one"

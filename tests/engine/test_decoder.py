@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import small_llama
+from transformers import LlamaForCausalLM
 
 from halfweight.engine import decoder as module
 from halfweight.engine.decoder import Decoder, Generation, Sampling, generate, stream
@@ -15,19 +16,7 @@ PROMPTS = [[5, 3, 17], [9, 300, 2, 41, 8, 12, 7], [1]]
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=320,
-        max_position_embeddings=64,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+    return small_llama(max_position_embeddings=64, eos_token_id=None, pad_token_id=0)
 
 
 def greedy(model, prompt, num_tokens):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from tiny import small_llama
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, StaticCache
+from transformers import MistralConfig, StaticCache
 
 from halfweight.engine.kv_cache import Int8Cache, Int8Layer, quantize_heads
 
@@ -12,18 +13,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-        head_dim=64,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    return small_llama(vocab_size=128, head_dim=64, eos_token_id=None)
 
 
 def bytes_of(cache):

@@ -1,4 +1,4 @@
-"""Compiles the decode step's kernels for GPUs that need not be there; run by test_gpu_decode.py.
+"""Compiles the decode step's kernels for GPUs that need not be there; run by test_gpu_step.py.
 
 Prints as JSON, for each compute capability given (75, 90): kernel -> bytes of shared memory.
 """

@@ -1,4 +1,4 @@
-"""Bytes of tensors alive while torch code runs, and at which operation they were most."""
+"""Bytes of tensors alive while torch code runs, at most."""
 
 import weakref
 
@@ -8,14 +8,12 @@ from torch.utils._pytree import tree_flatten
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts storages made inside the block: `peak_bytes`, and `peak_at`, an operation's name."""
+    """Counts storages made inside the block: `peak_bytes`."""
 
     def __init__(self):
         super().__init__()
         self.live = self.peak_bytes = 0
-        self.peak_at = ""
         self._seen = {}
-        self.log = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         known = {
@@ -26,10 +24,10 @@ class LiveMemory(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_flatten(out)[0]:
             if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage(), known, str(func))
+                self._count(tensor.untyped_storage(), known)
         return out
 
-    def _count(self, storage, known, name):
+    def _count(self, storage, known):
         key = storage._cdata
         if key in self._seen or key in known:
             return
@@ -37,9 +35,7 @@ class LiveMemory(TorchDispatchMode):
         self._seen[key] = size
         weakref.finalize(storage, self._free, key)
         self.live += size
-        self.log.append((self.live, size, name))
-        if self.live > self.peak_bytes:
-            self.peak_bytes, self.peak_at = self.live, name
+        self.peak_bytes = max(self.peak_bytes, self.live)
 
     def _free(self, key):
         self.live -= self._seen.pop(key)

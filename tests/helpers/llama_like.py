@@ -1,5 +1,6 @@
 """Small models of every family that our own decode steps take, quantized."""
 
+import tiny
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -11,15 +12,7 @@ from transformers import (
 
 import halfweight
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 323,
-    "max_position_embeddings": 256,
-}
+SIZES = tiny.SIZES | {"vocab_size": 323, "max_position_embeddings": 256}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,

@@ -1,6 +1,7 @@
 """Folders that tests of several rooms start from."""
 
 import pytest
+from byte_tokenizer import make_tokenizer
 from tiny import make_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -31,17 +32,8 @@ def int8_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """A model with a real tokenizer (bytes), and its quantized form."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     folder = make_llama(tmp_path_factory.mktemp("pair") / "source")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "TokenizersBackend", "eos_token": "!"}'
-    )
+    make_tokenizer().save_pretrained(folder)
     out = folder.parent / "int8"
     halfweight.quantize(folder, out)
     text = folder.parent / "text.txt"

@@ -1,4 +1,4 @@
-"""A small but complete Llama folder: config, tokenizer file, generation config, several shards."""
+"""A small Llama, in memory or as a complete folder: config, tokenizer, several shards."""
 
 import hashlib
 import json
@@ -9,26 +9,31 @@ from safetensors.torch import load_file, save_file
 
 INDEX = "model.safetensors.index.json"
 HIDDEN, FFN, VOCAB, LAYERS = 64, 192, 320, 2
+SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+}
+
+
+def small_llama(**changes):
+    """A random Llama of SIZES, the same every time; `changes` of its config."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES | changes)).eval()
 
 
 def make_llama(
     folder, *, dtype=torch.bfloat16, tied=False, shard_size="60KB", layers=LAYERS, **config
 ):
     """Save a random model as transformers does; returns the folder."""
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig
 
-    torch.manual_seed(0)
-    parsed = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
-        tie_word_embeddings=tied,
-        **config,
-    )
-    model = LlamaForCausalLM(parsed).to(dtype)
+    model = small_llama(num_hidden_layers=layers, tie_word_embeddings=tied, **config).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard_size)
     GenerationConfig(eos_token_id=2, temperature=0.7, do_sample=True).save_pretrained(folder)
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')

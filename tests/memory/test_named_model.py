@@ -144,7 +144,7 @@ def test_smollm2_to_the_byte(tmp_path):
     found = planned_model("smollm2-135m")
     assert found.disk_bytes == read_headers(tmp_path / "out").num_bytes
     loaded = {p.data_ptr(): p.nbytes for p in halfweight.load(tmp_path / "out").parameters()}
-    real = 136_648_704  # of the published weights: test_source_gguf.py
+    real = 136_648_704  # of the published weights: test_gguf_source.py
     assert found.resident_bytes == sum(loaded.values()) == real
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import SIZES
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 import halfweight
@@ -14,14 +15,6 @@ from halfweight.model.transformers_quantizer import HalfweightConfig
 from halfweight.quantization.numerics import dequantize
 from halfweight.quantization.scheme import Recipe
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-}
 CONFIGS = {
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
     "qwen3": Qwen3MoeConfig(

@@ -10,7 +10,7 @@ import urllib.request
 import pytest
 import torch
 from byte_tokenizer import EOS, make_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import small_llama
 
 from halfweight.engine.decoder import Sampling, generate
 
@@ -31,20 +31,8 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=320,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
-    )
-    model = LlamaForCausalLM(config).eval()
+    special = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": EOS}
+    model = small_llama(max_position_embeddings=CONTEXT, **special)
     model.lm_head.weight.data[257:] = 0
     model.model.embed_tokens.weight.data[NAN_TOKEN] = float("nan")
     return model

@@ -121,7 +121,7 @@ def _whole_lines(num_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel of cpu_loops with its arguments: runs as often as one likes, on the same tensors."""
+    """A kernel with its arguments: runs as often as one likes, on the same tensors."""
 
     kernel: Kernel
     arguments: Arguments

@@ -127,6 +127,6 @@ def dot_bytes(features: Any, builder: Any, sums: Any, unsigned: Any, signed: Any
 
 
 def record_stride(builder: Any, columns: Any, num_groups: Any) -> Any:
-    """Bytes of a record: digits, steps and starts, in whole lines (cpu_loops.part_bytes)."""
+    """Bytes of a record, in whole lines: digits, steps, starts (decode_products.record_bytes)."""
     used = builder.add(columns, builder.mul(num_groups, I64(8)))
     return builder.and_(builder.add(used, I64(LINE - 1)), I64(-LINE))

@@ -3,7 +3,7 @@
 Three kernels share hopper.cuh: hopper_small.cu for few tokens, where reading the weights is the
 whole cost, hopper_large.cu for more, where L2 and the tensor cores are, and hopper_int8.cu for many
 tokens rounded to int8. All are persistent, fed by bulk copies, and read the weights as the file has
-them. dot_tiles.py chooses between them.
+them. tiles.py chooses between them.
 
 The source is compiled by NVRTC when a shape first needs it (half a second, then kept in the cache
 folder); tensor maps are encoded once for each weight and each activation buffer. One token is the
@@ -302,7 +302,7 @@ def _divides_evenly(group_size: int, num_groups: int) -> bool:
 
 
 def takes(x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None) -> bool:
-    """Whether hopper.cu computes this product; the Triton backend does the others."""
+    """Whether a kernel here computes this product; the Triton backend does the others."""
     return (
         x.dtype in (torch.float16, torch.bfloat16)
         and exponents is not None
@@ -319,7 +319,7 @@ def takes(x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None) -
 def linear(
     x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """x [..., K] times the dequantized weights [N, K], in x's dtype; see hopper.cu."""
+    """x [..., K] times the dequantized weights [N, K], in x's dtype; see hopper.cuh."""
     if exponents is None or not takes(x, packed, scales, exponents):
         return portable.BACKEND.linear(x, packed, scales, exponents, bias)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
