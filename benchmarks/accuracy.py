@@ -167,9 +167,7 @@ def samples(model: Path, texts: list[Path], num_windows: int) -> dict[str, Sampl
     """The first `num_windows` windows of each text."""
     found = {text.stem: tokenize(model, text) for text in texts}
     return {
-        name: sample(
-            text, context=CONTEXT, tokens=num_windows * (CONTEXT - len(text.start))
-        )
+        name: sample(text, context=CONTEXT, tokens=num_windows * (CONTEXT - len(text.start)))
         for name, text in found.items()
     }
 

@@ -69,8 +69,8 @@ def evaluate(
     Either is a folder (quantized or not), a .gguf file or a Hub id. The text is cut into windows of
     `context` tokens, `stride` apart (default: the context), each with the tokenizer's BOS if it has
     one; `tokens` takes the first tokens of the text only.
-    `dtype` is that of activations, by default the model's own, as it generates. `work` is a folder for
-    the files of the run; by default they are in the user's cache, and go when it is complete.
+    `dtype` is that of activations, by default the model's own, as it generates. `work` is a folder
+    for the files of the run; by default they are in the user's cache, and go when it is complete.
     `ready` is called before work starts with the job, which knows its size on disk.
 
     Raises UsageError for sizes out of range, CheckpointError for a text or model that cannot be

@@ -2,10 +2,11 @@
 
 A text is cut into windows of `context` tokens, each of which begins with what the tokenizer puts
 before a text (a BOS, where it has one): Gemma without it is lost. Every token but the first is
-scored once, in the window that shows the most text before it. Of a scored token are kept: its negative log-likelihood
-under the model and under the reference, the Kullback-Leibler divergence of the model's whole
-distribution from the reference's, and whether both put the same token on top. All else, perplexity
-and its error, the paired change, percentiles, follows from these and is computed in float64.
+scored once, in the window that shows the most text before it. Of a scored token are kept: its
+negative log-likelihood under the model and under the reference, the Kullback-Leibler divergence of
+the model's whole distribution from the reference's, and whether both put the same token on top. All
+else, perplexity and its error, the paired change, percentiles, follows from these and is computed
+in float64.
 
 The divergence is taken as E_p[a - b] - (log sum exp a - log sum exp b) with a, b the logits of
 reference and model: differences of nearly equal logits are exact, where the textbook form loses

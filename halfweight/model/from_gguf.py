@@ -1,4 +1,4 @@
-"""The 16-bit model of a .gguf file, as transformers decodes it: what a conversion is compared with."""
+"""The 16-bit model of a .gguf file, by transformers: what conversions are compared with."""
 
 from __future__ import annotations
 

@@ -141,7 +141,9 @@ def test_the_reference_is_dropped_before_the_model_is_loaded(folder, tmp_path):
         assert alive[0]() is None
         return split(load(folder))
 
-    run_both(folder, tmp_path, sample(Text(IDS), context=16), load_reference=reference, load_model=model)
+    run_both(
+        folder, tmp_path, sample(Text(IDS), context=16), load_reference=reference, load_model=model
+    )
     assert alive
 
 

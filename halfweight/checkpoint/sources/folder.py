@@ -42,6 +42,7 @@ class FolderSource:
         self._checkpoint = checkpoint
         self._stored = {tensor.name: tensor for tensor in checkpoint.tensors}
         self.tensors = tuple(t.info for t in checkpoint.tensors if not self._is_tied_head(t.info))
+        self.stored_bytes = sum(tensor.num_bytes for tensor in self.tensors)
 
     def read(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) of a tensor; raises CheckpointError if the file got shorter."""

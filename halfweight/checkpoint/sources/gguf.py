@@ -106,6 +106,7 @@ class GgufSource:
         shapes = {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
         self._stored = {names[t.name]: t for t in self._reader.tensors if t.name in names}
         self.tensors = tuple(self._info(name, shapes) for name in self._stored)
+        self.stored_bytes = sum(int(t.n_bytes) for t in self._stored.values())
         log.warning("%s: decoded from %s to %s", self.path, self._kinds(), self._dtype)
 
     def _kinds(self) -> str:
