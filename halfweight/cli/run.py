@@ -111,15 +111,13 @@ def chat(
 ) -> None:
     """Talk with a model. /reset forgets what was said, /quit ends."""
     from halfweight.engine.decoder import Sampling
+    from halfweight.model.tokenizer import chat_prompt
 
     loaded, tokenizer = open_model(model, device, dtype, backend, activations)
-    if tokenizer.chat_template is None:
-        raise UsageError(
-            f"{model} has no chat template", hint="use `halfweight generate`, or a model for chat"
-        )
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "kv_cache": kv_cache}
     first = [{"role": "system", "content": system}] if system else []
+    chat_prompt(tokenizer, [*first, {"role": "user", "content": "hello"}])
     said = list(first)
     for line in _typed():
         if line == "/quit":
@@ -128,8 +126,8 @@ def chat(
             said = list(first)
             continue
         said.append({"role": "user", "content": line})
-        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)
-        answer = _print_stream(loaded, tokenizer, ids["input_ids"], options)
+        ids = chat_prompt(tokenizer, said)
+        answer = _print_stream(loaded, tokenizer, ids, options)
         said.append({"role": "assistant", "content": answer})
 
 
@@ -138,17 +136,20 @@ def open_model(
 ) -> tuple[Any, Any]:
     """The loaded model and its tokenizer."""
     import torch
-    from transformers import AutoTokenizer
 
-    from halfweight.checkpoint.headers import resolve
+    from halfweight.checkpoint.headers import read_headers, resolve
     from halfweight.model.loading import load
+    from halfweight.model.tokenizer import open_tokenizer
 
+    folder = resolve(model)
+    _refuse_what_does_not_write(folder.name, read_headers(folder).config)
+    tokenizer = open_tokenizer(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     begin = time.perf_counter()
     with bytes_bar() as bar:
         task = bar.add_task(f"loading on {device}", total=None)
         loaded = load(
-            model,
+            folder,
             device=device,
             dtype=getattr(torch, dtype) if dtype else None,
             backend=backend,
@@ -157,7 +158,19 @@ def open_model(
         )
     if sys.stderr.isatty():
         stderr.print(f"loaded on {device} in {time.perf_counter() - begin:.1f} s")
-    return loaded, AutoTokenizer.from_pretrained(resolve(model))
+    return loaded, tokenizer
+
+
+def _refuse_what_does_not_write(name: str, config: dict[str, Any]) -> None:
+    """Raise UsageError for an encoder, or an encoder and a decoder."""
+    from halfweight.memory.architecture import is_causal
+
+    if not is_causal(config) or config.get("is_encoder_decoder"):
+        kinds = ", ".join(map(str, config.get("architectures") or [config.get("model_type")]))
+        raise UsageError(
+            f"{name}: {kinds} does not continue a text",
+            hint="give a causal language model; `halfweight.load` loads this one for Python",
+        )
 
 
 def _typed() -> Iterator[str]:

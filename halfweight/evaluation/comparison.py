@@ -186,7 +186,7 @@ class Job:
 
 def tokenize(model: Path, text: Path) -> Text:
     """The tokens of a text file, by the tokenizer of a model, and how that begins a text."""
-    from transformers import AutoTokenizer
+    from halfweight.model.tokenizer import open_tokenizer
 
     try:
         content = text.read_text(encoding="utf-8")
@@ -194,8 +194,7 @@ def tokenize(model: Path, text: Path) -> Text:
         raise CheckpointError(
             f"{text}: cannot be read as UTF-8 text ({error})", hint="give a file of plain text"
         ) from error
-    folder, options = _transformers_source(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    tokenizer = open_tokenizer(model)
     ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     return Text(torch.tensor(ids, dtype=torch.long), torch.tensor(_start(tokenizer)).long())
 

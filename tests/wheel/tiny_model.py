@@ -1,4 +1,4 @@
-"""Saves a random Llama of a few kilobytes with a tokenizer of bytes: python tiny_model.py FOLDER."""
+"""Saves a random Llama of a few kB with a tokenizer of bytes: python tiny_model.py FOLDER."""
 
 import sys
 
