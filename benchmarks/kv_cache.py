@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from envelope import RESULTS, envelope, write_result
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
+from transformers import AutoModelForCausalLM, StaticCache
 
 from halfweight.checkpoint.headers import quantized_modules, read_headers
 from halfweight.engine.decoder import cache_argument
 from halfweight.engine.kv_cache import Int8Cache
 from halfweight.evaluation import scoring
+from halfweight.evaluation.comparison import tokenize
 from halfweight.model.loading import load
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -65,21 +66,21 @@ def main() -> None:
     options = parser.parse_args()
     deadline = time.monotonic() + options.limit_seconds
     model = open_model(options.model, getattr(torch, options.dtype))
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    text = options.text.read_text()[: 8 * options.tokens]
-    ids = tokenizer(text, return_tensors="pt")["input_ids"][0, : options.tokens]
+    text = tokenize(options.model, options.text)
+    run = scoring.sample(text, context=options.context, tokens=options.tokens)
     head = model.get_output_embeddings()
     head_dim = model.config.hidden_size // model.config.num_attention_heads
     facts = envelope(DEVICE, {"bytes_ratio": (head_dim + 2) / (2 * head_dim)})
     scores, sizes = [], (0, 0)
-    for window in scoring.cut(len(ids), options.context, options.context):
+    for (window,) in run.batches():
         if time.monotonic() > deadline:
             break
-        part = ids[window.begin : window.end]
+        (part,) = run.inputs((window,))
         caches = [kind(model.config, options.context) for kind in (StaticCache, Int8Cache)]
         plain, rounded = (states(model, part, cache)[:-1] for cache in caches)
         with torch.inference_mode():
-            scores.append(scoring.score(rounded, head, part[1:], (plain, head)))
+            at = len(run.start)
+            scores.append(scoring.score(rounded[at:], head, part[at + 1 :], (plain[at:], head)))
         sizes = (cache_bytes(caches[0]), cache_bytes(caches[1]))
         found = scoring.summarize(np.concatenate(scores))
         results = {

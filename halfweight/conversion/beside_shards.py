@@ -69,7 +69,7 @@ def _groups_in_words(sizes: Iterable[GroupSize]) -> str:
 
 def _card(source: Source, layout: Layout) -> str:
     name = base_model(source.name)
-    before = sum(decision.tensor.num_bytes for decision in layout.decisions)
+    before = source.stored_bytes
     disk = sum(decision.disk_bytes for decision in layout.decisions)
     resident = sum(decision.resident_bytes for decision in layout.decisions)
     kept = sum(decision.scheme is None for decision in layout.decisions)

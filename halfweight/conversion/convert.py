@@ -65,6 +65,8 @@ class Progress:
 class ConversionReport:
     """What a conversion made. Bytes are those of tensor data, not of headers.
 
+    `source_bytes` are those of the source as it lies: of a .gguf file before it is decoded.
+
     `relative_error` is |w - w'| / |w| over all quantized weights (Frobenius norms).
     """
 
@@ -122,7 +124,7 @@ def quantize(
         remove_leftovers(out)
         if check is not None:
             check(out)
-        return _report(out, layout, read_manifest(out)["shards"], len(layout.shards))
+        return _report(out, opened, layout, read_manifest(out)["shards"], len(layout.shards))
     _check_out(out, opened.path, overwrite)
     with Workspace(out, job, opened.state()) as workspace, _disk_full_named(workspace):
         resumed = _check_resumed(workspace)
@@ -136,7 +138,7 @@ def quantize(
         if check is not None:
             check(workspace.checkpoint)
         workspace.publish()
-        return _report(out, layout, workspace.finished, resumed)
+        return _report(out, opened, layout, workspace.finished, resumed)
 
 
 def _convert(
@@ -271,7 +273,7 @@ def _is_published(out: Path, job: dict[str, Any]) -> bool:
 
 
 def _report(
-    out: Path, layout: Layout, shards: dict[str, Any], resumed_shards: int
+    out: Path, source: Source, layout: Layout, shards: dict[str, Any], resumed_shards: int
 ) -> ConversionReport:
     tensors = {n: record for entry in shards.values() for n, record in entry["tensors"].items()}
     error, norm = (
@@ -281,7 +283,7 @@ def _report(
         out=out,
         num_quantized=len(tensors),
         num_kept=len(layout.decisions) - len(tensors),
-        source_bytes=sum(decision.tensor.num_bytes for decision in layout.decisions),
+        source_bytes=source.stored_bytes,
         disk_bytes=sum(decision.disk_bytes for decision in layout.decisions),
         resident_bytes=sum(decision.resident_bytes for decision in layout.decisions),
         relative_error=math.sqrt(error / norm) if norm else 0.0,

@@ -26,6 +26,10 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 from halfweight.engine.decoder import Sampling, check_prompts, model_stop_tokens
 from halfweight.errors import HalfweightError, UsageError
+from halfweight.memory.architecture import context_tokens
+
+MOST_TOKENS = 1 << 31
+"""Where neither model nor cache sets a limit."""
 
 PAGE_TOKENS = 64
 CPU_CACHE_TOKENS = 16384
@@ -80,8 +84,9 @@ class Engine:
 
     def room(self, prompt: list[int]) -> int:
         """New tokens that context and cache have room for after a prompt; may be negative."""
-        context = self.model.config.get_text_config(decoder=True).max_position_embeddings
-        return int(min(context, self._cache_tokens or context)) - len(prompt)
+        context = context_tokens(self.model.config.get_text_config(decoder=True).to_dict())
+        limits = [limit for limit in (context, self._cache_tokens) if limit is not None]
+        return min(limits, default=MOST_TOKENS) - len(prompt)
 
     def check(self, prompt: list[int], max_new_tokens: int) -> None:
         """Raise UsageError for lengths and token ids that cannot run, before anything does."""

@@ -31,6 +31,7 @@ from transformers.generation.logits_process import (
 
 from halfweight.engine.kv_cache import Int8Cache
 from halfweight.errors import UsageError
+from halfweight.memory.architecture import context_tokens
 from halfweight.memory.device_memory import available_bytes
 from halfweight.model.experts import has_experts
 
@@ -248,7 +249,7 @@ def check_prompts(
 ) -> None:
     """Raise UsageError for what would fail on the device: lengths and ids, checked on the host."""
     config = model.config.get_text_config(decoder=True)
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_tokens(config.to_dict())
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise UsageError(f"prompt {i} has no tokens", hint="give it at least one")

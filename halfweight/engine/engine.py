@@ -39,6 +39,7 @@ from halfweight.engine.stops import default_sampling, end_of_text_tokens
 from halfweight.engine.streams import AsyncStream, Completion, Piece, Stream, complete
 from halfweight.engine.text import Detokenizer
 from halfweight.errors import HalfweightError, UsageError
+from halfweight.model.tokenizer import chat_prompt, has_tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -313,17 +314,12 @@ class Engine:
     def chat_prompt(self, messages: Sequence[Message], **template: Any) -> list[int]:
         """Token ids of a conversation that the model is to continue with an answer.
 
-        `template` goes to the tokenizer's `apply_chat_template`: `tools`, `enable_thinking`, ...
+        `template` goes to the chat template: `tools`, `enable_thinking`, ... Raises what
+        `model.tokenizer.chat_prompt` does.
         """
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise UsageError("this model has no chat template", hint="use generate")
-        try:
-            options = {"add_generation_prompt": True, **template, "tokenize": False}
-            text = self.tokenizer.apply_chat_template(list(messages), **options)
-        except Exception as error:  # of a template, which may raise anything
-            raise UsageError(f"messages: {error}", hint="see the model's chat template") from error
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        if self.tokenizer is None:
+            raise UsageError("messages need a tokenizer", hint="use generate with token ids")
+        return chat_prompt(self.tokenizer, messages, **template)
 
     def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a prompt. A text that begins with the BOS is not given a second one.
@@ -394,14 +390,9 @@ def _load(model: Any, **options: Any) -> Any:
 
 def _tokenizer_of(model: Any) -> Any:
     """The tokenizer in a model's folder, or None: prompts and answers are then token ids."""
-    from transformers import AutoTokenizer
-
     from halfweight.checkpoint.headers import resolve
 
     if not isinstance(model, str | os.PathLike):
         return None
-    try:
-        return AutoTokenizer.from_pretrained(resolve(os.fspath(model)))
-    except (OSError, ValueError) as error:
-        log.warning("no tokenizer: %s", error)
-        return None
+    path = resolve(os.fspath(model))
+    return open_tokenizer(path) if has_tokenizer(path) else None

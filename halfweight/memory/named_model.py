@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from halfweight.checkpoint.gguf_header import read_gguf_header
+from halfweight.checkpoint.gguf_header import read_gguf_header, refuse_split
 from halfweight.checkpoint.headers import HUB_ID, Checkpoint, quantized_modules, read_headers
 from halfweight.checkpoint.shard import read_json
 from halfweight.checkpoint.sources.source import is_tied
@@ -53,6 +53,7 @@ def planned_model(name: str, recipe: Recipe | None = None) -> Model:
 
 def _from_gguf(path: Path, recipe: Recipe) -> Model:
     """By its header alone if that accounts for every number in the file, else as the converter."""
+    refuse_split(path)
     if (header := read_gguf_header(path)) is not None:
         found = architecture(header.config, path.stem)
         if found.num_parameters == header.num_parameters:

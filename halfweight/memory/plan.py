@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from halfweight.errors import UsageError
-from halfweight.memory.architecture import Architecture, CacheLayer
+from halfweight.memory.architecture import Architecture
+from halfweight.memory.cache_layers import CacheLayer
 from halfweight.memory.transient import decode_bytes, logits_bytes, prefill_bytes, workspace_bytes
 from halfweight.memory.workload import SLACK_DIVISOR, Range, Runtime, Verdict, Weights, Workload
 from halfweight.quantization.scheme import Decision, Recipe
@@ -246,13 +247,16 @@ def kv_parts(a: Architecture, workload: Workload) -> list[Part]:
     """The cache on one rank, by kind of layer; int8 keeps a 16-bit scale a head and token,
     vLLM's 8-bit cache none.
 
-    Sliding layers stay in 16 bits. A layer with fewer heads than ranks is held by several.
+    Sliding layers stay in 16 bits. A layer with fewer heads than ranks is held by several. States
+    of a fixed size are counted whole on every rank.
     """
-    found = {"KV cache": Part("KV cache", 0, 0)}
+    states = workload.batch * sum(layer.state_bytes for layer in a.cache_layers)
+    bare = (Part("KV cache", 0, 0), Part("KV cache, states", 0, states))
+    found = {part.name: part for part in bare}
     for layer, count in Counter(a.cache_layers).items():
         heads = -(-layer.heads // workload.ranks)
-        each = workload.batch * count * _layer_bytes(a, layer, heads, workload)
-        name = "KV cache" + kind_of_layer(a, layer)
+        each = workload.batch * count * _layer_bytes(layer, heads, workload)
+        name = "KV cache" + kind_of_layer(layer)
         before = found.get(name, Part(name, 0, 0))
         divided = workload.ranks > 1 and layer.heads > 1
         found[name] = Part(
@@ -263,7 +267,7 @@ def kv_parts(a: Architecture, workload: Workload) -> list[Part]:
     return list(found.values())
 
 
-def _layer_bytes(a: Architecture, layer: CacheLayer, heads: int, workload: Workload) -> int:
+def _layer_bytes(layer: CacheLayer, heads: int, workload: Workload) -> int:
     numbers = layer.numbers // layer.heads * heads
     each = 2 * numbers
     if workload.kv_dtype == "int8" and layer.window is None:
@@ -271,9 +275,9 @@ def _layer_bytes(a: Architecture, layer: CacheLayer, heads: int, workload: Workl
     return each * layer.tokens(workload.context)
 
 
-def kind_of_layer(a: Architecture, layer: CacheLayer) -> str:
+def kind_of_layer(layer: CacheLayer) -> str:
     """What follows "KV cache" in the name of a layer's part."""
-    if layer.numbers and layer.numbers != 2 * layer.heads * a.head_dim:
+    if layer.compressed:
         return ", compressed"
     return "" if layer.window is None else ", sliding window"
 

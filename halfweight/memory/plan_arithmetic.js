@@ -15,7 +15,11 @@ function runtimeOn(model, ranks) {
 
 function kvParts(model, work) {
   const vllm = runtimeOn(model, work.ranks) === "vllm";
-  const parts = new Map([["KV cache", { name: "KV cache", sharded: 0, replicated: 0 }]]);
+  const states = model.layers.reduce((sum, l) => sum + l.count * l.state_bytes, 0);
+  const parts = new Map([
+    ["KV cache", { name: "KV cache", sharded: 0, replicated: 0 }],
+    ["KV cache, states", { name: "KV cache, states", sharded: 0, replicated: work.batch * states }],
+  ]);
   for (const layer of model.layers) {
     const heads = ceilDiv(layer.heads, work.ranks);
     const numbers = ((layer.numbers - (layer.numbers % layer.heads)) / layer.heads) * heads;
@@ -50,6 +54,7 @@ function forwardPeak(model, length, work) {
   let masks = [0];
   if (runtimeOn(model, work.ranks) !== "vllm") {
     const windows = new Set(model.layers.filter((l) => l.numbers > 0).map((l) => l.window));
+    if (windows.size === 0) windows.add(null);
     const reaches = [...windows].map((window) =>
       window === null ? work.context : Math.min(work.context, window + length));
     masks = reaches.map((reach) => tokens * reach);

@@ -69,7 +69,7 @@ def page_data(found: Plan, gpus: Gpus) -> dict[str, Any]:
         "parameters": a.num_parameters,
         "architecture": {name: getattr(a, name) for name in SIZES},
         "layers": [
-            {**asdict(layer), "count": count, "kind": kind_of_layer(a, layer)}
+            {**asdict(layer), "count": count, "kind": kind_of_layer(layer)}
             for layer, count in Counter(a.cache_layers).items()
         ],
         "weights": {

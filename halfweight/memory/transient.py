@@ -120,7 +120,7 @@ def forward_moments(a: Architecture, length: int, workload: Workload) -> Moments
 
 def _reaches(a: Architecture, length: int, context: int) -> list[int]:
     """Tokens that attention sees, for each kind of layer: a window and the new tokens, or all."""
-    windows = {layer.window for layer in a.cache_layers if layer.numbers}
+    windows = {layer.window for layer in a.cache_layers if layer.numbers} or {None}
     return [context if w is None else min(context, w + length) for w in windows]
 
 

@@ -21,6 +21,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from halfweight.checkpoint.headers import (
     Checkpoint,
     StoredWeight,
+    own_dtype,
     quantized_modules,
     read_headers,
     resolve,
@@ -108,10 +109,7 @@ def _model_config(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
             f"{checkpoint.root / 'config.json'}: {str(error).partition(chr(10))[0]}",
             hint="a newer transformers may know this architecture",
         ) from error
-    if dtype is not None:
-        config.dtype = dtype
-    if not isinstance(config.dtype, torch.dtype):
-        config.dtype = torch.bfloat16
+    config.dtype = dtype or getattr(torch, own_dtype(checkpoint))
     return config
 
 

@@ -20,7 +20,7 @@ from halfweight.memory.cards import GIB, parse_bytes, parse_gpus
 from halfweight.memory.named_model import planned_model
 from halfweight.memory.plan import Model, footprint, kv_parts, legal_ranks
 from halfweight.memory.presets import preset
-from halfweight.memory.what_fits import advice, require_fit, solve
+from halfweight.memory.what_fits import advice, notes, require_fit, solve
 from halfweight.memory.workload import ASSUMED_OVERHEAD, ENGINE_OVERHEAD, MIB, Range, Workload
 from halfweight.model import llama_like
 from halfweight.quantization.scheme import Recipe, Scheme, TensorInfo
@@ -451,3 +451,40 @@ def test_a_measured_overhead_replaces_the_assumption():
 def test_no_such_model():
     with pytest.raises(CheckpointError, match="no such file, folder or preset"):
         planned_model("llama-9")
+
+
+def test_a_context_beyond_the_models_own_is_said_and_solved_for_all_the_same():
+    budget = parse_gpus("24GB").num_bytes
+    work = Workload(131072)
+    found = plan.plan(LLAMA_8B, work, budget)
+    assert notes(found) == ["llama has positions for 8,192 tokens, not for 131,072"]
+    context = solve(LLAMA_8B, work, budget, "context")
+    assert context > 8192
+    assert plan.plan(LLAMA_8B, Workload(context), budget).verdict == "fits"
+    assert plan.plan(LLAMA_8B, Workload(context + 1), budget).verdict != "fits"
+    assert f"context {context} instead of 131072 fits" in advice(found)
+    assert solve(LLAMA_8B, Workload(4096), budget, "context") == 8192
+    assert notes(plan.plan(LLAMA_8B, Workload(8192), budget)) == []
+
+
+def test_more_gpus_than_one_are_advised_with_who_runs_on_them():
+    budget = parse_gpus("24GB").num_bytes
+    lines = advice(plan.plan(LLAMA_70B, Workload(4096), budget))
+    assert "GPUs 4 instead of 1 fits, with --runtime vllm" in lines
+    lines = advice(plan.plan(LLAMA_70B, Workload(4096, ranks=2, runtime="vllm"), budget))
+    assert "GPUs 4 instead of 2 fits" in lines
+
+
+@pytest.mark.parametrize("name", ["v100", "v100-32gb", "2xv100-16gb", "p100"])
+def test_cards_that_no_kernel_runs_on_are_refused(name):
+    with pytest.raises(UsageError, match=r"compute capability [67].*, the INT8 kernels need 7.5"):
+        parse_gpus(name)
+
+
+def test_an_encoder_is_planned_without_a_cache():
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 99}
+    tensor = TensorInfo("encoder.layer.0.attention.self.query.weight", "F32", (64, 64))
+    found = architecture(sizes | {"model_type": "bert"}, "minilm", [tensor])
+    made = plan.plan(plan.Model.from_recipe(found), Workload(512), parse_gpus("24GB").num_bytes)
+    assert made.int8.kv_bytes == 0
+    assert notes(made) == ["minilm reads and does not write: it keeps no KV cache"]

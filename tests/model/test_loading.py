@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -261,3 +262,19 @@ def test_a_model_moved_to_a_gpu_and_back(folders):
     torch.testing.assert_close(model(IDS.cuda()).logits.cpu(), expected, rtol=1e-3, atol=1e-4)
     assert backends(model.to("cpu")) == {"cpu"}
     torch.testing.assert_close(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stated", [True, False])
+def test_the_dtype_is_the_checkpoints_own(tmp_path, dtype, stated):
+    source = make_llama(tmp_path / "source", dtype=dtype)
+    if not stated:
+        config = json.loads((source / "config.json").read_text())
+        del config["dtype"]
+        (source / "config.json").write_text(json.dumps(config))
+    halfweight.quantize(source, tmp_path / "int8", Recipe(Scheme(32)))
+    for folder in (source, tmp_path / "int8"):
+        model = load(folder)
+        assert {p.dtype for p in model.parameters() if p.is_floating_point()} <= {dtype}
+        assert model.dtype == model.config.dtype == dtype
+        assert model(IDS).logits.dtype == dtype
