@@ -315,13 +315,14 @@ def test_pages_for_what_is_asked_or_what_memory_allows(models, monkeypatch):
         CpuRunner(model, **sizes)
 
 
-def test_a_step_is_cut_into_calls_of_32_tokens():
+def test_a_step_is_cut_into_calls():
     chunks = [Chunk(0, 5, 1, 1, [1]), Chunk(1, 0, 60, 31, [2, 3]), Chunk(2, 0, 3, 0, [4])]
     found = [
-        [(c.slot, c.start, c.num_tokens, c.num_logits) for c in pieces] for pieces in cut(chunks)
+        [(c.slot, c.start, c.num_tokens, c.num_logits) for c in pieces]
+        for pieces in cut(chunks, 32)
     ]
     assert found == [
         [(0, 5, 1, 1), (1, 0, 31, 2)],
         [(1, 31, 29, 29), (2, 0, 3, 0)],
     ]
-    assert list(cut([])) == []
+    assert list(cut([], 32)) == []

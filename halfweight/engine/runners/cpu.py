@@ -1,9 +1,9 @@
 """Llama-like models on the CPU over pages of KV cache: every token through one compiled step.
 
-A step of the engine becomes calls of at most 32 tokens (`decode_step.py`): decoding sequences and
-pieces of prompts share each call, and a weight is read once for all its tokens. Longer pieces would
-gain nothing: the weights are in cache by then and arithmetic is the limit. A sequence's logits are
-the same to the bit whatever runs beside it and however its prompt is cut.
+A step of the engine becomes calls of at most 32 or 64 tokens (`decode_step.py`): decoding sequences
+and pieces of prompts share each call, and a weight is read once for all its tokens. Longer pieces
+would gain little: arithmetic is the limit by then. A sequence's logits are the same to the bit
+whatever runs beside it and however its prompt is cut.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from halfweight.engine import cpu_step
 from halfweight.engine.decoder import KvCache
-from halfweight.engine.runners.cpu_step import MAX_TOKENS, BatchStep, Pages, token_bytes
+from halfweight.engine.runners.cpu_step import BatchStep, Pages, token_bytes
 from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.step import Chunk, Step
 from halfweight.errors import DoesNotFitError
@@ -56,14 +56,14 @@ class CpuRunner:
             raise UnfitError(reason)
         int8 = kv_cache == "int8"
         self.max_sequences, self.max_context = max_sequences, max_context
-        self.max_step_tokens = max_sequences + MAX_TOKENS
         self.num_pages = 1 + self._pages_for(cache_tokens, token_bytes(model, int8))
         self.vocab_size = model.get_output_embeddings().out_features
         self.table = torch.zeros(max_sequences + 1, max_context + 1, dtype=torch.int32)
         self._ids = self.table.numpy()
-        self._logits = torch.empty(MAX_TOKENS, self.vocab_size)
         pages = Pages(model, self.num_pages, PAGE_TOKENS, int8)
         self._step: BatchStep | None = BatchStep(model, pages, max_context)
+        self.max_step_tokens = max_sequences + self._step.max_tokens
+        self._logits = torch.empty(max_sequences, self.vocab_size)
 
     def run(self, step: Step) -> Tensor:
         """Logits float32 [sum of num_logits, V] in chunk order, valid until the next run."""
@@ -72,7 +72,7 @@ class CpuRunner:
         if wanted > len(self._logits):
             self._logits = torch.empty(wanted, self.vocab_size)
         done = 0
-        for pieces in cut(step):
+        for pieces in cut(step, self._step.max_tokens):
             count = sum(piece.num_logits for piece in pieces)
             ids = [self._ids[p.slot, p.start : p.start + p.num_tokens] for p in pieces]
             self._step(pieces, np.concatenate(ids), self._logits[done : done + count])
@@ -108,10 +108,10 @@ def unsupported(model: PreTrainedModel) -> str | None:
     return reason
 
 
-def cut(step: Step) -> Iterator[list[Chunk]]:
-    """The chunks of a step in pieces, in calls of at most 32 tokens; their order is kept."""
+def cut(step: Step, max_tokens: int) -> Iterator[list[Chunk]]:
+    """The chunks of a step in pieces, in calls of at most `max_tokens`; their order is kept."""
     pieces: list[Chunk] = []
-    room = MAX_TOKENS
+    room = max_tokens
     for chunk in step:
         begin, end = chunk.start, chunk.start + chunk.num_tokens
         while begin < end:
@@ -121,7 +121,7 @@ def cut(step: Step) -> Iterator[list[Chunk]]:
             begin, room = begin + count, room - count
             if room == 0:
                 yield pieces
-                pieces, room = [], MAX_TOKENS
+                pieces, room = [], max_tokens
     if pieces:
         yield pieces
 

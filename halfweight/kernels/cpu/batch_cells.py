@@ -41,16 +41,18 @@ from halfweight.kernels.cpu.decode_products import LINEAR_CELLS
     MATRIX,
     SCORE,
     SUM_VALUES,
-) = range(36)
+    TURNED,
+) = range(37)
 """Cells of a step; EPSILON and SCALING are bits of a float32, the rest counts and addresses.
 
 DIGITS: parts that a linear's x is rounded to where its groups allow. WIDEST is the longest x of a
 product. Each thread has WORK_BYTES of its own, from WORK on. IDS and POSITIONS have an int64 a
 token, LOGIT_TOKENS the tokens (indices) whose logits are wanted. MATRIX: the address of
 `matrix_product` where the CPU has a matrix unit, else 0. SCORE and SUM_VALUES: those of
-batch_attention.py for the pages' format.
+attention_products.py for the pages' format. TURNED: where in a thread's own memory the tokens
+for the matrix unit are.
 """
-STEP_CELLS = 36
+STEP_CELLS = 37
 FIRST, COUNT, TABLE = range(3)
 SEQUENCE_CELLS = 3
 """Cells of a sequence: its first token in the step, how many, and the address of its pages' ids."""

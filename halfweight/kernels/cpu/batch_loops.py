@@ -9,12 +9,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import carray, float32, int32, int64
+from numba import carray, float32, int8, int32, int64, uint32
 
-from halfweight.kernels.cpu.batch_tiles import TILE_ROWS, digit_rows, matrix_rows, turn_words
+from halfweight.kernels.cpu.batch_tiles import (
+    TILE_ROWS,
+    digit_rows,
+    finish_tile,
+    matrix_rows,
+    turn_words,
+)
 from halfweight.kernels.cpu.decode_products import (
     BIAS,
+    EXPONENTS,
     FIRST_BYTES,
+    FORMAT,
+    GRID8,
     GROUP,
     IN,
     MAX_SHARE_ROWS,
@@ -25,15 +34,15 @@ from halfweight.kernels.cpu.decode_products import (
     add_ends_of_groups,
     float_1,
     round_part,
-    row_power,
     row_scales,
     whole_lines,
 )
-from halfweight.kernels.cpu.decode_step import exp, floats_at
+from halfweight.kernels.cpu.decode_step import floats_at
 from halfweight.kernels.cpu.dot_tiles import ROWS
 from halfweight.kernels.cpu.llvm import (
     cell,
     fetch_add,
+    float_from_bits,
     inline,
     load,
     pointer_to,
@@ -49,6 +58,7 @@ STORE, ADD, GATE = range(3)
 digit_rows_2, digit_rows_3 = digit_rows(2), digit_rows(3)
 matrix_rows_2, matrix_rows_3 = matrix_rows(2), matrix_rows(3)
 turn = turn_words()
+finish_store, finish_add, finish_gate = (finish_tile(use) for use in ("store", "add", "gate"))
 
 
 @inline
@@ -187,6 +197,36 @@ def multiply_floats(
 
 
 @inline
+def write_factors(linear: Any, row: Any, rows: Any, to: Any) -> None:
+    """What the sums of 16 rows are to be multiplied with, then what is to be added."""
+    powers, added = floats_at(to, TILE_ROWS), floats_at(to + 4 * TILE_ROWS, TILE_ROWS)
+    powers[:], added[:] = float32(1), float32(0)
+    if cell(linear, FORMAT) == GRID8:
+        exponents = carray(pointer_to(cell(linear, EXPONENTS) + row), rows, int8)
+        for r in range(rows):
+            half = int32(exponents[r]) >> int32(1)
+            rest = int32(exponents[r]) - half
+            low = float_from_bits(uint32(half + int32(127)) << uint32(23))
+            powers[r] = low * float_from_bits(uint32(rest + int32(127)) << uint32(23))
+    bias = cell(linear, BIAS)
+    if bias:
+        biases = floats_at(bias + 4 * row, rows)
+        for r in range(rows):
+            added[r] = biases[r]
+
+
+@inline
+def finish(sums: Any, factors: Any, y: Any, stride: Any, tokens: Any, use: Any) -> None:
+    """Sums [M, 16], finished, to y (`finish_tile`)."""
+    if use == ADD:
+        finish_add(sums, factors, y, stride, tokens)
+    elif use == GATE:
+        finish_gate(sums, factors, y, stride, tokens)
+    else:
+        finish_store(sums, factors, y, stride, tokens)
+
+
+@inline
 def finish_rows(
     linear: Any,
     row: Any,
@@ -198,25 +238,20 @@ def finish_rows(
     stride: Any,
     use: Any,
 ) -> None:
-    """Powers of two and bias; sums [M, 16] to y float32 [M, stride] as `use` says."""
-    bias = cell(linear, BIAS)
-    powers, added = floats_at(own, TILE_ROWS), floats_at(own + 4 * TILE_ROWS, TILE_ROWS)
-    for r in range(rows):
-        powers[r] = row_power(linear, row + r)
-        added[r] = load(bias + 4 * (row + r), float32) if bias else float32(0)
+    """Sums [M, 16] finished, to y float32 [M, stride] as `use` says."""
+    write_factors(linear, row, rows, own)
+    if rows == TILE_ROWS:
+        finish(sums, own, y + 4 * row, 4 * stride, tokens, use)
+        return
+    copy = own + 8 * TILE_ROWS
+    whole = floats_at(copy, TILE_ROWS)
     for m in range(tokens):
-        products = floats_at(sums + 4 * TILE_ROWS * m, rows)
         out = floats_at(y + 4 * (m * stride + row), rows)
-        if use == ADD:
-            for r in range(rows):
-                out[r] += products[r] * powers[r] + added[r]
-        elif use == GATE:
-            for r in range(rows):
-                gate = out[r] / (float32(1) + exp(-out[r]))
-                out[r] = gate * (products[r] * powers[r] + added[r])
-        else:
-            for r in range(rows):
-                out[r] = products[r] * powers[r] + added[r]
+        for r in range(rows):
+            whole[r] = out[r]
+        finish(sums + 4 * TILE_ROWS * m, own, copy, 0, 1, use)
+        for r in range(rows):
+            out[r] = whole[r]
 
 
 @inline

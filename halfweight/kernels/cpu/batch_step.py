@@ -15,6 +15,7 @@ step or in many (batch_tiles.py, batch_attention.py).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from numba import float32, int64
@@ -72,6 +73,7 @@ from halfweight.kernels.cpu.batch_cells import (
     QKV_DONE,
     THREAD,
     THREADS,
+    TURNED,
     UP,
     V_TICKET,
     WIDEST,
@@ -306,16 +308,30 @@ def logits_phase(step: Any, counters: Any, before: Any, work: Any) -> None:
     share(step, head, rows, (ticket, done), x, count, work, to, STORE)
 
 
-def batch_work_bytes(
+@dataclass(frozen=True)
+class WorkBytes:
+    """Bytes of memory of a step: of each thread, before its turned tokens there, and of all."""
+
+    own: int
+    turned_at: int
+    prepared: int
+
+
+def work_bytes(
     widest: int, digits: int, head_size: int, page_tokens: int, tokens: int
-) -> tuple[int, int]:
-    """Bytes of memory that a thread needs for itself, and that `tokens` prepared ones need."""
-    token = whole_lines.py_func(4 * widest) + batch_record_bytes.py_func(widest, digits)
+) -> WorkBytes:
+    """The memory that a step of `tokens` needs; `widest` is the longest x of a product."""
+    token = int(whole_lines.py_func(4 * widest) + batch_record_bytes.py_func(widest, digits))
     attention = attention_bytes(head_size, page_tokens)
     scratch = max(batch_scratch_bytes(widest, tokens), attention, 4 * MAX_PARTS * LANES)
-    turned = -(-tokens // LANES) * turned_bytes.py_func(widest, digits) + SPARE_BYTES
-    own = token + whole_lines.py_func(scratch) + whole_lines.py_func(turned)
-    return int(own), int(tokens * token + SPARE_BYTES)
+    turned_at = token + int(whole_lines.py_func(scratch))
+    turned = all_turned_bytes(widest, digits, tokens) + SPARE_BYTES
+    return WorkBytes(turned_at + turned, turned_at, tokens * token + SPARE_BYTES)
+
+
+def all_turned_bytes(widest: int, digits: int, tokens: int) -> int:
+    """Bytes of tokens as a matrix unit reads them."""
+    return -(-tokens // LANES) * int(turned_bytes.py_func(widest, digits))
 
 
 def run_batch_step(pointer: Any) -> None:
@@ -326,9 +342,7 @@ def run_batch_step(pointer: Any) -> None:
     own = cell(step, WORK) + thread * cell(step, WORK_BYTES)
     widest = cell(step, WIDEST)
     scratch = own + whole_lines(4 * widest) + batch_record_bytes(widest, cell(step, DIGITS))
-    end = own + cell(step, WORK_BYTES)
-    turned = end - whole_lines(2 * turned_bytes(widest, cell(step, DIGITS)) + SPARE_BYTES)
-    work = (own, scratch, turned)
+    work = (own, scratch, own + cell(step, TURNED))
     token = fetch_add(counters + 8 * EMBEDDING_TICKET, 1)
     while token < tokens:
         read_embedding(step, token, scratch)

@@ -18,6 +18,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
+from halfweight.kernels.cpu.attention_tiles import exp_of
 from halfweight.kernels.cpu.llvm_vectors import (
     BYTES64,
     FLOAT,
@@ -215,6 +216,35 @@ def matrix_rows(num_parts: int) -> Any:
             b.store(turned, to, align=4)
 
     return vector_function(f"matrix_rows_{num_parts}", 6, generate)
+
+
+def finish_tile(use: str) -> Any:
+    """The products of 16 rows with tokens, finished: stored, added or gated.
+
+    The Numba function takes the addresses of sums float32 [tokens, 16], of factors and then biases
+    float32 [2, 16], and of y, the bytes between tokens there, and the number of tokens. With
+    p = sums * factors + biases: y = p, y += p, or y = silu(y) p.
+    """
+
+    def generate(
+        _features: Any, b: Any, sums: Any, factors: Any, y: Any, stride: Any, tokens: Any
+    ) -> None:
+        factor = load(b, factors, FLOATS)
+        bias = load(b, b.add(factors, I64(4 * LANES)), FLOATS)
+        with cgutils.for_range(b, tokens) as loop:
+            of_token = load(b, offset(b, sums, loop.index, I64(4 * LANES)), FLOATS)
+            product = multiply_add(b, of_token, factor, bias)
+            to = pointer(b, offset(b, y, loop.index, stride), FLOATS)
+            if use == "add":
+                product = b.fadd(b.load(to, align=4), product)
+            elif use == "gate":
+                gate = b.load(to, align=4)
+                one = ir.Constant(FLOATS, [1.0] * LANES)
+                below = b.fadd(one, exp_of(b, b.fneg(gate)))
+                product = b.fmul(b.fdiv(gate, below), product)
+            b.store(product, to, align=4)
+
+    return vector_function(f"finish_tile_{use}", 5, generate)
 
 
 def _turn(builder: Any, rows: list[Any]) -> list[Any]:
