@@ -19,6 +19,7 @@ import msgspec
 from halfweight.errors import CheckpointError
 
 MAX_JSON_BYTES = 100_000_000
+LONGEST_NAME = 255
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """How half a character looks in JSON: allowed in pairs only."""
 
@@ -158,7 +159,8 @@ def read_json(path: Path, kind: type[msgspec.Struct] | None = None) -> dict[str,
 
 def is_plain_name(name: str) -> bool:
     """Whether a name from a file can only mean an entry of that file's own folder."""
-    return name not in ("", ".", "..") and not any(mark in name for mark in "/\\\0")
+    is_short = len(name.encode("utf-8", "replace")) <= LONGEST_NAME
+    return is_short and name not in ("", ".", "..") and not any(mark in name for mark in "/\\\0")
 
 
 def parse_json(

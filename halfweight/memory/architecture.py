@@ -8,7 +8,6 @@ is not hidden / heads, sliding windows, compressed (MLA) and shared layers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +27,8 @@ SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 MOST_EXPERTS = 4096
 DEFAULT_EXPERTS_PER_TOKEN = 2
 """Mixtral's, whose config may leave it out."""
+LARGEST_FACTOR, LARGEST_CONTEXT = 1 << 20, 1 << 40
+"""A config that says more of its rotary scaling is not believed."""
 SCALED_ROPES = ("yarn", "dynamic", "linear")
 """Kinds of rotary scaling whose `factor` lengthens the context."""
 GENERATING_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -191,7 +192,8 @@ def _scaled(rope: Mapping[str, Any], stated: int) -> int:
     original = rope.get("original_max_position_embeddings") or default
     if not isinstance(factor, int | float) or not isinstance(original, int | float):
         return 0
-    return int(original * factor) if kind in SCALED_ROPES and math.isfinite(factor) else 0
+    likely = 0 < factor < LARGEST_FACTOR and 0 < original < LARGEST_CONTEXT
+    return int(original * factor) if kind in SCALED_ROPES and likely else 0
 
 
 def _experts_per_token(config: dict[str, Any]) -> int:
