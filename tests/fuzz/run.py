@@ -2,7 +2,7 @@
 ours.
 
     python tests/fuzz/run.py --seconds 60                     as CI does
-    python tests/fuzz/run.py --seconds 3600 --processes 2 --out benchmarks/results/fuzz.json
+    python tests/fuzz/run.py --seconds 3600 --processes 2 --out benchmarks/results
 
 Clean is an input that was read, or refused by a HalfweightError. All else is printed with the seed
 that makes it again: --seed S --inputs 1.
@@ -11,7 +11,6 @@ that makes it again: --seed S --inputs 1.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
 import sys
@@ -24,8 +23,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests" / "helpers")]
+sys.path[:0] = [
+    str(Path(__file__).parent),
+    str(ROOT / "tests" / "helpers"),
+    str(ROOT / "benchmarks"),
+]
 
+import torch  # noqa: E402
+from envelope import envelope, write_result  # noqa: E402
 from seeds import make_seeds  # noqa: E402
 from targets import TARGETS, Target  # noqa: E402
 
@@ -102,8 +107,8 @@ def main() -> None:
     print(f"{inputs} inputs from seed {first}: {inputs - other} clean, {other} other")
     if given.out is not None:
         counts = sum((part["by_target"] for part in found), Counter())
-        result = {"inputs": inputs, "clean": inputs - other, "other": other}
-        given.out.write_text(json.dumps({**result, "by_target": counts}, indent=2) + "\n")
+        result = {"inputs": inputs, "clean": inputs - other, "other": other, "by_target": counts}
+        write_result("fuzz", envelope(torch.device("cpu"), {}), result, out=given.out)
     sys.exit(1 if other else 0)
 
 
