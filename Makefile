@@ -20,6 +20,10 @@ test: $(VENV)/.installed          ## every test that needs no GPU
 test-gpu:                         ## every test that needs a GPU, with the machine's own python
 	$(PYTHON) -m pytest -m gpu
 
+FUZZ_SECONDS ?= 3600
+fuzz: $(VENV)/.installed          ## changed files of checkpoints: read, or refused by our own errors
+	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS) --processes 2
+
 wheel-test:                       ## the wheel alone in empty venvs, lowest and newest versions
 	$(PYTHON) tests/wheel/check.py
 

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfweight.checkpoint.shard import Shard, StoredTensor, broken, read_json, read_shard, some
+from halfweight.checkpoint.json_files import (
+    CompressedTensors,
+    Index,
+    ModelConfig,
+    check_types,
+    is_plain_name,
+    read_json,
+)
+from halfweight.checkpoint.shard import Shard, StoredTensor, broken, read_shard, some
 from halfweight.errors import CheckpointError, HalfweightError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -125,8 +133,9 @@ def read_headers(path: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(path.parent, (read_shard(path),), {})
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or folder", hint="check the path")
-    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
-    return Checkpoint(path, tuple(_read_shards(path)), config)
+    config = path / "config.json"
+    content = read_json(config, ModelConfig) if config.exists() else {}
+    return Checkpoint(path, tuple(_read_shards(path)), content)
 
 
 def own_dtype(checkpoint: Checkpoint) -> str:
@@ -183,8 +192,9 @@ def _stored_weight(tensors: dict[str, StoredTensor], module: str) -> StoredWeigh
 
 
 def _check_quantization_config(checkpoint: Checkpoint) -> None:
-    config = checkpoint.config.get("quantization_config", {})
-    for name, group in config.get("config_groups", {}).items():
+    config = checkpoint.config.get("quantization_config") or {}
+    check_types(checkpoint.root / "config.json", config, CompressedTensors)
+    for name, group in (config.get("config_groups") or {}).items():
         weights = group.get("weights") or {}
         found = tuple(weights.get(key) for key in ("num_bits", "type", "symmetric"))
         if found != (8, "int", True):
@@ -250,12 +260,9 @@ def _refuse_other_formats(files: Iterable[Path]) -> None:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise broken(index, "has no weight_map")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str):
-            raise broken(index, f"weight_map puts {name} in {shard!r}, expected a file name")
+    weight_map: dict[str, str] = read_json(index, Index)["weight_map"]
+    if not weight_map:
+        raise broken(index, "has an empty weight_map")
     return weight_map
 
 
@@ -264,7 +271,7 @@ def check_inside(root: Path, shard_name: str) -> Path:
 
     Links of the Hub's cache, from snapshots/<revision>/ to ../../blobs/, are allowed.
     """
-    if shard_name in ("", ".", "..") or "/" in shard_name or "\\" in shard_name:
+    if not is_plain_name(shard_name):
         raise CheckpointError(
             f"{root / INDEX_NAME}: shard {shard_name!r} is not a plain file name",
             hint="do not trust this checkpoint: its index points outside its folder",

@@ -8,7 +8,6 @@ is not hidden / heads, sliding windows, compressed (MLA) and shared layers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,8 +24,11 @@ from halfweight.memory.cache_layers import (
 from halfweight.quantization.scheme import TensorInfo
 
 SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+MOST_EXPERTS = 4096
 DEFAULT_EXPERTS_PER_TOKEN = 2
 """Mixtral's, whose config may leave it out."""
+LARGEST_FACTOR, LARGEST_CONTEXT = 1 << 20, 1 << 40
+"""A config that says more of its rotary scaling is not believed."""
 SCALED_ROPES = ("yarn", "dynamic", "linear")
 """Kinds of rotary scaling whose `factor` lengthens the context."""
 GENERATING_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -126,7 +128,7 @@ def architecture(
     bare = Architecture(
         name=name or text.get("model_type", "model"),
         hidden=hidden,
-        intermediate=found(text, "intermediate") or 4 * hidden,
+        intermediate=max(0, found(text, "intermediate") or 0) or 4 * hidden,
         heads=heads,
         kv_heads=kv_heads(text),
         head_dim=head_dim(text),
@@ -170,7 +172,7 @@ def context_tokens(config: Mapping[str, Any]) -> int | None:
     transformers' own rule the former where it is not given. The one answer for plan and engine.
     """
     stated = found(config, "context")
-    if stated is None:
+    if stated is None or stated < 1:
         return None
     return max(stated, *(_scaled(rope, stated) for rope in _ropes(config)))
 
@@ -190,20 +192,22 @@ def _scaled(rope: Mapping[str, Any], stated: int) -> int:
     original = rope.get("original_max_position_embeddings") or default
     if not isinstance(factor, int | float) or not isinstance(original, int | float):
         return 0
-    return int(original * factor) if kind in SCALED_ROPES and math.isfinite(factor) else 0
+    likely = 0 < factor < LARGEST_FACTOR and 0 < original < LARGEST_CONTEXT
+    return int(original * factor) if kind in SCALED_ROPES and likely else 0
 
 
 def _experts_per_token(config: dict[str, Any]) -> int:
     if not any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
         return 0
-    return config.get("num_experts_per_tok") or DEFAULT_EXPERTS_PER_TOKEN
+    count = config.get("num_experts_per_tok")
+    return count if isinstance(count, int) and count > 0 else DEFAULT_EXPERTS_PER_TOKEN
 
 
 def _experts(config: dict[str, Any]) -> int:
     count = config.get("num_local_experts")
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, int) or not 1 <= count <= MOST_EXPERTS:
         raise CheckpointError(
-            f"config.json: num_local_experts is {count!r}, expected a positive number",
+            f"config.json: num_local_experts is {count!r}, expected 1 to {MOST_EXPERTS}",
             hint="give the config.json of a language model",
         )
     return count

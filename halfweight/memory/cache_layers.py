@@ -31,6 +31,16 @@ NAMES = {
     "state": ("mamba_d_state", "ssm_state_size", "state_size"),
     "kernel": ("mamba_d_conv", "conv_kernel", "linear_conv_kernel_dim"),
     "expand": ("mamba_expand", "expand"),
+    "linear_key_heads": ("linear_num_key_heads",),
+    "linear_value_heads": ("linear_num_value_heads",),
+    "linear_key_dim": ("linear_key_head_dim",),
+    "linear_value_dim": ("linear_value_head_dim",),
+    "latent": ("kv_lora_rank",),
+    "rope": ("qk_rope_head_dim",),
+    "convolution": ("conv_L_cache",),
+    "window": ("sliding_window", "attention_chunk_size", "attention_window_size"),
+    "global_head_dim": ("global_head_dim",),
+    "global_heads": ("num_global_key_value_heads",),
 }
 """Size -> its names in configs, the first that is there counts."""
 ONE_KEY_VALUE_HEAD = ("falcon", "gpt_bigcode", "RefinedWebModel")
@@ -53,6 +63,7 @@ PERIOD_NAMES = (
     "global_attn_every_n_layers",
     "no_rope_layer_interval",
 )
+MOST_LAYERS = 10_000
 ATTENTION, SLIDING, STATE, BOTH, NOTHING = "attention", "sliding", "state", "both", "nothing"
 KINDS = {
     "full_attention": ATTENTION,
@@ -158,11 +169,11 @@ def _of_layer(config: Config, index: int, kind: str) -> Config:
     if isinstance(listed, dict):
         own = listed.get(str(index))
         return {**config, **own} if isinstance(own, dict) else config
-    if kind != ATTENTION or not config.get("global_head_dim"):
+    if kind != ATTENTION or not found(config, "global_head_dim"):
         return config
-    changed = {"head_dim": config["global_head_dim"]}
-    if config.get("attention_k_eq_v") and config.get("num_global_key_value_heads"):
-        changed["num_key_value_heads"] = config["num_global_key_value_heads"]
+    changed = {"head_dim": needed(config, "global_head_dim")}
+    if config.get("attention_k_eq_v") and found(config, "global_heads"):
+        changed["num_key_value_heads"] = needed(config, "global_heads")
     return {**config, **changed}
 
 
@@ -171,25 +182,30 @@ def _layer(config: Config, kind: str) -> CacheLayer:
     state = _state_bytes(config) if kind in (STATE, BOTH) else 0
     if kind in (STATE, NOTHING):
         return CacheLayer(0, heads, None, state)
-    if rank := config.get("kv_lora_rank"):
-        latent = rank + (config.get("qk_rope_head_dim") or 0)
+    if found(config, "latent"):
+        latent = needed(config, "latent") + max(0, found(config, "rope", 0) or 0)
         return CacheLayer(latent, 1, compressed=True)
     window = _window(config) if kind == SLIDING else None
     return CacheLayer(2 * heads * head_dim(config), heads, window, state)
 
 
 def _window(config: Config) -> int | None:
-    names = ("sliding_window", "attention_chunk_size", "attention_window_size")
-    return next((config[name] for name in names if config.get(name)), None)
+    window = found(config, "window")
+    return window if window is not None and window > 0 else None
 
 
 def _kinds(config: Config) -> list[str]:
     """What each layer keeps."""
     count = found(config, "layers")
+    if count is not None and count > MOST_LAYERS:
+        raise CheckpointError(
+            f"config.json: {count} layers, expected at most {MOST_LAYERS}",
+            hint="give the config.json of a language model",
+        )
     listed = config.get("layer_types") or config.get("layers_block_type")
     listed = listed or config.get("hybrid_override_pattern")
     if listed:
-        names = list(listed)[: count or None]
+        names = list(listed)[:count] if count else list(listed)
     else:
         count = needed(config, "layers")
         names = [_unlisted(config, i) for i in range(count)]
@@ -213,7 +229,7 @@ def _unlisted(config: Config, index: int) -> str:
 
 
 def _attention_kind(config: Config, index: int) -> str:
-    linear = "full_attention_interval" in config and "linear_num_value_heads" in config
+    linear = "full_attention_interval" in config and found(config, "linear_value_heads")
     rest = "linear_attention" if linear else "sliding_attention"
     if not linear and (not _window(config) or config.get("use_sliding_window") is False):
         return "full_attention"
@@ -231,19 +247,19 @@ def _attention_kind(config: Config, index: int) -> str:
 
 def _state_bytes(config: Config) -> int:
     """A layer's convolution in 16 bits and its recurrent state in 32, of one sequence."""
-    if config.get("conv_L_cache"):
-        return 2 * needed(config, "hidden") * int(config["conv_L_cache"])
-    if config.get("linear_num_value_heads"):
-        key_dim = int(config["linear_key_head_dim"])
-        keys = int(config["linear_num_key_heads"]) * key_dim
-        values = int(config["linear_num_value_heads"]) * int(config["linear_value_head_dim"])
+    if found(config, "convolution"):
+        return 2 * needed(config, "hidden") * needed(config, "convolution")
+    if found(config, "linear_value_heads"):
+        key_dim = needed(config, "linear_key_dim")
+        keys = needed(config, "linear_key_heads") * key_dim
+        values = needed(config, "linear_value_heads") * needed(config, "linear_value_dim")
         channels, recurrent = 2 * keys + values, values * key_dim
     elif found(config, "state") is None:
         return 0  # a state that the model keeps to itself
     else:
         inner, state = _inner(config), needed(config, "state")
-        grouped = found(config, "mamba_groups")
-        channels = inner + (2 * grouped * state if grouped else 0)
+        grouped = found(config, "mamba_groups", 0) or 0
+        channels = inner + 2 * max(grouped, 0) * state
         recurrent = inner * state
     return 2 * channels * needed(config, "kernel", 4) + 4 * recurrent
 
@@ -255,6 +271,6 @@ def _inner(config: Config) -> int:
         return needed(config, "intermediate", 2 * needed(config, "hidden"))
     if config.get("model_type") == "mamba2":
         heads, width = config.get("num_heads"), config.get("head_dim")
-    if isinstance(heads, int) and isinstance(width, int):
+    if isinstance(heads, int) and isinstance(width, int) and heads > 0 and width > 0:
         return heads * width
     return needed(config, "expand", 2) * needed(config, "hidden")

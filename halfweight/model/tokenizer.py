@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halfweight.checkpoint.gguf_header import refuse_split
-from halfweight.checkpoint.shard import read_json
+from halfweight.checkpoint.json_files import read_json
 from halfweight.errors import CheckpointError, UsageError
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

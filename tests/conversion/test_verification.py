@@ -77,7 +77,9 @@ def test_no_manifest_or_a_broken_one(out):
     edit_json(manifest, files={"../x": {"bytes": 1, "sha256": "0"}})
     assert "'../x' is not a plain file name" in only_problem(out)
     edit_json(manifest, files={"x": {"bytes": "1"}})
-    assert "lists no files with bytes and sha256" in only_problem(out)
+    assert "halfweight.json: Expected `int`, got `str` - at `$.files[...].bytes`" in only_problem(
+        out
+    )
     manifest.write_text("{")
     assert "cannot be read as JSON" in only_problem(out)
     manifest.unlink()

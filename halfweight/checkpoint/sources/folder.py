@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfweight.checkpoint.headers import LEGAL_PREFIXES, Checkpoint, check_inside, read_headers
-from halfweight.checkpoint.shard import Shard, broken, read_json
+from halfweight.checkpoint.json_files import read_json
+from halfweight.checkpoint.shard import Shard, broken
 from halfweight.checkpoint.sources.source import CODE_KEYS, is_tied, publishable
 from halfweight.errors import CheckpointError
 from halfweight.quantization.scheme import FLOAT_DTYPE_BYTES, TensorInfo
