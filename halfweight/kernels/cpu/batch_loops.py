@@ -12,6 +12,7 @@ from typing import Any
 from numba import carray, float32, int32, int64
 
 from halfweight.kernels.cpu.batch_tiles import TILE_ROWS, digit_rows, matrix_rows, turn_words
+from halfweight.kernels.cpu.between_products import exp, floats_at
 from halfweight.kernels.cpu.decode_products import (
     BIAS,
     FIRST_BYTES,
@@ -29,7 +30,6 @@ from halfweight.kernels.cpu.decode_products import (
     row_scales,
     whole_lines,
 )
-from halfweight.kernels.cpu.decode_step import exp, floats_at
 from halfweight.kernels.cpu.dot_tiles import ROWS
 from halfweight.kernels.cpu.llvm import (
     cell,
