@@ -56,6 +56,8 @@ class Runner(Protocol):
     device: torch.device
     max_step_tokens: int
     """Most tokens of all chunks of a step."""
+    cache_bytes: int
+    """Bytes of all pages; 0 where each sequence has a state of the model's own."""
     shares_prefixes: bool
     """Whether sequences that begin with the same tokens may share pages."""
 

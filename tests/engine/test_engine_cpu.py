@@ -297,6 +297,33 @@ def test_models_without_a_compiled_step_are_unfit(models):
     assert unsupported(narrow) is None
 
 
+def test_what_is_not_in_int8_has_no_compiled_step(tmp_path):
+    plain = AutoModelForCausalLM.from_config(FAMILY["llama-bias"])
+    assert unsupported(plain) == "not every linear of its layers is in INT8"
+    plain.save_pretrained(tmp_path / "source")
+    halfweight.quantize(tmp_path / "source", tmp_path / "int8")
+    model = halfweight.load(tmp_path / "int8")
+    embedding = model.model.embed_tokens
+    model.model.embed_tokens = torch.nn.Embedding(VOCAB, 64)
+    assert unsupported(model) == "its embedding is not in INT8"
+    model.model.embed_tokens = embedding
+    model.lm_head = torch.nn.Linear(64, VOCAB)
+    assert unsupported(model) == "not every linear is in INT8 on the backend 'cpu'"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden_act": "gelu"}, "its activation is gelu, not silu"),
+        ({"sliding_window": 8}, "its layers attend to a sliding window"),
+    ],
+    ids=str,
+)
+def test_variants_that_differ_have_no_compiled_step(change, reason):
+    config = MistralConfig(**{**SIZES, "sliding_window": None, **change})
+    assert unsupported(AutoModelForCausalLM.from_config(config)) == reason
+
+
 def test_pages_for_what_is_asked_or_what_memory_allows(models, monkeypatch):
     model = models("llama-tied", torch.bfloat16)
     sizes = {"max_sequences": 3, "max_context": 100}

@@ -20,7 +20,7 @@ from transformers import (
 import halfweight
 from halfweight.engine.kv_cache import quantize_heads
 from halfweight.engine.runners import gpu_attention
-from halfweight.engine.runners.gpu import GpuRunner
+from halfweight.engine.runners.gpu import GpuRunner, unfit
 from halfweight.engine.runners.gpu_attention import (
     PAGE_TOKENS,
     PagedAttention,
@@ -32,6 +32,7 @@ from halfweight.engine.runners.gpu_attention import (
 from halfweight.engine.runners.gpu_inputs import Queries, cut, tiles
 from halfweight.engine.runners.gpu_layers import Layer
 from halfweight.engine.step import Chunk
+from halfweight.model.modules import stack
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 MAX_PAGES = 40
@@ -345,6 +346,46 @@ def test_the_runner_equals_the_models_forward(tmp_path, family, kv_cache):
         found, expected = texts.step(*chunks)
         assert found.shape == expected.shape
         assert error(found, expected) < (5e-6 if kv_cache == "16bit" else 3e-2)
+
+
+def test_a_nan_in_the_pages_reaches_its_own_sequence_only(tmp_path):
+    texts = Texts(quantized(tmp_path, MODELS["llama-bias"], torch.float32), [12, 12, 12])
+    texts.step(*((slot, 10, 1) for slot in range(3)))
+    texts.runner._parts.attention._pool.values[0, texts.pages[1][0], :, 5] = float("nan")
+    for count, wanted in ((1, 1), (1, 1)):
+        found, _ = texts.step(*((slot, count, wanted) for slot in range(3)))
+        assert found.isnan().any(dim=1).tolist() == [False, True, False]
+
+
+def test_stacked_projections_share_memory_and_still_save(tmp_path):
+    model = quantized(tmp_path, MODELS["qwen2-tied"], torch.float32)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    x = torch.randn(2, parts[0].in_features, device=DEVICE)
+    apart = torch.cat([part(x) for part in parts], dim=1)
+    whole = stack(parts)
+    assert torch.equal(whole(x), apart)
+    assert torch.equal(torch.cat([part(x) for part in parts], dim=1), apart)
+    assert stack(parts).weight_packed.data_ptr() == whole.weight_packed.data_ptr()
+    stack([mlp.gate_proj, mlp.up_proj])
+    model.save_pretrained(tmp_path / "saved")
+    again = halfweight.load(tmp_path / "saved", dtype=torch.float32).to(DEVICE)
+    ids = torch.tensor([[5, 3, 17, 9]], device=DEVICE)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_what_has_no_step_says_why(tmp_path):
+    model = quantized(tmp_path, MODELS["llama-bias"], torch.float32)
+    assert unfit(model) is None
+    layer = model.model.layers[0]
+    layer.self_attn.head_dim = 96
+    assert unfit(model) == "its heads have 96 numbers, expected a power of two from 32"
+    layer.self_attn.head_dim = 32
+    up = layer.mlp.up_proj
+    up.bias = torch.nn.Parameter(torch.zeros(up.out_features))
+    assert unfit(model) == "projections that share their input differ in group size, scales or bias"
+    plain = LlamaForCausalLM(MODELS["llama-bias"])
+    assert unfit(plain) == "not every linear of its layers is in INT8"
 
 
 MIDDLE = LlamaConfig(

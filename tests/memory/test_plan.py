@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import FAMILIES, save_family
+from halfweight.engine.decoder import Decoder
 from live_memory import LiveMemory
 
 import halfweight
 from halfweight.engine import decoder as decoding
 from halfweight.engine import gpu_step
-from halfweight.engine.decoder import Decoder
 from halfweight.errors import CheckpointError, DoesNotFitError, UsageError
 from halfweight.kernels.hopper import backend as hopper
 from halfweight.memory import architecture as architectures

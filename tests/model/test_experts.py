@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 import halfweight
 from halfweight.checkpoint.headers import quantized_modules, read_headers
-from halfweight.engine.decoder import Decoder
+from halfweight.engine.engine import Engine
+from halfweight.engine.request import Sampling
 from halfweight.errors import CheckpointError, UsageError
 from halfweight.model.experts import QuantizedExperts, experts_place, has_experts, stored_experts
 from halfweight.model.transformers_quantizer import HalfweightConfig
@@ -63,14 +64,14 @@ def test_nothing_of_an_expert_stays_in_16_bits(folders):
     assert dtypes == {torch.uint8, torch.int8}
 
 
-def test_generates_by_the_models_forward(folders):
+def test_the_engine_generates_as_transformers_does(folders):
     model = halfweight.load(folders[1], dtype=torch.float32)
-    decoder = Decoder(model, 1, 8, step="kernel")
-    logits = decoder.prefill([[5, 3]])
-    for _ in range(3):
-        logits = decoder.advance(logits.argmax(dim=-1))
-    assert decoder.step == "eager"
-    assert logits.isfinite().all()
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(IDS[:1], max_new_tokens=6, **options)[0, IDS.shape[1] :]
+    with Engine(model, max_context=32, max_sequences=2) as engine:
+        prompt, greedy = IDS[0].tolist(), {"sampling": Sampling(), "stop_tokens": ()}
+        found = engine.generate(prompt, max_new_tokens=6, **greedy)
+    assert list(found.tokens) == expected.tolist()
 
 
 def test_what_is_saved_is_what_was_loaded(folders, tmp_path):

@@ -1,6 +1,6 @@
 """Llama-like models on the CPU over pages of KV cache: every token through one compiled step.
 
-A step of the engine becomes calls of at most 32 or 64 tokens (`decode_step.py`): decoding sequences
+A step of the engine becomes calls of at most 32 or 64 tokens (`cpu_step.py`): decoding sequences
 and pieces of prompts share each call, and a weight is read once for all its tokens. Longer pieces
 would gain little: arithmetic is the limit by then. A sequence's logits are the same to the bit
 whatever runs beside it and however its prompt is cut.
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halfweight.engine import cpu_step
-from halfweight.engine.decoder import KvCache
 from halfweight.engine.runners.cpu_step import BatchStep, Pages, token_bytes
 from halfweight.engine.runners.unfit import UnfitError
-from halfweight.engine.step import Chunk, Step
+from halfweight.engine.step import Chunk, KvCache, Step
 from halfweight.errors import DoesNotFitError
 from halfweight.kernels.cpu.llvm_vectors import LANES
 from halfweight.memory.devices import processor_device
+from halfweight.model.llama_like import difference, layer_linears
+from halfweight.model.modules import QuantizedEmbedding, QuantizedLinear
 
 PAGE_TOKENS = 32
 CACHE_SHARE = 0.5
@@ -61,6 +61,7 @@ class CpuRunner:
         self.table = torch.zeros(max_sequences + 1, max_context + 1, dtype=torch.int32)
         self._ids = self.table.numpy()
         pages = Pages(model, self.num_pages, PAGE_TOKENS, int8)
+        self.cache_bytes = pages.nbytes
         self._step: BatchStep | None = BatchStep(model, pages, max_context)
         self.max_step_tokens = max_sequences + self._step.max_tokens
         self._logits = torch.empty(max_sequences, self.vocab_size)
@@ -102,10 +103,19 @@ class CpuRunner:
 
 def unsupported(model: PreTrainedModel) -> str | None:
     """Why `model` has no compiled step, or None."""
-    reason = cpu_step.unsupported(model)
-    if reason is None and model.model.layers[0].self_attn.head_dim % LANES:
+    reason = difference(model)
+    if reason is not None:
+        return reason
+    if model.model.layers[0].self_attn.head_dim % LANES:
         return f"its heads are not a multiple of {LANES} wide"
-    return reason
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, QuantizedEmbedding) or embedding.embed_scale is not None:
+        return "its embedding is not in INT8"
+    linears = [linear for layer in model.model.layers for linear in layer_linears(layer)]
+    for linear in (*linears, model.get_output_embeddings()):
+        if not isinstance(linear, QuantizedLinear) or linear.backend_name != "cpu":
+            return "not every linear is in INT8 on the backend 'cpu'"
+    return None
 
 
 def cut(step: Step, max_tokens: int) -> Iterator[list[Chunk]]:

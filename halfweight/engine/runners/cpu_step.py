@@ -65,6 +65,11 @@ class Pages:
         self.keys = [torch.empty(num_pages, heads, *keys, dtype=self.dtype) for _ in layers]
         self.values = [torch.empty(num_pages, heads, *values, dtype=self.dtype) for _ in layers]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
 
 def token_bytes(model: PreTrainedModel, int8: bool) -> int:
     """Bytes of a token's keys and values in all layers."""

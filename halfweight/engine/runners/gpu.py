@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halfweight.engine.gpu_step import unsupported
 from halfweight.engine.runners.gpu_attention import (
     PAGE_TOKENS,
     PagedAttention,
@@ -37,6 +36,7 @@ from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.step import KvCache, Step
 from halfweight.kernels.triton.launch import device_info, launch
 from halfweight.memory.device_memory import available_bytes
+from halfweight.model.llama_like import difference, layer_linears
 
 log = logging.getLogger("halfweight")
 
@@ -48,6 +48,7 @@ SMALL_BUCKETS = (1, 2, 4)
 BUCKET_STEP = 8
 """Between the larger buckets."""
 UPDATE_BLOCK = 256
+LEAST_HEAD_SIZE = 32
 LEAST_CAPABILITY = (8, 0)
 """Before, Triton has no products of tiles on the tensor cores."""
 
@@ -85,6 +86,7 @@ class GpuRunner:
         limits = self._limits(shape)
         self.num_pages = self._num_pages(cache_tokens) or self._pages_that_fit(model, limits)
         pool = Pool(shape, model.config.num_hidden_layers, self.num_pages, kv_cache, self.device)
+        self.cache_bytes = pool.nbytes
         self._page_tables = PageTables(max_sequences + 1, limits.max_pages, self.device)
         room = scratch_pages(limits)
         scratch = Scratch.make(shape, room, self.device) if room else None
@@ -189,7 +191,19 @@ def unfit(model: PreTrainedModel) -> str | None:
         found = torch.cuda.get_device_capability(model.device)
         if found < LEAST_CAPABILITY:
             return f"needs compute capability 8.0, this GPU has {found[0]}.{found[1]}"
-    return unsupported(model)
+    reason = difference(model)
+    if reason is not None:
+        return reason
+    head_size = model.model.layers[0].self_attn.head_dim
+    if head_size < LEAST_HEAD_SIZE or head_size.bit_count() != 1:
+        return f"its heads have {head_size} numbers, expected a power of two from {LEAST_HEAD_SIZE}"
+    for layer in model.model.layers:
+        q, k, v, _, gate, up, _ = layer_linears(layer)
+        for linears in ([q, k, v], [gate, up]):
+            kinds = {(x.group_size, x.weight_scale.dtype, x.bias is None) for x in linears}
+            if len(kinds) > 1:
+                return "projections that share their input differ in group size, scales or bias"
+    return None
 
 
 def bucket(batch: int) -> int:

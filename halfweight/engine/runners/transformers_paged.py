@@ -181,6 +181,8 @@ class TransformersRunner:
             for call in self._calls:
                 old = call.source
                 self.pools.append(self._pool(call, int8) if old is None else self.pools[old])
+        tensors = {id(t): t for pool in self.pools for t in pool.tensors}
+        self.cache_bytes = sum(tensor.nbytes for tensor in tensors.values())
 
     def _pool(self, call: Call, int8: bool) -> PagePool:
         shape = (self.num_pages, PAGE_TOKENS, call.num_heads)

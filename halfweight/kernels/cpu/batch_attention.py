@@ -45,8 +45,8 @@ from halfweight.kernels.cpu.batch_cells import (
     K,
     Q,
 )
+from halfweight.kernels.cpu.between_products import floats_at, normalize, rotate
 from halfweight.kernels.cpu.decode_products import FLOAT32, OUT, store_number
-from halfweight.kernels.cpu.decode_step import floats_at, normalize, rotate
 from halfweight.kernels.cpu.llvm import (
     call_at,
     cell,

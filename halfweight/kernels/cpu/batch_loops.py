@@ -18,6 +18,7 @@ from halfweight.kernels.cpu.batch_tiles import (
     matrix_rows,
     turn_words,
 )
+from halfweight.kernels.cpu.between_products import floats_at
 from halfweight.kernels.cpu.decode_products import (
     BIAS,
     EXPONENTS,
@@ -37,7 +38,6 @@ from halfweight.kernels.cpu.decode_products import (
     row_scales,
     whole_lines,
 )
-from halfweight.kernels.cpu.decode_step import floats_at
 from halfweight.kernels.cpu.dot_tiles import ROWS
 from halfweight.kernels.cpu.llvm import (
     cell,
