@@ -23,10 +23,11 @@ from halfweight.kernels.cpu.batch_loops import batch_product, matrix_product
 from halfweight.kernels.cpu.batch_step import batch_work_bytes, run_batch_step
 from halfweight.kernels.cpu.decode_products import PRODUCT
 from halfweight.kernels.cpu.threads import Arguments, CFunction, Kernel, num_threads
+from halfweight.memory.engine_memory import STEP_TOKENS
 from halfweight.model.llama_like import layer_linears
 from halfweight.model.modules import QuantizedWeight
 
-MAX_TOKENS = 32
+MAX_TOKENS = STEP_TOKENS["cpu"]
 """Tokens of one call, of all its sequences."""
 
 _product, _by_matrix = CFunction(batch_product), CFunction(matrix_product)
