@@ -173,7 +173,7 @@ def test_the_gpus_largest_step_is_predicted_from_what_it_allocates(
     chunks = [(slot, 0, tokens // batch) for slot in range(batch)]
     peak = steps.peak(*chunks)
     sizes = gpu_memory.sizes_of(model)
-    assert peak == pytest.approx(engine_memory.activation_bytes(sizes, tokens), rel=0.01)
+    assert peak == pytest.approx(engine_memory.activation_bytes(sizes, tokens), rel=0.02)
     planned = footprint(found, work, "int8")
     assert peak <= planned.bytes_of("step activations")
 
