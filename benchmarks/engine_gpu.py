@@ -91,9 +91,7 @@ def host_microseconds(call: Callable[[int], object]) -> float:
 
 
 def cache_bytes(runner: GpuRunner, tokens: int) -> int:
-    shape = runner._parts.attention.shape
-    layers = len(runner._parts.attention._pool.keys)
-    return int(shape.page_bytes(runner.kv_cache) * layers * tokens / runner.page_tokens)
+    return int(runner.cache_bytes / runner.num_pages * tokens / runner.page_tokens)
 
 
 def decoding(model: Any, runner: GpuRunner, sizes: list[tuple[int, int]], peak: float) -> Any:

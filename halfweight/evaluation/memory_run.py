@@ -18,8 +18,9 @@ from typing import Any
 from halfweight.errors import HalfweightError
 from halfweight.evaluation.speed.process import from_fresh_process
 from halfweight.memory.devices import local_device, process_bytes, processor_device
+from halfweight.memory.engine_memory import PAGE_TOKENS
 from halfweight.memory.measurements import Record, key_of
-from halfweight.memory.plan import PASSING_PARTS, WEIGHT_PARTS, Model, footprint
+from halfweight.memory.plan import PASSING_PARTS, WEIGHT_PARTS, Model, footprint, page_slots
 from halfweight.memory.workload import Weights, Workload
 
 STEPS = 3
@@ -48,8 +49,9 @@ def measure(folder: str, model: Model, workload: Workload, weights: Weights) -> 
     Raises HalfweightError with the line of the error that ended the process.
     """
     device = local_device() if workload.device == "cuda" else processor_device()
+    tokens = cache_tokens(model, workload, weights)
     try:
-        (seen,) = from_fresh_process(run_once, folder, workload)
+        (seen,) = from_fresh_process(run_once, folder, workload, tokens)
     except RuntimeError as error:
         raise HalfweightError(
             f"measuring {folder}: {error}", hint="`halfweight plan` says what would fit"
@@ -75,12 +77,20 @@ def measure(folder: str, model: Model, workload: Workload, weights: Weights) -> 
     )
 
 
-def run_once(folder: str, workload: Workload) -> Iterator[Seen]:
-    """Load, prefill and decode in this process, which should be a fresh one."""
-    yield _on_gpu(folder, workload) if workload.device == "cuda" else _on_cpu(folder, workload)
+def cache_tokens(model: Model, workload: Workload, weights: Weights) -> int:
+    """Tokens of cache that the workload takes: each sequence's last page counts whole."""
+    runner = model.runner(workload, weights)
+    assert runner is not None, workload.runtime
+    return page_slots(workload, runner) - PAGE_TOKENS[runner]
 
 
-def _on_gpu(folder: str, workload: Workload) -> Seen:
+def run_once(folder: str, workload: Workload, tokens: int) -> Iterator[Seen]:
+    """Load and generate in this process, which should be fresh, with so many tokens of cache."""
+    run = _on_gpu if workload.device == "cuda" else _on_cpu
+    yield run(folder, workload, tokens)
+
+
+def _on_gpu(folder: str, workload: Workload, tokens: int) -> Seen:
     before = _free_bytes()
     import torch
 
@@ -90,7 +100,7 @@ def _on_gpu(folder: str, workload: Workload) -> Seen:
     torch.cuda.synchronize()
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    cache = _generate(model, workload)
+    cache = _generate(model, workload, tokens)
     torch.cuda.synchronize()
     components = {
         "weights": weights,
@@ -101,13 +111,13 @@ def _on_gpu(folder: str, workload: Workload) -> Seen:
     return Seen(components, before - _free_bytes() + given_back)
 
 
-def _on_cpu(folder: str, workload: Workload) -> Seen:
+def _on_cpu(folder: str, workload: Workload, tokens: int) -> Seen:
     from halfweight.model.loading import load
 
     model = load(folder)
     weights = {p.data_ptr(): _touched(p) for p in model.parameters()}
     resident = process_bytes("VmRSS")
-    cache = _generate(model, workload)
+    cache = _generate(model, workload, tokens)
     total = process_bytes("VmHWM")
     components = {
         "weights": sum(weights.values()),
@@ -117,20 +127,20 @@ def _on_cpu(folder: str, workload: Workload) -> Seen:
     return Seen(components, total)
 
 
-def _generate(model: Any, workload: Workload) -> int:
+def _generate(model: Any, workload: Workload, tokens: int) -> int:
     """All of the workload, its sequences decoding together at the end; bytes of the pages."""
     from halfweight.engine.engine import Engine
     from halfweight.engine.request import Sampling
     from halfweight.engine.runners import make_runner
     from halfweight.engine.sampler import Sampler
-    from halfweight.evaluation.speed.generate import MOST_PAGE_TOKENS, random_prompts
+    from halfweight.evaluation.speed.generate import random_prompts
 
     batch, context = workload.batch, workload.context
     runner = make_runner(
         model,
         max_sequences=batch,
         max_context=context,
-        cache_tokens=batch * -(-context // MOST_PAGE_TOKENS) * MOST_PAGE_TOKENS,
+        cache_tokens=tokens,
         kv_cache=workload.kv_dtype,
     )
     cache = runner.cache_bytes

@@ -13,7 +13,7 @@ from halfweight.memory.what_fits import Cell, advice, notes
 from halfweight.memory.workload import Verdict
 
 SCHEMA = "halfweight.plan"
-VERSION = 2
+VERSION = 3
 """Raised when a field changes its meaning or goes; new fields leave it."""
 
 

@@ -148,10 +148,10 @@ def require_fit(
     """Raise DoesNotFitError if the least that the workload takes exceeds `free_bytes`.
 
     `free_bytes` is what the process can still allocate, so the overhead is not counted; nor are
-    kernel workspace and what a decode step takes beyond prefill, which a backend may do without.
+    kernel workspace and recorded steps, which a backend may do without.
     """
     found = footprint(model, workload, weights)
-    needed = found.allocated - found.bytes_of("kernel workspace", "decode step")
+    needed = found.allocated - found.bytes_of("kernel workspace", "recorded steps")
     if needed > free_bytes:
         alone = replace(workload, overhead=Range(0, 0, 0))
         batch = solve(model, alone, free_bytes, "batch", weights)

@@ -20,11 +20,12 @@ from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.step import Chunk, KvCache, Step
 from halfweight.errors import DoesNotFitError
 from halfweight.kernels.cpu.llvm_vectors import LANES
+from halfweight.memory import engine_memory
 from halfweight.memory.devices import processor_device
 from halfweight.model.llama_like import difference, layer_linears
 from halfweight.model.modules import QuantizedEmbedding, QuantizedLinear
 
-PAGE_TOKENS = 32
+PAGE_TOKENS = engine_memory.PAGE_TOKENS["cpu"]
 CACHE_SHARE = 0.5
 """Part of the free memory that pages may take."""
 
@@ -45,24 +46,27 @@ class CpuRunner:
         max_context: int,
         cache_tokens: int | None = None,
         kv_cache: KvCache = "16bit",
+        shortens: bool = False,
     ) -> None:
         """Raises UnfitError for models that the kernel does not know.
 
         `cache_tokens` in pages by default hold all sequences, or fill half of the free memory if
-        that is less; raises DoesNotFitError where that is not one sequence of `max_context`.
+        that is less. Where that is not one sequence of `max_context`, it `shortens` that, or raises
+        DoesNotFitError.
         """
         reason = unsupported(model)
         if reason is not None:
             raise UnfitError(reason)
         int8 = kv_cache == "int8"
         self.max_sequences, self.max_context = max_sequences, max_context
-        self.num_pages = 1 + self._pages_for(cache_tokens, token_bytes(model, int8))
+        size = token_bytes(model, int8)
+        self.num_pages = 1 + self._pages_for(cache_tokens, size, shortens=shortens)
         self.vocab_size = model.get_output_embeddings().out_features
-        self.table = torch.zeros(max_sequences + 1, max_context + 1, dtype=torch.int32)
+        self.table = torch.zeros(max_sequences + 1, self.max_context + 1, dtype=torch.int32)
         self._ids = self.table.numpy()
         pages = Pages(model, self.num_pages, PAGE_TOKENS, int8)
         self.cache_bytes = pages.nbytes
-        self._step: BatchStep | None = BatchStep(model, pages, max_context)
+        self._step: BatchStep | None = BatchStep(model, pages, self.max_context)
         self.max_step_tokens = max_sequences + self._step.max_tokens
         self._logits = torch.empty(max_sequences, self.vocab_size)
 
@@ -84,14 +88,16 @@ class CpuRunner:
         """Free the pages."""
         self._step = None
 
-    def _pages_for(self, cache_tokens: int | None, size: int) -> int:
+    def _pages_for(self, cache_tokens: int | None, size: int, *, shortens: bool) -> int:
         """Pages for the tokens asked for, or for what memory allows."""
         each = -(-self.max_context // PAGE_TOKENS)
         if cache_tokens is not None:
             return max(1, cache_tokens // PAGE_TOKENS)
         free = processor_device().free_bytes
         pages = int(free * CACHE_SHARE) // (size * PAGE_TOKENS)
-        if pages < each:
+        if pages < each and shortens and pages > 0:
+            self.max_context = pages * PAGE_TOKENS
+        elif pages < each:
             raise DoesNotFitError(
                 f"a sequence of {self.max_context} tokens needs "
                 f"{each * PAGE_TOKENS * size / 1e9:.2f} GB of KV cache, "

@@ -23,10 +23,11 @@ from halfweight.kernels.cpu.batch_loops import batch_product, matrix_product
 from halfweight.kernels.cpu.batch_step import all_turned_bytes, run_batch_step, work_bytes
 from halfweight.kernels.cpu.decode_products import PRODUCT
 from halfweight.kernels.cpu.threads import Arguments, CFunction, Kernel, num_threads
+from halfweight.memory.engine_memory import STEP_TOKENS
 from halfweight.model.llama_like import layer_linears
 from halfweight.model.modules import QuantizedWeight
 
-MIN_CALL_TOKENS, MAX_CALL_TOKENS = 32, 64
+MIN_CALL_TOKENS, MAX_CALL_TOKENS = 32, STEP_TOKENS["cpu"]
 """Tokens of one call, at most: the larger number where a core's cache holds them."""
 CACHE_BYTES = 1 << 20
 """Half of a usual L2 cache."""

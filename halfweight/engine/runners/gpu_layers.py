@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halfweight.kernels.triton.launch import launch
+from halfweight.memory.engine_memory import power_of_two
 from halfweight.model.llama_like import layer_linears
 from halfweight.model.modules import QuantizedLinear, stack
 
@@ -110,8 +111,3 @@ def _gated(gate_up: Tensor) -> Tensor:
     grid = (-(-size // COLUMNS), tokens)
     launch("gated_silu", grid, tokens, (gate_up, out), SIZE=size, BLOCK=COLUMNS)
     return out
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
