@@ -14,7 +14,7 @@ RunnerKind = Literal["gpu", "cpu", "transformers"]
 
 PAGE_TOKENS: dict[RunnerKind, int] = {"gpu": 64, "cpu": 32, "transformers": 16}
 """Tokens of a page."""
-STEP_TOKENS: dict[RunnerKind, int] = {"gpu": 8192, "cpu": 32, "transformers": 2048}
+STEP_TOKENS: dict[RunnerKind, int] = {"gpu": 8192, "cpu": 64, "transformers": 2048}
 """Most tokens that go through the layers at once."""
 FEW_TOKENS = 8
 """Tokens a sequence of a recorded step that verifies drafts."""
@@ -146,7 +146,7 @@ def cpu_parts(sizes: Sizes, max_sequences: int, max_context: int) -> dict[str, i
     return {
         "tables": table + 8 * max_context * sizes.head_dim,
         "step activations": 4 * rows * widths,
-        "logits": 4 * rows * sizes.vocabulary,
+        "logits": 4 * max_sequences * sizes.vocabulary,
     }
 
 

@@ -166,7 +166,7 @@ function cpuParts(model, work) {
   return {
     "tables": 4 * (work.batch + 1) * (work.context + 1) + 8 * work.context * a.head_dim,
     "step activations": 4 * c.STEP_TOKENS.cpu * (a.hidden + qkv + queries + a.intermediate),
-    "logits": 4 * c.STEP_TOKENS.cpu * a.vocabulary,
+    "logits": 4 * work.batch * a.vocabulary,
   };
 }
 

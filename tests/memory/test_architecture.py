@@ -94,7 +94,7 @@ def test_a_models_context_is_what_its_rotary_scaling_makes_room_for(rope, contex
 def test_plan_and_generate_say_one_context_of_a_model(tmp_path):
     from tiny import make_llama
 
-    from halfweight.engine.decoder import check_prompts
+    from halfweight.engine.engine import Engine
     from halfweight.memory.named_model import planned_model
     from halfweight.model.loading import load
 
@@ -103,10 +103,10 @@ def test_plan_and_generate_say_one_context_of_a_model(tmp_path):
     folder = make_llama(tmp_path / "m", max_position_embeddings=64, rope_parameters=rope)
     planned = planned_model(str(folder)).architecture.max_context
     assert planned == 256
-    model = load(folder)
-    check_prompts(model, [[1] * 200], planned - 200)
-    with pytest.raises(UsageError, match="the model's context is 256"):
-        check_prompts(model, [[1] * 200], planned - 199)
+    with Engine(load(folder)) as engine:
+        engine.check(engine.request([1] * 200, max_new_tokens=planned - 200))
+        with pytest.raises(UsageError, match="the context has room for 256"):
+            engine.check(engine.request([1] * 200, max_new_tokens=planned - 199))
 
 
 @pytest.mark.parametrize(

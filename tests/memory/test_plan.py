@@ -219,9 +219,10 @@ def test_the_cpus_step_is_predicted_from_what_it_allocates(quantized_model):
     runner = runner_of("cpu", model, work)
     runner._step.rotary.reach(work.context)
     planned = footprint(found, work, "int8")
+    rows = runner._step.max_tokens
     widths = (found.architecture.hidden, 12 * 32, 8 * 32, found.architecture.intermediate)
     buffers = [
-        t for t in runner._step._kept if getattr(t, "shape", None) in [(32, w) for w in widths]
+        t for t in runner._step._kept if getattr(t, "shape", None) in [(rows, w) for w in widths]
     ]
     assert planned.bytes_of("step activations") == sum(t.nbytes for t in buffers)
     assert planned.bytes_of("logits") == runner._logits.nbytes
