@@ -24,7 +24,7 @@ from halfweight.memory.cache_layers import (
 from halfweight.quantization.scheme import TensorInfo
 
 SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-MOST_EXPERTS = 4096
+MOST_EXPERTS = 1024
 DEFAULT_EXPERTS_PER_TOKEN = 2
 """Mixtral's, whose config may leave it out."""
 LARGEST_FACTOR, LARGEST_CONTEXT = 1 << 20, 1 << 40

@@ -63,7 +63,8 @@ PERIOD_NAMES = (
     "global_attn_every_n_layers",
     "no_rope_layer_interval",
 )
-MOST_LAYERS = 10_000
+MOST_LAYERS = 2000
+"""The deepest published models have under 200."""
 ATTENTION, SLIDING, STATE, BOTH, NOTHING = "attention", "sliding", "state", "both", "nothing"
 KINDS = {
     "full_attention": ATTENTION,

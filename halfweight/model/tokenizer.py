@@ -46,7 +46,8 @@ def open_tokenizer(path: Path) -> Any:
             hint="copy the tokenizer's files from the original model again",
         ) from error
     legacy = folder / LEGACY_TEMPLATE
-    if not where and tokenizer.chat_template is None and legacy.is_file():
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if not where and not has_template and legacy.is_file():
         tokenizer.chat_template = _legacy_template(legacy)
     return tokenizer
 
