@@ -21,7 +21,7 @@ from halfweight.checkpoint.headers import (
 from halfweight.checkpoint.manifest import MANIFEST_NAME, file_sha256, read_manifest
 from halfweight.checkpoint.shard import StoredTensor, broken
 from halfweight.errors import CheckpointError
-from halfweight.model.loadability import load_on_meta, model_tensors
+from halfweight.model.loadability import check_loads
 from halfweight.quantization.fast_pass import as_float32
 
 
@@ -62,7 +62,7 @@ def verify(path: Path, progress: Callable[[str, int, int], None] | None = None) 
             if progress is not None:
                 progress(name, done, total)
         checkpoint = check_structure(path)
-        notes += load_on_meta(path, checkpoint.config, model_tensors(checkpoint))
+        notes += check_loads(checkpoint)
     except CheckpointError as error:
         problems.append(error.message)
     num_bytes = sum(entry["bytes"] for entry in files.values())

@@ -1,0 +1,108 @@
+"""A tiny random model of any architecture of transformers: its own default config, made small.
+
+Sizes are found by what a config calls them, in sub-configs too; OVERRIDES has what a config needs
+beside that. Nothing here knows what a model computes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import transformers
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+SIZES: tuple[tuple[str, int], ...] = (
+    (r"vocab_size|text_vocab_size|.*_vocab_size|n_words", 384),
+    (r"num_(key_value_heads|kv_heads|key_value_groups)|n_head_kv|.*num_key_value_heads", 2),
+    (r".*(num_attention_heads|attention_heads|num_heads|n_heads?|num_query_heads)", 4),
+    (r"linear_num_(key|value)_heads|.*num_v_heads|.*num_k_heads", 4),
+    (
+        r"(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|hidden_dim|word_embed_proj_dim)",
+        64,
+    ),
+    (
+        r"(decoder_hidden_size|encoder_hidden_size|.*_hidden_size|d_embed|emb_dim|out_hidden_size)",
+        64,
+    ),
+    (r"(.*intermediate_size|.*ffn_dim|d_ff|n_inner|.*ffn_hidden_size|.*ff_dim|mlp_dim)", 128),
+    (r"(num_hidden_layers|num_layers|n_layers?|.*_layers|depth|num_blocks)", 2),
+    (r"(.*head_dim|d_kv|kv_channels|attention_head_size|linear_.*_head_dim)", 16),
+    (r"(n_routed_experts|num_(local_)?experts|.*num_experts|moe_num_experts)", 4),
+    (r"(num_experts_per_tok|.*top_?k|num_selected_experts|moe_k)", 2),
+    (r"(n_group|topk_group|num_expert_groups)", 1),
+    (r"(q_lora_rank|kv_lora_rank|.*lora_rank|lora_.*_dim)", 32),
+    (r"(.*_max_position_embeddings|max_position_embeddings|n_positions|n_ctx|max_seq_len)", 512),
+    (r"(image_size)", 32),
+    (r"(patch_size)", 16),
+    (r"(mamba_expand)", 2),
+    (r"(mamba_d_state|state_size|ssm_state_size|mamba_d_ssm)", 16),
+    (r"(time_step_rank|mamba_dt_rank)", 8),
+)
+OVERRIDES: dict[str, dict[str, Any]] = {}
+SUB_OVERRIDES: dict[str, dict[str, Any]] = {}
+
+
+def architectures() -> dict[str, str]:
+    """`model_type:class` -> kind, of all that this transformers knows: causal types first."""
+    kinds = {
+        "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "vision-language": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "speech": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    }
+    found: dict[str, str] = {}
+    for kind, names in kinds.items():
+        for model_type, class_name in names.items():
+            found.setdefault(f"{model_type}:{class_name}", kind)
+    return found
+
+
+def tiny_config(model_type: str, class_name: str) -> Any:
+    """The default config of a model class with every size small."""
+    config_class = getattr(transformers, class_name).config_class or CONFIG_MAPPING[model_type]
+    default = config_class()
+    small = _small(default.to_dict()) | OVERRIDES.get(model_type, {})
+    return config_class(**small)
+
+
+def _small(config: dict[str, Any]) -> dict[str, Any]:
+    model_type = config.get("model_type", "")
+    layers = _layers_shown(config)
+    small: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("transformers_version", "model_type", "architectures", "dtype"):
+            continue
+        if isinstance(value, dict) and "model_type" in value:
+            small[key] = _small(value) | {"model_type": value["model_type"]}
+        elif isinstance(value, list) and layers and len(value) == layers[-1]:
+            small[key] = [value[i] for i in layers[0]]
+        elif type(value) is int and key.endswith("_token_id"):
+            small[key] = 300 + value % 80 if value >= 384 else value
+        elif type(value) is int:
+            small[key] = _small_size(key, value)
+        else:
+            small[key] = value
+    if layers:
+        small[layers[1]] = len(layers[0])
+    return small | SUB_OVERRIDES.get(model_type, {})
+
+
+def _layers_shown(config: dict[str, Any]) -> tuple[list[int], str, int] | None:
+    """Layers to keep where a config lists them by type: the first of each, two at least."""
+    types = config.get("layer_types") or config.get("mlp_layer_types")
+    name = next((n for n in ("num_hidden_layers", "n_layers", "num_layers") if n in config), None)
+    if not isinstance(types, list) or name is None:
+        return None
+    firsts = {kind: i for i, kind in reversed(list(enumerate(types)))}
+    shown = sorted(firsts.values())
+    shown += [i for i in range(len(types)) if i not in shown][: max(0, 2 - len(shown))]
+    return sorted(shown), name, len(types)
+
+
+def _small_size(key: str, value: int) -> int:
+    for pattern, size in SIZES:
+        if value > size and re.fullmatch(pattern, key):
+            return size
+    return value
