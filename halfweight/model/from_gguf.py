@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from halfweight.checkpoint.gguf_header import file_dtype, refuse_split
 from halfweight.checkpoint.shard import some
 from halfweight.errors import CheckpointError
-from halfweight.model.loadability import quiet
+from halfweight.model.building import quiet
 
 
 def load_gguf(

@@ -28,6 +28,7 @@ class TurnedSource:
     def __init__(self, source: Source, names: Iterable[str]) -> None:
         self.names = frozenset(names)
         self.name, self.path, self.config = source.name, source.path, source.config
+        self.stored_bytes = source.stored_bytes
         self._source = source
         self._stored = {t.name: t for t in source.tensors if t.name in self.names}
         self._lock = Lock()
