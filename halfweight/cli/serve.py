@@ -21,6 +21,9 @@ from halfweight.cli.run import (
 )
 from halfweight.errors import UsageError
 
+GRACE_SECONDS = 5
+"""What runs when the server is told to end has so long to end by itself."""
+
 
 @app.command()
 def serve(
@@ -88,4 +91,4 @@ def serve(
         api_key=api_key,
         max_requests=max_requests,
     )
-    uvicorn.run(application, host=host, port=port)
+    uvicorn.run(application, host=host, port=port, timeout_graceful_shutdown=GRACE_SECONDS)

@@ -208,7 +208,7 @@ class Sampler:
 
     def _set_numbers(self, slot: int, sampling: Sampling) -> None:
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-        self._seeds[slot] = seed & _SEED_MASK
+        self._seeds[slot] = int(seed) & _SEED_MASK
         numbers, floats = self._numbers[slot], self._numbers.view(np.float32)[slot]
         numbers[choice.SLOT] = slot
         numbers[choice.TOP_K] = min(sampling.top_k, self._vocab_size)

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from halfweight.engine.loop import Loop
 from halfweight.engine.request import FinishReason, Output, Request, TokenLogprob
@@ -136,9 +136,14 @@ def _put(outputs: queue.SimpleQueue[tuple[int, Output]], index: int, output: Out
 class Stream:
     """Pieces of one request, to be read once by a `for` loop; leaving the loop cancels it."""
 
-    def __init__(self, loop: Loop, request: Request, detokenizer: Detokenizer | None) -> None:
-        """Submits the request. Raises what `Loop.submit` does."""
-        self._loop, self._reader = loop, _Reader(detokenizer, request)
+    def __init__(
+        self, loop: Loop, request: Request, detokenizer: Detokenizer | None, owner: object = None
+    ) -> None:
+        """Submits the request. Raises what `Loop.submit` does.
+
+        `owner` is kept alive: the engine, which ends when nobody has it any more.
+        """
+        self._loop, self._reader, self._owner = loop, _Reader(detokenizer, request), owner
         self._outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
         self._number = loop.submit(request, self._outputs.put)
 
@@ -161,12 +166,13 @@ class Stream:
 class AsyncStream:
     """The same for `async for`, made within a running event loop."""
 
-    def __init__(self, loop: Loop, request: Request, detokenizer: Detokenizer | None) -> None:
-        """Submits the request. Raises what `Loop.submit` does."""
-        self._loop, self._reader = loop, _Reader(detokenizer, request)
+    def __init__(
+        self, loop: Loop, request: Request, detokenizer: Detokenizer | None, owner: object = None
+    ) -> None:
+        """Submits the request. Raises what `Loop.submit` does; `owner` is as for `Stream`."""
+        self._loop, self._reader, self._owner = loop, _Reader(detokenizer, request), owner
         self._outputs: asyncio.Queue[Output] = asyncio.Queue()
-        post = _mailbox().post
-        self._number = loop.submit(request, lambda output: post(self._outputs.put_nowait, output))
+        self._number = loop.submit(request, partial(_mailbox().post, self._outputs.put_nowait))
 
     def cancel(self) -> None:
         """End it; nothing happens if it has ended."""
@@ -191,16 +197,17 @@ class _Mailbox:
     """Calls for one event loop from the engine's thread: it is woken once for all of a step."""
 
     def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
-        self._event_loop = event_loop
+        self._event_loop = ref(event_loop)
         self._calls: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._is_woken = False
 
     def post(self, call: Callable[[Any], None], argument: Any) -> None:
         """`call(argument)` on the event loop's thread, soon."""
         self._calls.append((call, argument))
-        if not self._is_woken and not self._event_loop.is_closed():
+        event_loop = self._event_loop()
+        if not self._is_woken and event_loop is not None and not event_loop.is_closed():
             self._is_woken = True
-            self._event_loop.call_soon_threadsafe(self._deliver)
+            event_loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         self._is_woken = False

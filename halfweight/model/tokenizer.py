@@ -52,10 +52,8 @@ def open_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def chat_prompt(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], **template: Any
-) -> list[int]:
-    """Token ids of a conversation that is the model's turn to go on with.
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], /, **template: Any) -> str:
+    """The text of a conversation that is the model's turn to go on with.
 
     `template` goes to the chat template: `tools`, `enable_thinking`, ...
 
@@ -71,7 +69,7 @@ def chat_prompt(
         )
     try:
         options = {"add_generation_prompt": True, **template, "tokenize": False}
-        text = tokenizer.apply_chat_template(list(messages), **options)
+        text: str = tokenizer.apply_chat_template(list(messages), **options)
     except TemplateSyntaxError as error:
         raise CheckpointError(
             f"{name}: its chat template has a syntax error in line {error.lineno} "
@@ -88,8 +86,7 @@ def chat_prompt(
             f"{name}: its chat template cannot be used ({_first_line(error)})",
             hint=_hint(tokenizer),
         ) from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return text
 
 
 def _hint(tokenizer: Any) -> str:

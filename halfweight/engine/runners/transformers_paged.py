@@ -152,7 +152,7 @@ class TransformersRunner:
         if keeps:
             asked["logits_to_keep"] = row.logits_rows
         attention = _RowAttention(self._calls, self.pools, row.places)
-        with self._classes.of_tokens(row.classes), using(self._configs, PAGED, attention):
+        with using(self._configs, PAGED, attention), self._classes.of_tokens(row.classes):
             logits: Tensor = self._model(**asked, use_cache=False).logits[0]
         return logits if keeps else logits[row.logits_rows]
 
