@@ -115,8 +115,8 @@ def _by_transformers(model: Any, ids: list[int]) -> tuple[list[int], float]:
             prompt,
             attention_mask=mask,
             max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
             do_sample=False,
-            eos_token_id=None,
             pad_token_id=0,
         )
         tokens: list[int] = found[0, len(ids) :].tolist()

@@ -340,6 +340,11 @@ def test_pages_for_what_is_asked_or_what_memory_allows(models, monkeypatch):
     device.free_bytes = 2 * 3 * page
     with pytest.raises(DoesNotFitError, match="a sequence of 100 tokens needs"):
         CpuRunner(model, **sizes)
+    shorter = CpuRunner(model, **sizes, shortens=True)
+    assert (shorter.num_pages, shorter.max_context, shorter.table.shape) == (4, 96, (4, 97))
+    device.free_bytes = page
+    with pytest.raises(DoesNotFitError, match="a sequence of 100 tokens needs"):
+        CpuRunner(model, **sizes, shortens=True)
 
 
 def test_a_step_is_cut_into_calls():
