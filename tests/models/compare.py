@@ -84,7 +84,7 @@ def check_folder(folder: Path, keep: tuple[str, ...] = ()) -> Outcome:
         if "'*experts*'" in error.hint and not keep:
             found = check_folder(folder, keep=("*experts*",))
             return Outcome(found.outcome, f"with --keep '*experts*'; {found.note}".rstrip("; "))
-        return Outcome("refused", f"{error}; {error.hint}")
+        return Outcome("refused", f"{error}; {error.hint}".replace(f"{folder}/", ""))
     except Exception as error:
         return Outcome("crash", f"quantize: {_line(error)}")
     stage = "verify"
@@ -188,6 +188,8 @@ def model_inputs(model: Any) -> dict[str, Any]:
     names = inspect.signature(model.forward).parameters
     ids = torch.arange(5, 5 + NUM_TOKENS).view(1, -1)
     inputs: dict[str, Any] = {}
+    if "musicgen" in model.config.model_type:
+        ids = ids.repeat(model.config.num_codebooks, 1)
     if "input_ids" in names:
         inputs["input_ids"] = ids
     for name in ("decoder_input_ids", "labels_ids"):
