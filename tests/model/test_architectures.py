@@ -93,7 +93,7 @@ def test_a_weight_that_no_module_can_hold_is_refused_at_load(tmp_path):
             tensors[f"model.norm.{name}"] = tensors[f"lm_head.{name}"].clone()
 
     rewritten(tmp_path / "int8", move)
-    with pytest.raises(CheckpointError, match="model of config"):
+    with pytest.raises(CheckpointError, match=r"model of config|no Linear and no Embedding"):
         halfweight.load(tmp_path / "int8")
 
 

@@ -33,13 +33,13 @@ Every language model class of transformers {version} ({number}), as a tiny rando
 16 bits, quantized, verified, loaded, saved again. Made by `make test-models`; all notes are in
 `benchmarks/results/models.json`.
 
-- **right**: every weight and the logits equal those of transformers' own model with the weights that
-  the file stores, to float32 rounding, and what is saved again has the file's names. The note says
-  what is kept in 16 bits and why.
+- **right**: every weight and the logits equal those of transformers' own model with the weights
+  that the file stores, to float32 rounding, and what is saved again has the file's names. The note
+  says what is kept in 16 bits and why.
 - **refused**: before anything is converted, in one line that names the tensor and the remedy.
 - **wrong**, **crash**: what must not be.
-- **not run**: transformers itself does not build or run the tiny model on plain token ids, so nothing
-  is said of it here."""
+- **not run**: transformers itself does not build or run the tiny model on plain token ids, so
+  nothing is said of it here."""
 
 
 def work() -> None:

@@ -24,7 +24,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*(num_attention_heads|attention_heads|num_heads|n_heads?|num_query_heads)", 4),
     (r"linear_num_(key|value)_heads|.*num_v_heads|.*num_k_heads", 4),
     (
-        r"(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|hidden_dim|word_embed_proj_dim)",
+        r"(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|embedding_dim|hidden_dim|word_embed_proj_dim)",
         64,
     ),
     (
@@ -44,10 +44,20 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(mamba_expand)", 2),
     (r"(mamba_d_state|state_size|ssm_state_size)", 16),
     (r"rotary_dim", 8),
+    (r"base_channels|num_filters|n_filters", 32),
+    (r"encoder_hash_byte_group_vocab", 384),
     (r"(time_step_rank|mamba_dt_rank)", 8),
 )
 LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types")
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+ZAMBA = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["mamba", "hybrid"] * 2,
+    "attention_hidden_size": 128,
+    "attention_head_dim": 32,
+}
+ROPE = {"rope_parameters": MROPE}
+HEADS = {"head_dim": 16}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
@@ -71,12 +81,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 SUB_OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral", "nemotron"),
-        {"head_dim": 16},
+        HEADS,
     ),
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     **dict.fromkeys(
         ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text"),
-        {"rope_parameters": MROPE},
+        ROPE,
     ),
     "glm4v_moe_text": {
         "rope_parameters": MROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
@@ -93,10 +103,12 @@ SUB_OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"n_groups": 2},
     "falcon_h1": {"mamba_d_head": 16},
     "bamba": {"attn_layer_indices": [1]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "layers_block_type": None},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
-    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
-    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    **dict.fromkeys(("zamba", "zamba2"), ZAMBA),
+    "qwen2_5_omni_text": ROPE,
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "step3p7_text": {"sliding_window": 512},
+    "cohere_compass_text": {"rope_parameters": None},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
