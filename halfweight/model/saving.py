@@ -19,7 +19,7 @@ from halfweight.model.experts import QuantizedExperts
 from halfweight.model.modules import PARTS, QuantizedWeight, disk_tensors
 from halfweight.model.packed_weight import PackedWeight, gather, whole
 from halfweight.model.placement import DTYPE_HOLDER
-from halfweight.quantization.scheme import Decision, GroupSize, Scheme, TensorInfo
+from halfweight.quantization.scheme import GROUP_SIZES, Decision, GroupSize, Scheme, TensorInfo
 
 SUFFIX = ".weight_packed"
 
@@ -41,7 +41,8 @@ def saved_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _group_size(in_features: int, num_groups: int) -> GroupSize:
-    return "row" if num_groups == 1 else in_features // num_groups
+    size = in_features // num_groups
+    return "row" if num_groups == 1 and size not in GROUP_SIZES else size
 
 
 def stored_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from halfweight.quantization.scheme import Recipe
 TOLERANCE = 2e-4
 """Of the largest logit: float32 sums in another order."""
 NUM_TOKENS = 12
+MOST_PARAMETERS = 150e6
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,13 @@ def outcome_of(model_type: str, class_name: str, folder: Path) -> Outcome:
 
 def save_source(model_type: str, class_name: str, folder: Path) -> None:
     """A random model in bfloat16, its norms and biases away from 1 and 0."""
+    kind, config = getattr(transformers, class_name), tiny_config(model_type, class_name)
+    with torch.device("meta"):
+        number = sum(parameter.numel() for parameter in kind(config).parameters())
+    if number > MOST_PARAMETERS:
+        raise ValueError(f"{number / 1e6:.0f} million parameters are not tiny")
     torch.manual_seed(0)
-    model = getattr(transformers, class_name)(tiny_config(model_type, class_name))
+    model = kind(config)
     randomize(model)
     model.to(torch.bfloat16).save_pretrained(folder)
 
@@ -84,7 +90,7 @@ def check_folder(folder: Path, keep: tuple[str, ...] = ()) -> Outcome:
         if "'*experts*'" in error.hint and not keep:
             found = check_folder(folder, keep=("*experts*",))
             return Outcome(found.outcome, f"with --keep '*experts*'; {found.note}".rstrip("; "))
-        return Outcome("refused", f"{error}; {error.hint}")
+        return Outcome("refused", f"{error}; {error.hint}".replace(f"{folder}/", ""))
     except Exception as error:
         return Outcome("crash", f"quantize: {_line(error)}")
     stage = "verify"
@@ -188,6 +194,8 @@ def model_inputs(model: Any) -> dict[str, Any]:
     names = inspect.signature(model.forward).parameters
     ids = torch.arange(5, 5 + NUM_TOKENS).view(1, -1)
     inputs: dict[str, Any] = {}
+    if "musicgen" in model.config.model_type:
+        ids = ids.repeat(model.config.num_codebooks, 1)
     if "input_ids" in names:
         inputs["input_ids"] = ids
     for name in ("decoder_input_ids", "labels_ids"):

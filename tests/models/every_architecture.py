@@ -25,6 +25,21 @@ ROOT = HERE.parents[1]
 JOURNAL = ROOT / "build" / "models.jsonl"
 SECONDS = 120
 """The longest that one model may take."""
+OUTCOMES = ("right", "refused", "wrong", "crash", "not run")
+NOTE_CHARACTERS = 160
+INTRODUCTION = """# Models
+
+Every language model class of transformers {version} ({number}), as a tiny random model: saved in
+16 bits, quantized, verified, loaded, saved again. Made by `make test-models`; all notes are in
+`benchmarks/results/models.json`.
+
+- **right**: every weight and the logits equal those of transformers' own model with the weights
+  that the file stores, to float32 rounding, and what is saved again has the file's names. The note
+  says what is kept in 16 bits and why.
+- **refused**: before anything is converted, in one line that names the tensor and the remedy.
+- **wrong**, **crash**: what must not be.
+- **not run**: transformers itself does not build or run the tiny model on plain token ids, so
+  nothing is said of it here."""
 
 
 def work() -> None:
@@ -144,6 +159,40 @@ def main() -> None:
         return
     rows = run(options.pattern, options.jobs, options.again)
     print(dict(Counter(row["outcome"] for row in rows)))
+    if not options.pattern:
+        write(rows)
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """The results and the page made of them."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import torch
+    import transformers
+    from envelope import envelope, write_result
+
+    write_result("models", envelope(torch.device("cpu"), {}), rows)
+    (ROOT / "docs/models.md").write_text(page(rows, transformers.__version__))
+
+
+def page(rows: list[dict[str, Any]], version: str) -> str:
+    """docs/models.md: counts, then a table a kind of model."""
+    counts = Counter(row["outcome"] for row in rows)
+    parts = [INTRODUCTION.format(version=version, number=len(rows))]
+    parts.append("| outcome | models |\n|---|---|")
+    parts[-1] += "".join(f"\n| {name} | {counts[name]} |" for name in OUTCOMES if counts[name])
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        parts.append(
+            f"## {kind.capitalize()}\n\n| type | class | outcome | note |\n|---|---|---|---|"
+        )
+        parts[-1] += "".join(_row(row) for row in rows if row["kind"] == kind)
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(row: dict[str, Any]) -> str:
+    note = row["note"].replace("|", "/")
+    if len(note) > NOTE_CHARACTERS:
+        note = note[:NOTE_CHARACTERS].rpartition(" ")[0] + " ..."
+    return f"\n| {row['architecture']} | {row['class']} | {row['outcome']} | {note} |"
 
 
 if __name__ == "__main__":
