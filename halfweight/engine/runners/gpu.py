@@ -212,6 +212,8 @@ def unfit(model: PreTrainedModel) -> str | None:
     reason = difference(model)
     if reason is not None:
         return reason
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "its weights lie on several devices"
     head_size = model.model.layers[0].self_attn.head_dim
     if head_size < LEAST_HEAD_SIZE or head_size.bit_count() != 1:
         return f"its heads have {head_size} numbers, expected a power of two from {LEAST_HEAD_SIZE}"
