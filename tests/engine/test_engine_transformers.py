@@ -166,7 +166,7 @@ def test_int8_pages_are_near_the_16_bit_ones():
 def test_a_quantized_model_runs(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from halfweight.model.loading import HalfweightConfig
+    from halfweight.model.transformers_quantizer import HalfweightConfig
 
     tiny("gemma2").save_pretrained(tmp_path)
     options = {"quantization_config": HalfweightConfig(), "dtype": torch.float32}
