@@ -21,9 +21,6 @@ from halfweight.cli.run import (
 )
 from halfweight.errors import UsageError
 
-GRACE_SECONDS = 5
-"""What runs when the server is told to end has so long to end by itself."""
-
 
 @app.command()
 def serve(
@@ -58,9 +55,8 @@ def serve(
 ) -> None:
     """Serve a model: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
     try:
-        import uvicorn
-
         from halfweight.serve.app import build_app
+        from halfweight.serve.listen import listen
     except ImportError as error:
         raise UsageError(
             f"serving needs {error.name}, which is not installed",
@@ -91,4 +87,4 @@ def serve(
         api_key=api_key,
         max_requests=max_requests,
     )
-    uvicorn.run(application, host=host, port=port, timeout_graceful_shutdown=GRACE_SECONDS)
+    listen(application, engine, host, port)
