@@ -27,9 +27,9 @@ class Batch:
 
     def __init__(self, path: str, most_sequences: int, most_tokens: int) -> None:
         llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_load_from_file(
-            path.encode(), llama_cpp.llama_model_default_params()
-        )
+        loading = llama_cpp.llama_model_default_params()
+        loading.use_extra_bufts = False  # weights packed for AMX end SmolLM2 with a crash in 0.3.36
+        model = llama_cpp.llama_model_load_from_file(path.encode(), loading)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         options = llama_cpp.llama_context_default_params()
         options.n_ctx = most_sequences * most_tokens

@@ -71,10 +71,11 @@ PREFILL = ((64, 512), (8, 8192)) if ON_GPU else ((8, 512),)
 """Prompts and their tokens."""
 SHARED_TOKENS, OWN_TOKENS, PREFIX_NEW_TOKENS = 2000, 48, 8
 MOST_CONTEXT = 8448 if ON_GPU else 2304
-GUESSED_NEW_TOKENS, TEXT_TOKENS, TEXT_PLACES = 160, 160, (3000, 9000, 15000, 21000)
+TEXT_PLACES, TEXT_TOKENS, BEGUN_TOKENS, GUESSED_NEW_TOKENS = (1500, 3000, 4500, 6000), 192, 32, 96
 WARM_UP_TOKENS = 32
 TEXT = Path(halfweight.__file__).parent / "cli" / "pride-and-prejudice.txt"
-EDIT = "Write this text again, but with 'Smith' in place of 'Bennet':\n\n"
+CHANGES = {"Bennet": "Smith", "Bingley": "Jones"}
+EDIT = "Text:\n\n{text}\n\nThe same text, with the names changed to Smith and Jones:\n\n{begun}"
 
 
 @dataclass
@@ -273,7 +274,7 @@ def editing(results: Results, model: Any, tokenizer: Any) -> None:
     drafts = Drafts(runners[1])
     with subjects[0].engine() as plain, subjects[1].engine(speculates=True) as guessing:
         targets = {"plain": EngineTarget(plain), "guessing": EngineTarget(guessing)}
-        for workload, asks in (("editing", edits(plain)), ("prose", prose(plain))):
+        for workload, asks in (("editing", edits(tokenizer)), ("prose", prose(tokenizer))):
             drafts.count = 0
             runs: dict[str, list[Run]] = {name: [] for name in targets}
             for ask in asks:
@@ -289,25 +290,30 @@ def editing(results: Results, model: Any, tokenizer: Any) -> None:
                 results.add(f"{workload}, {name}", row | (counted if name == "guessing" else {}))
 
 
-def passages(engine: Engine) -> list[str]:
-    """Pieces of a novel of TEXT_TOKENS tokens."""
-    ids = engine.encode(TEXT.read_text())
-    return [engine.tokenizer.decode(ids[at : at + TEXT_TOKENS]) for at in TEXT_PLACES]
+def passages(tokenizer: Any) -> list[list[int]]:
+    """Pieces of a novel, as tokens."""
+    ids = tokenizer(TEXT.read_text())["input_ids"]
+    return [ids[place : place + TEXT_TOKENS] for place in TEXT_PLACES]
 
 
-def edits(engine: Engine) -> list[Ask]:
-    """Greedy, the likeliest where text is to be copied."""
-    return [
-        Ask(engine.chat_prompt([{"role": "user", "content": EDIT + text}]), GUESSED_NEW_TOKENS)
-        for text in passages(engine)
-    ]
+def edits(tokenizer: Any) -> list[Ask]:
+    """Greedy. The answer is begun: so small a model does not do as it is told."""
+    asks = []
+    for ids in passages(tokenizer):
+        text = changed = tokenizer.decode(ids)
+        for old, new in CHANGES.items():
+            changed = changed.replace(old, new)
+        begun = tokenizer.decode(tokenizer(changed)["input_ids"][:BEGUN_TOKENS])
+        prompt = tokenizer(EDIT.format(text=text, begun=begun))["input_ids"]
+        asks.append(Ask(prompt, GUESSED_NEW_TOKENS))
+    return asks
 
 
-def prose(engine: Engine) -> list[Ask]:
+def prose(tokenizer: Any) -> list[Ask]:
     """Sampled: a small model's greedy prose goes round in circles, which is easy to guess."""
     return [
-        Ask(engine.encode(text), GUESSED_NEW_TOKENS, temperature=0.8, seed=seed)
-        for seed, text in enumerate(passages(engine))
+        Ask(ids, GUESSED_NEW_TOKENS, temperature=0.8, seed=seed)
+        for seed, ids in enumerate(passages(tokenizer))
     ]
 
 
@@ -331,8 +337,8 @@ def llama_target(python: str, model: Path) -> list[ProcessTarget]:
     sizes = (str(max(AT_ONCE_OF["llama.cpp"])), str(sum(LENGTHS)))
     try:
         return [ProcessTarget("llama.cpp", [python, str(script), str(model), *sizes])]
-    except HalfweightError as error:
-        print(f"no rows of llama.cpp: {error.message}", flush=True)
+    except (HalfweightError, OSError) as error:
+        print(f"no rows of llama.cpp: {error}", flush=True)
         return []
 
 

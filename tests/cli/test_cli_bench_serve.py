@@ -7,6 +7,7 @@ import pytest
 from command_line import run
 from tiny import make_llama
 
+import halfweight
 from halfweight.evaluation.speed.serving import Row
 
 SMALL = ["--prompt-tokens", "20", "--new-tokens", "6", "--no-speculate"]
@@ -63,9 +64,9 @@ def test_what_cannot_run_is_refused(pair, capsys, options, message):
 
 
 def test_a_server_needs_a_tokenizer(tmp_path, capsys):
-    import halfweight
-
-    halfweight.quantize(make_llama(tmp_path / "source"), tmp_path / "int8")
+    source = make_llama(tmp_path / "source")
+    (source / "tokenizer.json").unlink()
+    halfweight.quantize(source, tmp_path / "int8")
     code, _, err = bench(capsys, tmp_path / "int8", *SMALL, "--http")
     assert code == 2
     assert "no tokenizer" in err
