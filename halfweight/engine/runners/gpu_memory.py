@@ -12,6 +12,7 @@ from halfweight.engine.runners.gpu_attention import (
     TILE_ROWS,
     Shape,
 )
+from halfweight.engine.runners.gpu_read import READ_TOKENS
 from halfweight.errors import DoesNotFitError
 
 GIB = 1 << 30
@@ -68,7 +69,8 @@ def step_bytes(model: PreTrainedModel, limits: Limits) -> int:
     )
     logits = (LOGIT_ROWS + 2 * limits.max_sequences) * int(config.vocab_size) * size
     steps = activation_bytes(model, limits.max_step_tokens)
-    steps += activation_bytes(model, limits.max_sequences)
+    recorded = max(limits.max_sequences, min(READ_TOKENS, limits.max_step_tokens))
+    steps += 2 * activation_bytes(model, recorded)  # as it is recorded, and run before that
     return FIXED_BYTES + tables + rotary + parts + logits + steps + scratch_bytes(model, limits)
 
 
