@@ -20,6 +20,9 @@ FEW_TOKENS = 8
 """Tokens a sequence of a recorded step that verifies drafts."""
 FEW_SEQUENCES = 8
 """Sequences of such a step at most."""
+READ_TOKENS = 1024
+"""Tokens of a recorded step of prompts at most, in 16-bit pages: the launches of more are no
+slower than the GPU."""
 SMALL_BUCKETS = (1, 2, 4)
 BUCKET_STEP = 8
 """Between the larger buckets."""
@@ -109,12 +112,13 @@ def gpu_parts(sizes: Sizes, limits: Limits) -> dict[str, int]:
     slots, context = limits.max_sequences + 1, limits.max_context
     rows = recorded_rows(limits.max_sequences)
     tokens = min(limits.max_step_tokens, limits.max_sequences * context)
+    reading = min(READ_TOKENS, tokens) if limits.kv_cache == "16bit" else 0
     logits = sizes.vocabulary * sizes.number_bytes
     return {
         "tables": 4 * slots * (context + 1 + limits.max_pages) + 4 * context * sizes.head_dim,
         "scratch pages": limits.scratch_pages * page_bytes(sizes, "16bit"),
         "step activations": activation_bytes(sizes, tokens) + _tile_sums(sizes, limits),
-        "recorded steps": activation_bytes(sizes, rows) + _decode_sums(sizes, limits),
+        "recorded steps": activation_bytes(sizes, max(rows, reading)) + _decode_sums(sizes, limits),
         "logits": (rows + limits.max_sequences) * logits,
     }
 

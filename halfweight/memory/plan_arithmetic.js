@@ -144,6 +144,7 @@ function gpuParts(model, work) {
   const pages = ceilDiv(context, c.PAGE_TOKENS.gpu);
   const rows = Math.max(bucket(c, batch), c.FEW_SEQUENCES * c.FEW_TOKENS);
   const tokens = Math.min(c.STEP_TOKENS.gpu, batch * context);
+  const reading = work.kvDtype === "int8" ? 0 : Math.min(c.READ_TOKENS, tokens);
   const scratch = work.kvDtype === "int8"
     ? Math.max(pages, 2 * ceilDiv(c.STEP_TOKENS.gpu, c.PAGE_TOKENS.gpu)) : 0;
   const row = 4 * (a.head_dim + 2);
@@ -154,7 +155,7 @@ function gpuParts(model, work) {
     "tables": 4 * (batch + 1) * (context + 1 + pages) + 4 * context * a.head_dim,
     "scratch pages": scratch * 4 * c.PAGE_TOKENS.gpu * a.kv_heads * a.head_dim,
     "step activations": activationBytes(a, tokens) + row * 2 * c.MULTIPROCESSORS * c.TILE_ROWS,
-    "recorded steps": activationBytes(a, rows) + decodeSums + partialSumsBytes(model),
+    "recorded steps": activationBytes(a, Math.max(rows, reading)) + decodeSums + partialSumsBytes(model),
     "logits": (rows + batch) * 2 * a.vocabulary,
   };
 }

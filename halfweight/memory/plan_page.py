@@ -34,7 +34,14 @@ SIZES = (
 CONSTANTS = {
     transient: ("CHUNK_TOKENS", "CUBLAS_WORKSPACE_BYTES", "MULTIPROCESSORS", "PARTIAL_SUMS"),
     engine_memory: (
-        *("PAGE_TOKENS", "STEP_TOKENS", "FEW_TOKENS", "FEW_SEQUENCES", "SMALL_BUCKETS"),
+        *(
+            "PAGE_TOKENS",
+            "STEP_TOKENS",
+            "FEW_TOKENS",
+            "FEW_SEQUENCES",
+            "READ_TOKENS",
+            "SMALL_BUCKETS",
+        ),
         *("BUCKET_STEP", "DECODE_PROGRAMS", "MIN_DOT_ROWS", "TILE_ROWS"),
     ),
 }

@@ -19,7 +19,7 @@ from transformers import (
 
 import halfweight
 from halfweight.engine.kv_cache import quantize_heads
-from halfweight.engine.runners import gpu_attention
+from halfweight.engine.runners import gpu_attention, gpu_steps
 from halfweight.engine.runners.gpu import GpuRunner, unfit
 from halfweight.engine.runners.gpu_attention import (
     PAGE_TOKENS,
@@ -31,6 +31,7 @@ from halfweight.engine.runners.gpu_attention import (
 )
 from halfweight.engine.runners.gpu_inputs import Queries, cut, tiles
 from halfweight.engine.runners.gpu_layers import Layer
+from halfweight.engine.runners.gpu_read import READ_STEP, READ_TOKENS, ReadStep
 from halfweight.engine.step import Chunk
 from halfweight.model.modules import stack
 
@@ -348,6 +349,43 @@ def test_the_runner_equals_the_models_forward(tmp_path, family, kv_cache):
         assert error(found, expected) < (5e-6 if kv_cache == "16bit" else 3e-2)
 
 
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_padded_read_equals_the_models_forward_and_the_mixed_step(
+    tmp_path, in_parts, monkeypatch
+):
+    if in_parts:
+        monkeypatch.setattr(gpu_steps, "LEAST_PAGES_OF_A_PART", 1)
+        monkeypatch.setattr(PagedAttention, "num_tiles_at_once", 6)
+    model = quantized(tmp_path, MODELS["llama-bias"], torch.float32)
+    texts = Texts(model, [190, 12, 90])
+    runner = texts.runner
+    poison(runner._parts.attention._pool)
+    mixed, runner._mixed = runner._mixed, None
+    steps = [
+        [(0, 107, 1)],
+        [(0, 33, 1), (1, 9, 0), (2, 33, 2)],
+        [(1, 1, 1), (0, 50, 1), (2, 57, 0)],
+    ]
+    for chunks in steps:
+        step = [Chunk(s, texts.read[s], count, n, texts.pages[s]) for s, count, n in chunks]
+        found, expected = texts.step(*chunks)
+        assert error(found, expected) < 5e-6
+        with torch.inference_mode():
+            assert error(mixed(step), found) < 2e-6
+    assert (runner._parts.prompt_work(step, 128).num_parts > 0) == in_parts
+
+
+def test_which_steps_are_recorded_reads(tmp_path):
+    model = quantized(tmp_path, MODELS["llama-bias"], torch.float32)
+    parts = GpuRunner(model, **LIMITS)._parts
+    assert ReadStep.takes(parts, [Chunk(i, 0, READ_TOKENS // 8, 1, ()) for i in range(8)])
+    assert not ReadStep.takes(parts, [Chunk(i, 0, 9, 1, ()) for i in range(9)])
+    assert not ReadStep.takes(parts, [Chunk(0, 0, READ_TOKENS + 1, 1, ())])
+    assert not ReadStep.takes(parts, [Chunk(0, 0, 20, 9, ())])
+    parts = GpuRunner(model, **LIMITS, kv_cache="int8")._parts
+    assert not ReadStep.takes(parts, [Chunk(0, 0, 20, 1, ())])
+
+
 def test_a_nan_in_the_pages_reaches_its_own_sequence_only(tmp_path):
     texts = Texts(quantized(tmp_path, MODELS["llama-bias"], torch.float32), [12, 12, 12])
     texts.step(*((slot, 10, 1) for slot in range(3)))
@@ -420,6 +458,25 @@ def test_recorded_and_mixed_steps(tmp_path, batch, dtype, kv_cache):
     for chunks in steps:
         found, expected = texts.step(*chunks)
         assert error(found, expected) < WHOLE[dtype] + 2e-2 * (kv_cache == "int8")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_reads_of_every_bucket_plain_recorded_and_replayed(tmp_path, dtype):
+    texts = Texts(quantized(tmp_path, MIDDLE, dtype), [2000] * 3, **COMPILED)
+    runner = texts.runner
+    for slot in range(3):
+        found, expected = texts.step((slot, 2000, 1))
+        assert error(found, expected) < WHOLE[dtype]
+    mixed, runner._mixed = runner._mixed, None
+    for tokens in [*range(READ_STEP - 29, READ_TOKENS, READ_STEP), READ_TOKENS]:
+        for turn in range(3):
+            counts = tokens - tokens // 2 - tokens // 3, tokens // 3, tokens // 2
+            starts = 0, 800 * turn, 37 * turn
+            step = [Chunk(i, starts[i], counts[i], 1, texts.pages[i]) for i in range(3)]
+            found = runner.run(step).clone()
+            with torch.inference_mode():
+                assert error(found, mixed(step)) < WHOLE[dtype]
 
 
 @pytest.mark.gpu

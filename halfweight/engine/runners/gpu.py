@@ -1,9 +1,10 @@
 """Llama-like models on a GPU: our own kernels over pages, a step as few launches.
 
-A step takes one of three ways (gpu_steps.py):
+A step takes one of four ways (gpu_steps.py, gpu_read.py):
 
     decode   one token a sequence: a CUDA graph, recorded for each bucket of batch sizes
     verify   a few tokens of a few sequences (drafts to verify): a CUDA graph as well
+    read     few prompts of up to a thousand tokens together: a CUDA graph for each bucket of them
     mixed    anything else: decoding sequences and chunks of prompts share the products, launched
              one by one
 
@@ -37,6 +38,7 @@ from halfweight.engine.runners.gpu_memory import (
     pages_that_fit,
     sizes_of,
 )
+from halfweight.engine.runners.gpu_read import READ_STEP, READ_TOKENS, ReadStep, read_bucket
 from halfweight.engine.runners.gpu_steps import FewTokens, MixedStep, Parts, Recordings
 from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.step import KvCache, Step
@@ -120,21 +122,29 @@ class GpuRunner:
         if most <= FEW_TOKENS and len(step) <= FEW_SEQUENCES:
             logits = self._few(len(step), FEW_TOKENS)(step)
             return logits[: sum(chunk.num_logits for chunk in step)]
+        if ReadStep.takes(self._parts, step):
+            logits = self._read(sum(chunk.num_tokens for chunk in step))(step)
+            return logits[: sum(chunk.num_logits for chunk in step)]
         return self._mixed(step)
 
     @torch.inference_mode()
     def record(self, batch_sizes: list[int]) -> None:
-        """Record the graphs of these batch sizes now, not when first met."""
+        """Record the graphs of these batch sizes, and of prompts, now, not when first met."""
         for tokens, most in ((1, self.max_sequences), (FEW_TOKENS, FEW_SEQUENCES)):
             for batch in {bucket(b) for b in batch_sizes if b <= most}:
                 for _ in range(2):
                     self._few(batch, tokens)([])
+        if ReadStep.takes(self._parts, []):
+            for tokens in range(READ_STEP, self._most_read() + 1, READ_STEP):
+                for _ in range(2):
+                    self._read(tokens)([])
 
     def close(self) -> None:
         """Free pages, graphs and buffers; the runner is of no use after."""
         for name in ("_parts", "_page_tables", "_inputs", "_logits", "_recordings", "_steps"):
             self.__dict__.pop(name, None)
-        self.__dict__.pop("_mixed", None)
+        for name in ("_reads", "_mixed"):
+            self.__dict__.pop(name, None)
         self.table = self.table[:0]
 
     def _choose_pages(
@@ -167,12 +177,14 @@ class GpuRunner:
         """Buffers that recorded steps share, and the mixed step."""
         largest = ((bucket(self.max_sequences), 1), (FEW_SEQUENCES, FEW_TOKENS))
         size = max(FewTokens.sections(self._parts, *sizes).total for sizes in largest)
+        size = max(size, ReadStep.sections(self._parts, self._most_read()).total)
         self._inputs = Inputs(size, self.device)
         self._updates = Inputs(2 * self._page_tables.max_pages, self.device)
         rows = recorded_rows(self.max_sequences)
         self._logits = torch.empty(rows, self.vocab_size, dtype=dtype, device=self.device)
         self._recordings = Recordings(self.device)
         self._steps: dict[tuple[int, int], FewTokens] = {}
+        self._reads: dict[int, ReadStep] = {}
         self._mixed = MixedStep(self._parts)
 
     def _few(self, batch: int, tokens: int) -> FewTokens:
@@ -182,6 +194,17 @@ class GpuRunner:
                 self._parts, *key, self._inputs, self._logits, self._recordings
             )
         return self._steps[key]
+
+    def _most_read(self) -> int:
+        """Tokens of the largest recorded step that reads prompts."""
+        return read_bucket(min(READ_TOKENS, self.max_step_tokens))
+
+    def _read(self, num_tokens: int) -> ReadStep:
+        tokens = read_bucket(num_tokens)
+        if tokens not in self._reads:
+            shared = self._inputs, self._logits, self._recordings
+            self._reads[tokens] = ReadStep(self._parts, tokens, *shared)
+        return self._reads[tokens]
 
     def _send_pages(self, step: Step) -> None:
         """Tell the device's page tables what is new."""
