@@ -38,7 +38,7 @@ from halfweight.engine.runners.gpu_memory import (
     pages_that_fit,
     sizes_of,
 )
-from halfweight.engine.runners.gpu_read import READ_STEP, READ_TOKENS, ReadStep, read_bucket
+from halfweight.engine.runners.gpu_read import READ_STEP, ReadStep, read_bucket
 from halfweight.engine.runners.gpu_steps import FewTokens, MixedStep, Parts, Recordings
 from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.step import KvCache, Step
@@ -47,6 +47,7 @@ from halfweight.memory.device_memory import available_bytes
 from halfweight.memory.engine_memory import (
     FEW_SEQUENCES,
     FEW_TOKENS,
+    READ_TOKENS,
     STEP_TOKENS,
     Limits,
     bucket,
