@@ -263,12 +263,11 @@ class _Start:
 
 @lru_cache(maxsize=16384)
 def _start(plan: Plan, group_size: int, dtype: torch.dtype, device: int, stream: int) -> _Start:
-    """The kernel may start before the one ahead of it has ended: it waits before it reads x."""
+    """It may start before the kernel ahead of it has ended: it waits before it reads x."""
     from cuda.bindings import driver
 
     config = plan.config
     kernel = _kernel(config, config.groups(group_size), dtype, device)
-
     launch = driver.CUlaunchConfig()
     grid = plan.num_workers * config.cluster * config.split
     launch.gridDimX, launch.gridDimY, launch.gridDimZ = grid, 1, 1
