@@ -345,4 +345,4 @@ def test_a_cpu_without_vnni_gives_the_same_bits_too():
     command += ["-p", "no:cacheprovider"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert "7 passed" in done.stdout
+    assert done.stdout.startswith("." * 7), done.stdout
