@@ -177,7 +177,10 @@ def multiply_floats(
         row_scales(linear, row + r, count, size, scales)
         weights = cell(linear, PACKED) + (row + r) * columns
         if tokens > 1:
-            widen(weights, count * columns, wide)
+            packed = carray(pointer_to(weights), count * columns, uint8)
+            numbers = floats_at(wide, count * columns)
+            for i in range(count * columns):
+                numbers[i] = float32(int32(packed[i]) - int32(128))
         for m in range(tokens):
             at = x + 4 * m * columns
             if tokens > 1:
@@ -189,14 +192,6 @@ def multiply_floats(
             for i in range(count):
                 store(sums + 4 * (m * TILE_ROWS + r + i), load(out + 4 * i, float32))
         r += count
-
-
-@inline
-def widen(weights: Any, count: Any, to: Any) -> None:
-    """Packed weights as the numbers q."""
-    packed, numbers = carray(pointer_to(weights), count, uint8), floats_at(to, count)
-    for i in range(count):
-        numbers[i] = float32(int32(packed[i]) - int32(128))
 
 
 @inline
