@@ -4,11 +4,10 @@ import importlib.util
 import json
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_files import TYPES, make_gguf
+from gguf_files import TYPES, gguf, make_gguf
 from tiny import HIDDEN, VOCAB, tensors_of
 
 import halfweight

@@ -1,7 +1,11 @@
 """The CPU runner against transformers' forward, and against itself in other company."""
 
+import os
 import random
+import subprocess
+import sys
 
+import llvmlite.binding as llvm
 import pytest
 import torch
 from transformers import (
@@ -358,3 +362,19 @@ def test_a_step_is_cut_into_calls():
         [(1, 31, 29, 29), (2, 0, 3, 0)],
     ]
     assert list(cut([], 32)) == []
+
+
+def test_a_cpu_without_vnni_gives_the_same_bits_too():
+    """Some of these tests on AVX2 alone, in a process of its own."""
+    if not llvm.get_host_cpu_features().get("avx2"):
+        pytest.skip("needs a CPU with AVX2")
+    environment = os.environ | {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c",
+    }
+    wanted = "(odd_chunks and (groups or qwen2)) or (beside and 5 and llama) or leak"
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", wanted]
+    command += ["-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("." * 7), done.stdout

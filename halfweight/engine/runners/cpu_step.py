@@ -18,10 +18,15 @@ from transformers import PreTrainedModel
 from halfweight.engine.step import Chunk
 from halfweight.kernels.cpu import attention_products as products
 from halfweight.kernels.cpu import batch_cells as names
+from halfweight.kernels.cpu import batch_loops as loops
 from halfweight.kernels.cpu.backend import FORMATS, exact_parts, has_matrix_unit, linear_cells
-from halfweight.kernels.cpu.batch_loops import batch_product, matrix_product
-from halfweight.kernels.cpu.batch_step import all_turned_bytes, run_batch_step, work_bytes
-from halfweight.kernels.cpu.decode_products import PRODUCT
+from halfweight.kernels.cpu.batch_step import (
+    all_turned_bytes,
+    prepare_one,
+    run_batch_step,
+    work_bytes,
+)
+from halfweight.kernels.cpu.decode_products import PARTS, PRODUCT
 from halfweight.kernels.cpu.threads import Arguments, CFunction, Kernel, num_threads
 from halfweight.memory.engine_memory import STEP_TOKENS
 from halfweight.model.llama_like import layer_linears
@@ -32,7 +37,9 @@ MIN_CALL_TOKENS, MAX_CALL_TOKENS = 32, STEP_TOKENS["cpu"]
 CACHE_BYTES = 1 << 20
 """Half of a usual L2 cache."""
 
-_product, _by_matrix = CFunction(batch_product), CFunction(matrix_product)
+_by_floats, _prepare = CFunction(loops.batch_float), CFunction(prepare_one)
+_by_digits = {2: CFunction(loops.batch_digits_2), 3: CFunction(loops.batch_digits_3)}
+_by_matrix = {2: CFunction(loops.batch_matrix_2), 3: CFunction(loops.batch_matrix_3)}
 _attention = {
     dtype: (CFunction(score), CFunction(add))
     for dtype, score, add in (
@@ -206,7 +213,8 @@ class BatchStep:
             names.PREPARED: self._address(torch.zeros(sizes.prepared, dtype=torch.uint8)),
             names.WORK_BYTES: sizes.own,
             names.TURNED: sizes.turned_at,
-            names.MATRIX: _by_matrix.address if digits and has_matrix_unit() else 0,
+            names.MATRIX: _by_matrix[digits].address if digits and has_matrix_unit() else 0,
+            names.PREPARE: _prepare.address,
         }
         for cell, value in values.items():
             self._arguments.cells[cell] = value
@@ -231,7 +239,8 @@ class BatchStep:
             self._kept.append(bias)
         stored = (module.weight_packed, module.weight_scale, module.weight_exponent)
         cells = list(linear_cells(*stored, bias, self._parts))
-        cells[PRODUCT] = _product.address
+        product = _by_digits[self._parts] if cells[PARTS] else _by_floats
+        cells[PRODUCT] = product.address
         return cells
 
     def _linear_address(self, module: QuantizedWeight) -> int:

@@ -69,6 +69,7 @@ from halfweight.kernels.cpu.batch_cells import (
     OUTPUT,
     OUTPUT_DONE,
     OUTPUT_TICKET,
+    PREPARE,
     PREPARED,
     Q_TICKET,
     QKV,
@@ -127,16 +128,27 @@ SPARE_BYTES = 16 * LINE
 """What is read and written past the last number that is turned."""
 
 
-@inline
 def prepare_one(
-    step: Any, norm: Any, x: Any, columns: Any, floats: Any, record: Any, scratch: Any
-) -> None:
-    """x float32 [K], normalized to `floats` if there is a norm, and in digits to `record`."""
+    step: Any,
+    norm: Any,
+    x: Any,
+    columns: Any,
+    floats: Any,
+    record: Any,
+    scratch: Any,
+    _: Any,
+    __: Any,
+) -> Any:
+    """x float32 [K], normalized to `floats` if there is a norm, and in digits to `record`.
+
+    A function of its own that the kernel calls by its address, so that it is compiled once.
+    """
     if norm:
         normalize(x, norm, columns, load(step + 8 * EPSILON, float32), floats)
         x = floats
     if cell(step, DIGITS) and columns % LINE == 0:
         write_batch_record(x, columns, cell(step, DIGITS), record, scratch)
+    return record
 
 
 @inline
@@ -163,7 +175,8 @@ def prepare(
     while m < count:
         token = cell(chosen, m) if chosen else m
         at = x + 4 * columns * token
-        prepare_one(step, norm, at, columns, base + 4 * columns * m, records + size * m, scratch)
+        to = (base + 4 * columns * m, records + size * m)
+        call_at(cell(step, PREPARE), (step, norm, at, columns, *to, scratch, 0, 0))
         if alone:
             break
         fetch_add(ticket + 8, 1)
