@@ -180,7 +180,9 @@ def unequal_logits(model: Any, reference: Any) -> str:
         try:
             wanted = _logits(reference(**inputs))
         except Exception as error:
-            raise NotRun(f"transformers does not run it: {_line(error)}") from error
+            raise NotRun(
+                f"weights are right; transformers does not run it: {_line(error)}"
+            ) from error
         torch.manual_seed(0)
         found = _logits(model(**inputs))
     if not wanted.isfinite().all():

@@ -38,8 +38,8 @@ Every language model class of transformers {version} ({number}), as a tiny rando
   says what is kept in 16 bits and why.
 - **refused**: before anything is converted, in one line that names the tensor and the remedy.
 - **wrong**, **crash**: what must not be.
-- **not run**: transformers itself does not build or run the tiny model on plain token ids, so
-  nothing is said of it here."""
+- **not run**: transformers itself does not build the tiny model here, or does not run it on plain
+  token ids; then the note says that all weights are right."""
 
 
 def work() -> None:
@@ -180,6 +180,8 @@ def page(rows: list[dict[str, Any]], version: str) -> str:
     parts = [INTRODUCTION.format(version=version, number=len(rows))]
     parts.append("| outcome | models |\n|---|---|")
     parts[-1] += "".join(f"\n| {name} | {counts[name]} |" for name in OUTCOMES if counts[name])
+    kept = sum(row["note"].startswith("with --keep") for row in rows)
+    parts.append(f"{kept} of these are right with `--keep '*experts*'` and refused without it.")
     for kind in dict.fromkeys(row["kind"] for row in rows):
         parts.append(
             f"## {kind.capitalize()}\n\n| type | class | outcome | note |\n|---|---|---|---|"
