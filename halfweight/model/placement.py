@@ -62,6 +62,8 @@ def place(
         replacement = stand_in(module, options, dtype)
         twin = held.setdefault(matrix, replacement)
         replacement.hold(gather(arrived, matrix) if twin is replacement else twin.quantized)
+        if isinstance(twin, QuantizedEmbedding) and isinstance(replacement, QuantizedLinear):
+            replacement.int8_activations = False  # a tied head is exact, as its table is
         model.set_submodule(name, replacement)
     model.all_tied_weights_keys = dict(_ties_of_parts(model, tied))
     _keep_a_dtype(model)

@@ -135,7 +135,7 @@ def test_a_class_of_its_own_must_compute_the_same():
 
 
 class _Source:
-    name, path, config = "source", None, {}
+    name, path, config, stored_bytes = "source", None, {}, 96
 
     def __init__(self, arrays):
         self._arrays = arrays
