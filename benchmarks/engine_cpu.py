@@ -1,4 +1,4 @@
-"""The CPU runner beside the step and the prefill it replaces: SmolLM2-135M, 1 to 32 sequences.
+"""The CPU runner, 1 to 32 sequences, and prompts beside transformers' forward: SmolLM2-135M.
 
     python benchmarks/engine_cpu.py [--work FOLDER] [--rounds 40] [--threads N]
 
@@ -24,9 +24,9 @@ import torch
 from envelope import envelope, write_result
 
 import halfweight
-from halfweight.engine.decoder import Decoder
 from halfweight.engine.runners.cpu import CpuRunner
 from halfweight.engine.step import Chunk
+from halfweight.evaluation.speed.static_decoder import StaticDecoder
 from halfweight.kernels.timing import read_bandwidth
 
 SEQUENCES = (1, 2, 4, 8, 16, 32)
@@ -96,28 +96,18 @@ Rivals = dict[str, tuple[int, Callable[[], object]]]
 
 
 def decoding(model: Any) -> Rivals:
-    """A step of each number of sequences, and the decode step for one."""
+    """A step of each number of sequences."""
     runner = CpuRunner(model, max_sequences=max(SEQUENCES), max_context=CONTEXT)
     pages = pages_of(runner)
     for slot in range(max(SEQUENCES)):
         runner.table[slot, :512] = torch.tensor(PROMPT, dtype=torch.int32)
         runner.run([Chunk(slot, 0, DECODED_AFTER, 0, pages[slot])])
-    decoder = Decoder(model, 1, CONTEXT, step="kernel")
-    decoder.prefill([PROMPT[:DECODED_AFTER]])
-    token = torch.tensor([PROMPT[DECODED_AFTER]])
-
-    def before() -> None:
-        decoder._positions.fill_(DECODED_AFTER - 1)
-        decoder._slot.fill_(DECODED_AFTER - 1)
-        decoder.advance(token)
 
     def step(count: int) -> Callable[[], object]:
         chunks = [Chunk(slot, DECODED_AFTER, 1, 1, pages[slot]) for slot in range(count)]
         return lambda: runner.run(chunks)
 
-    found: Rivals = {"decoder step": (1, before)}
-    found |= {f"{count} sequences": (count, step(count)) for count in SEQUENCES}
-    return found
+    return {f"{count} sequences": (count, step(count)) for count in SEQUENCES}
 
 
 def reading(model: Any) -> Rivals:
@@ -125,7 +115,7 @@ def reading(model: Any) -> Rivals:
     runner = CpuRunner(model, max_sequences=1, max_context=CONTEXT)
     (pages,) = pages_of(runner)
     runner.table[0, :512] = torch.tensor(PROMPT, dtype=torch.int32)
-    decoder = Decoder(model, 1, CONTEXT, step="kernel")
+    decoder = StaticDecoder(model, 1, CONTEXT)
 
     def read(length: int) -> Callable[[], object]:
         return lambda: runner.run([Chunk(0, 0, length, 1, pages)])

@@ -21,17 +21,13 @@ from typing import Any
 import torch
 from arguments import parse
 from envelope import envelope, write_result
-from models import DEVICE, SHAPES
-from transformers import LlamaForCausalLM
+from models import DEVICE, random_model
 
-from halfweight.engine.decoder import Decoder
 from halfweight.engine.runners import gpu_attention, gpu_steps
 from halfweight.engine.runners.gpu import GpuRunner
 from halfweight.engine.step import Chunk
 from halfweight.evaluation.speed.generate import step_bytes
-from halfweight.kernels.operations import choose_backend
-from halfweight.kernels.timing import random_weight, read_bandwidth
-from halfweight.model.modules import stand_in
+from halfweight.kernels.timing import read_bandwidth
 
 PARTS = ("check", "decode", "long", "prefill", "tiles", "profile", "tune")
 CACHES = ("16bit", "int8")
@@ -44,27 +40,6 @@ STEP_TOKENS = 8192
 REPEATS = 25
 TUNED = [(warps, stages) for warps in (2, 4) for stages in (2, 3, 4)]
 PROGRAMS = (2, 3, 4, 5, 6, 8)
-
-
-def random_model(name: str) -> Any:
-    """A model of a named shape with random INT8 weights on the device."""
-    torch.manual_seed(0)
-    config, backend = SHAPES[name].config, choose_backend(DEVICE)
-    config.max_position_embeddings = 1 << 17
-    dtype = torch.float16 if DEVICE.type == "cuda" else torch.float32
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
-    for path, module in list(model.named_modules()):
-        new = stand_in(module, backend, dtype)
-        if new is not None:
-            shape = (new.out_features, new.in_features)
-            new.hold(random_weight(shape, DEVICE, min(128, shape[1])))
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, new)
-        elif getattr(module, "weight", None) is not None:
-            module.weight = torch.nn.Parameter(torch.ones_like(module.weight, device=DEVICE))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(DEVICE)
-    return model.eval().requires_grad_(False)
 
 
 def random_pages(runner: GpuRunner) -> None:
@@ -116,9 +91,7 @@ def host_microseconds(call: Callable[[int], object]) -> float:
 
 
 def cache_bytes(runner: GpuRunner, tokens: int) -> int:
-    shape = runner._parts.attention.shape
-    layers = len(runner._parts.attention._pool.keys)
-    return int(shape.page_bytes(runner.kv_cache) * layers * tokens / runner.page_tokens)
+    return int(runner.cache_bytes / runner.num_pages * tokens / runner.page_tokens)
 
 
 def decoding(model: Any, runner: GpuRunner, sizes: list[tuple[int, int]], peak: float) -> Any:
@@ -199,18 +172,15 @@ def checking(model: Any, kv_cache: str) -> Any:
         logits = runner.run([Chunk(0, start, count, wanted, pages)])
         found.append(logits[:wanted].float().clone())
         start += count
-    decoder = Decoder(model, 1, 720, kv_cache=kv_cache, step="kernel")
-    peer = [decoder.prefill([prompt[:700]])]
-    peer += [decoder.advance(torch.tensor([t], device=DEVICE)) for t in prompt[700:]]
-    for what, logits in (("runner", torch.cat(found)), ("decoder", torch.cat(peer))):
-        errors = (logits.double() - expected.double()).norm(dim=1) / expected.double().norm(dim=1)
-        yield {
-            "kv_cache": kv_cache,
-            "what": what,
-            "error_prefill": errors[0].item(),
-            "error_decode": errors[1:4].max().item(),
-            "error_verify": errors[4:].max().item(),
-        }
+    difference = torch.cat(found).double() - expected.double()
+    errors = difference.norm(dim=1) / expected.double().norm(dim=1)
+    yield {
+        "kv_cache": kv_cache,
+        "what": "runner",
+        "error_prefill": errors[0].item(),
+        "error_decode": errors[1:4].max().item(),
+        "error_verify": errors[4:].max().item(),
+    }
     runner.close()
 
 

@@ -1,15 +1,19 @@
-"""Random models of real shapes on the local disk: a 16-bit checkpoint and its INT8 conversion."""
+"""Random models of real shapes: a 16-bit checkpoint and its INT8 conversion, or INT8 in memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import halfweight
 from halfweight.evaluation.speed.rivals import Folders, activation_dtype
+from halfweight.kernels.operations import choose_backend
+from halfweight.kernels.timing import random_weight
+from halfweight.model.placement import Options, stand_in
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -67,3 +71,24 @@ def folders(name: str, under: Path) -> Folders:
     if not quantized.exists():
         halfweight.quantize(source, quantized)
     return Folders(source, quantized)
+
+
+def random_model(name: str) -> Any:
+    """A model of a named shape with random INT8 weights on the device."""
+    torch.manual_seed(0)
+    config, backend = SHAPES[name].config, choose_backend(DEVICE)
+    config.max_position_embeddings = 1 << 17
+    dtype = torch.float16 if DEVICE.type == "cuda" else torch.float32
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            new = stand_in(module, Options(backend), dtype)
+            shape = (new.out_features, new.in_features)
+            new.hold(random_weight(shape, DEVICE, min(128, shape[1])))
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)
+        elif getattr(module, "weight", None) is not None:
+            module.weight = torch.nn.Parameter(torch.ones_like(module.weight, device=DEVICE))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(DEVICE)
+    return model.eval().requires_grad_(False)

@@ -68,6 +68,7 @@ from halfweight.cli import (  # noqa: E402, F401  commands register themselves o
     backends,
     bench,
     bench_models,
+    bench_serve,
     convert,
     demo,
     evaluate,

@@ -122,7 +122,7 @@ class Engine:
     def _start(self, parts: Parts, *, speculates: bool) -> None:
         runner = parts.runner
         make_drafter: MakeDrafter | None = None
-        if speculates and runner.shares_prefixes:  # a state cannot go back to before a draft
+        if speculates and runner.most_drafts:
             from halfweight.engine.speculation import PromptLookup
 
             make_drafter = PromptLookup
@@ -287,7 +287,8 @@ class Engine:
     def chat_prompt(self, messages: Sequence[Message], /, **template: Any) -> list[int]:
         """Token ids of a conversation that the model is to continue with an answer.
 
-        `template` goes to the tokenizer's `apply_chat_template`: `tools`, `enable_thinking`, ...
+        `template` goes to the chat template: `tools`, `enable_thinking`, ... Raises UsageError
+        where the template refuses, CheckpointError where it is no valid one.
         """
         return encode_chat(self.tokenizer, messages, **template)
 

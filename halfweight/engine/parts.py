@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from halfweight.checkpoint.headers import resolve
 from halfweight.engine.request import Sampling
 from halfweight.engine.runners import make_runner
 from halfweight.engine.step import Runner
 from halfweight.engine.stops import default_sampling, end_of_text_tokens
 from halfweight.errors import UsageError
+from halfweight.model.tokenizer import has_tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     from halfweight.engine.sampler import Sampler
@@ -71,15 +73,8 @@ def _load(model: Any, **options: Any) -> Any:
 
 
 def _tokenizer_of(model: Any) -> Any:
-    """The tokenizer in a model's folder, or None."""
-    from transformers import AutoTokenizer
-
-    from halfweight.checkpoint.headers import resolve
-
+    """The tokenizer in a model's folder, or None: prompts and answers are then token ids."""
     if not isinstance(model, str | os.PathLike):
         return None
-    try:
-        return AutoTokenizer.from_pretrained(resolve(os.fspath(model)))
-    except (OSError, ValueError) as error:
-        log.warning("no tokenizer: %s", error)
-        return None
+    path = resolve(os.fspath(model))
+    return open_tokenizer(path) if has_tokenizer(path) else None

@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Any
 
 from halfweight.errors import UsageError
+from halfweight.model.tokenizer import chat_text
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -39,14 +40,9 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], /, **template: Any)
     `template` goes to the tokenizer's `apply_chat_template`. Raises UsageError where there is no
     template, where it refuses, and where the tokenizer cannot read what it made.
     """
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise UsageError("this model has no chat template", hint="use generate")
-    try:
-        options = {"add_generation_prompt": True, **template, "tokenize": False}
-        text = tokenizer.apply_chat_template(list(messages), **options)
-    except Exception as error:  # of a template, which may raise anything
-        raise UsageError(f"messages: {error}", hint="see the model's chat template") from error
-    return _ids(tokenizer, text, add_special_tokens=False)
+    if tokenizer is None:
+        raise UsageError("messages need a tokenizer", hint="use generate with token ids")
+    return _ids(tokenizer, chat_text(tokenizer, messages, **template), add_special_tokens=False)
 
 
 def _ids(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:

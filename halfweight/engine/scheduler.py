@@ -38,8 +38,6 @@ MOST_PASSED_OVER = 64
 MOST_DRAFTING = 8
 """Sequences at once up to which drafts are asked for: with more, a step has no time to spare."""
 
-MOST_DRAFTS = 16
-"""Tokens that are drafted for one step of a sequence."""
 _arrival = attrgetter("id")
 
 
@@ -306,7 +304,7 @@ class Scheduler:
         if sequence.drafter is not None:
             sequence.drafter.extend(gained)
             asks = sequence.slot >= 0 and len(self._running) <= MOST_DRAFTING
-            sequence.drafts = sequence.drafter.draft(MOST_DRAFTS) if asks else []
+            sequence.drafts = sequence.drafter.draft(self._runner.most_drafts) if asks else []
 
     def _publish(self, sequence: Sequence) -> None:
         """Let others find its pages that are full of tokens which are known."""

@@ -16,6 +16,40 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
+class Staging:
+    """Int64 numbers to a device, a copy a call, through two pinned buffers that take turns.
+
+    Pinning memory for each call would take longer than all else that it asks of the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Buffers grow with what is sent; on the CPU there are none."""
+        self._device, self._turn = device, 0
+        self._hosts = [torch.empty(0, dtype=torch.int64)] * 2
+        self._copied: list[Any] = [None, None]
+
+    def send(self, array: NDArray[np.int64]) -> Tensor:
+        """A copy on the device, in the order of its stream; on the CPU the array itself."""
+        if self._device.type != "cuda":
+            return torch.from_numpy(array)
+        host = self._host(array.size)[: array.size].view(array.shape)
+        host.numpy()[:] = array
+        sent = host.to(self._device, non_blocking=True)
+        self._copied[self._turn].record()
+        return sent
+
+    def _host(self, size: int) -> Tensor:
+        """The buffer to fill next; waits if its copy, two calls ago, is not done."""
+        self._turn ^= 1
+        if self._copied[self._turn] is None:
+            self._copied[self._turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied[self._turn].synchronize()
+        if len(self._hosts[self._turn]) < size:
+            room = 1 << size.bit_length()
+            self._hosts[self._turn] = torch.empty(room, dtype=torch.int64, pin_memory=True)
+        return self._hosts[self._turn]
+
+
 class HostCopy:
     """Tensors on their way to the host."""
 

@@ -45,11 +45,11 @@ def make_runner(
 ) -> Runner:
     """The quickest runner that gives this model's logits; one log line names it and why.
 
-    `max_context` is by default the model's own; `cache_tokens`, the size of the pool of pages, what
-    the device has room for. Raises UsageError where no runner can, DoesNotFitError where memory is
-    short.
+    `max_context` is by default the model's own, or less where memory is short; `cache_tokens`, the
+    size of the pool of pages, what the device has room for. Raises UsageError where no runner can,
+    DoesNotFitError where memory is short.
     """
-    kind = model.device.type
+    kind, shortens = model.device.type, max_context is None
     max_sequences = max_sequences or MOST_SEQUENCES.get(kind, MOST_SEQUENCES["cpu"])
     max_context = max_context or context_tokens(model.config) or UNLIMITED_CONTEXT
     if max_context < LEAST_CONTEXT:
@@ -66,6 +66,7 @@ def make_runner(
                 max_context=max_context,
                 cache_tokens=cache_tokens,
                 kv_cache=kv_cache,
+                **({"shortens": shortens} if name in ("gpu", "cpu") else {}),
             )
         except UnfitError as error:
             reasons.append(f"not {name}: {error.message}")
@@ -80,7 +81,10 @@ def describe(runner: Runner) -> str:
     """What a user should know of a runner: sequences, cache, and what it cannot."""
     own = getattr(runner, "description", "")
     tokens = (runner.num_pages - 1) * runner.page_tokens
-    found = [f"up to {runner.max_sequences} sequences, {tokens} tokens of cache"]
+    longest = min(runner.max_context, tokens)
+    found = [
+        f"up to {runner.max_sequences} sequences of {longest} tokens, {tokens} tokens of cache"
+    ]
     if not runner.shares_prefixes:
         found.append("no shared prefixes")
     return ", ".join([*found, own] if own else found)

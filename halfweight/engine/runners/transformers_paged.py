@@ -47,13 +47,15 @@ from halfweight.engine.runners.row import (
 )
 from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.step import Chunk, KvCache, Step
+from halfweight.memory import engine_memory
 from halfweight.memory.device_memory import available_bytes, out_of_memory
+from halfweight.memory.engine_memory import power_of_two
 from halfweight.model.experts import has_experts
 
 log = logging.getLogger("halfweight")
 
-PAGE_TOKENS = 16
-STEP_TOKENS = 2048
+PAGE_TOKENS = engine_memory.PAGE_TOKENS["transformers"]
+STEP_TOKENS = engine_memory.STEP_TOKENS["transformers"]
 """Most tokens of a step: bounds the memory of activations."""
 CPU_CACHE_TOKENS = 16384
 """Tokens of cache where there is no device memory to measure."""
@@ -66,7 +68,7 @@ class TransformersRunner:
 
     page_tokens = PAGE_TOKENS
     max_step_tokens = STEP_TOKENS
-    takes_drafts = True
+    most_drafts = 8
     """Tokens that are not taken are written over."""
 
     def __init__(
@@ -132,7 +134,7 @@ class TransformersRunner:
 
     def _decode(self, parts: Sequence[Part]) -> Tensor:
         """A step of single tokens in the shapes of its bucket."""
-        shape = (_power_of_two(len(parts)), _power_of_two(num_pages_of(parts, PAGE_TOKENS)))
+        shape = (power_of_two(len(parts)), power_of_two(num_pages_of(parts, PAGE_TOKENS)))
         numbers, layout = pack_decoding(parts, PAGE_TOKENS, shape, self.max_sequences)
         if layout not in self._buckets:
             self._buckets[layout] = _Bucket(self._forward, layout, self._recorder)
@@ -181,6 +183,8 @@ class TransformersRunner:
             for call in self._calls:
                 old = call.source
                 self.pools.append(self._pool(call, int8) if old is None else self.pools[old])
+        tensors = {id(t): t for pool in self.pools for t in pool.tensors}
+        self.cache_bytes = sum(tensor.nbytes for tensor in tensors.values())
 
     def _pool(self, call: Call, int8: bool) -> PagePool:
         shape = (self.num_pages, PAGE_TOKENS, call.num_heads)
@@ -270,10 +274,6 @@ class _Bucket:
         graph, logits = self._recorded
         graph.replay()
         return logits
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
 
 
 def _room(device: torch.device, token_bytes: int, max_context: int) -> int:
