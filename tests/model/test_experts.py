@@ -24,6 +24,7 @@ CONFIGS = {
     ),
 }
 IDS = torch.randint(0, 320, (2, 9))
+UNMASKED = torch.ones_like(IDS[:1])  # transformers would mask a 0 of the prompt, the padding's id
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -68,7 +69,8 @@ def test_nothing_of_an_expert_stays_in_16_bits(folders):
 def test_the_engine_generates_as_transformers_does(folders):
     model = halfweight.load(folders[1], dtype=torch.float32)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = model.generate(IDS[:1], max_new_tokens=6, **options)[0, IDS.shape[1] :]
+    out = model.generate(IDS[:1], attention_mask=UNMASKED, max_new_tokens=6, **options)
+    expected = out[0, IDS.shape[1] :]
     with Engine(model, max_context=32, max_sequences=2) as engine:
         prompt, greedy = IDS[0].tolist(), {"sampling": Sampling(), "stop_tokens": ()}
         found = engine.generate(prompt, max_new_tokens=6, **greedy)
