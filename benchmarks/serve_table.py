@@ -38,6 +38,8 @@ def figures() -> str:
         *_at_once_lines(at_once),
         "",
         *_prefill_lines(rows),
+        "",
+        *_prefix_lines(),
     ]
     return "\n".join(lines)
 
@@ -67,6 +69,21 @@ def _prefill_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
                 f"{row['concurrency']} prompts of {row['prompt_tokens']:,} tokens are read at "
                 f"{row['prefill_tokens_per_second']:,.0f} tokens/s."
             )
+
+
+def _prefix_lines() -> Iterator[str]:
+    """SmolLM2 on a CPU: how soon a prompt starts whose beginning was read before."""
+    found = results("prefixes_cpu")
+    first, *later = found["results"]
+    yield (
+        f"SmolLM2-135M on {found['device']}: a prompt of {first['prompt_tokens']:,} tokens starts "
+        f"after {first['first_token_ms']:,.0f} ms;"
+    )
+    for row in later:
+        yield (
+            f"a {row['prompt']} that begins with {row['shared_tokens']:,} of them after "
+            f"{row['first_token_ms']:,.0f} ms ({row['part_of_the_first']:.1%})."
+        )
 
 
 def main() -> None:

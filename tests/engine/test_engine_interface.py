@@ -10,7 +10,7 @@ from contextlib import aclosing
 import numpy as np
 import pytest
 from fake_model import POISON, STOP, VOCAB, FakeRunner, FakeSampler, alone
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from halfweight.engine.engine import Engine
@@ -362,3 +362,15 @@ def test_a_stop_string_within_joined_pieces_ends_the_text(make_engine):
     assert "".join(piece.text for piece in pieces) == free[:4]
     assert pieces[-1].finish_reason == "stop"
     wait_until(lambda: engine.num_requests == 0)
+
+
+def test_a_text_that_begins_with_the_bos_is_not_given_a_second_one(make_engine):
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "~"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="~ $A", special_tokens=[("~", 0)]
+    )
+    engine = make_engine(tokenizer)
+    assert engine.encode("ab") == engine.encode("~ab") == (0, *ids_of("ab"))
+    assert engine.encode("~~ab") == (0, 0, *ids_of("ab"))
+    assert engine.encode("ab", add_special_tokens=False) == ids_of("ab")
