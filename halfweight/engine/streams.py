@@ -182,10 +182,16 @@ class AsyncStream:
         return self.pieces()
 
     async def pieces(self) -> AsyncGenerator[Piece]:
-        """What `async for` reads. Raises EngineStoppedError when the engine ends first."""
+        """What `async for` reads. Raises EngineStoppedError when the engine ends first.
+
+        An event loop that has fallen behind gets what has come meanwhile as one piece.
+        """
         try:
             while True:
-                piece = self._reader.read(await self._outputs.get())
+                found = [await self._outputs.get()]
+                while not self._outputs.empty():
+                    found.append(self._outputs.get_nowait())
+                piece = self._reader.read(Output.joined(found))
                 yield piece
                 if piece.finish_reason is not None:
                     return

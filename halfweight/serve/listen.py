@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +16,9 @@ GRACE_SECONDS = 5
 """What runs when the server is told to end has so long to end by itself."""
 HARD_SECONDS = 60
 """Then uvicorn cuts what is left, should the engine not have ended it."""
+SWITCH_SECONDS = 0.001
+"""How long the thread that talks to clients may keep Python from the engine's, which needs it many
+times a step. Python's 5 ms are as long as a step of 64 sequences."""
 
 
 class _Server(uvicorn.Server):
@@ -39,6 +43,7 @@ class _Server(uvicorn.Server):
 
 def listen(app: FastAPI, engine: Engine, host: str, port: int) -> None:
     """Serve until told to end. Leaves the process with uvicorn's code where it cannot listen."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     config = uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=HARD_SECONDS)
     server = _Server(config, engine)
     with suppress(KeyboardInterrupt):  # uvicorn raises it again once all has ended
