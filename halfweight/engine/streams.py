@@ -159,14 +159,19 @@ class Stream:
 
 
 class AsyncStream:
-    """The same for `async for`, made within a running event loop."""
+    """The same for `async for`, made within a running event loop.
+
+    A reader that lags behind gets what has come meanwhile as one piece.
+    """
 
     def __init__(self, loop: Loop, request: Request, detokenizer: Detokenizer | None) -> None:
         """Submits the request. Raises what `Loop.submit` does."""
         self._loop, self._reader = loop, _Reader(detokenizer, request)
-        self._outputs: asyncio.Queue[Output] = asyncio.Queue()
-        post = _mailbox().post
-        self._number = loop.submit(request, lambda output: post(self._outputs.put_nowait, output))
+        self._outputs: list[Output] = []
+        self._event_loop = asyncio.get_running_loop()
+        self._arrival = self._event_loop.create_future()
+        post = _mailbox(self._event_loop).post
+        self._number = loop.submit(request, lambda output: post(self._take, output))
 
     def cancel(self) -> None:
         """End it; nothing happens if it has ended."""
@@ -179,12 +184,36 @@ class AsyncStream:
         """What `async for` reads. Raises EngineStoppedError when the engine ends first."""
         try:
             while True:
-                piece = self._reader.read(await self._outputs.get())
+                await self._arrival
+                self._arrival = self._event_loop.create_future()
+                outputs, self._outputs = self._outputs, []
+                piece = self._reader.read(_joined(outputs))
                 yield piece
                 if piece.finish_reason is not None:
                     return
         finally:
             self.cancel()
+
+    def _take(self, output: Output) -> None:
+        self._outputs.append(output)
+        if not self._arrival.done():
+            self._arrival.set_result(None)
+
+
+def _joined(outputs: Sequence[Output]) -> Output:
+    """What one request was told in turns, as if at once."""
+    first, last = outputs[0], outputs[-1]
+    if first is last:
+        return first
+    return Output(
+        tuple(token for output in outputs for token in output.tokens),
+        last.finish_reason,
+        tuple(entry for output in outputs for entry in output.logprobs),
+        last.stop_token,
+        first.prompt_logprobs,
+        first.num_shared_tokens,
+        last.error,
+    )
 
 
 class _Mailbox:
@@ -212,8 +241,7 @@ class _Mailbox:
 _mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = WeakKeyDictionary()
 
 
-def _mailbox() -> _Mailbox:
-    event_loop = asyncio.get_running_loop()
+def _mailbox(event_loop: asyncio.AbstractEventLoop) -> _Mailbox:
     if event_loop not in _mailboxes:
         _mailboxes[event_loop] = _Mailbox(event_loop)
     return _mailboxes[event_loop]

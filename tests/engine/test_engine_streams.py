@@ -1,0 +1,51 @@
+"""A request as its caller awaits it, fast or slow."""
+
+import asyncio
+
+import pytest
+from fake_model import STOP, FakeRunner, FakeSampler, alone
+
+from halfweight.engine.loop import EngineStoppedError, Loop
+from halfweight.engine.request import Request, Sampling
+from halfweight.engine.streams import AsyncStream, Completion
+
+REQUEST = Request((4, 2), 24, Sampling(num_logprobs=0), frozenset(), prompt_logprobs=0)
+
+
+@pytest.fixture
+def loop():
+    runner = FakeRunner()
+    loop = Loop(runner, FakeSampler(runner.table), stop_tokens=frozenset({STOP}))
+    loop.start()
+    yield loop
+    loop.stop()
+
+
+async def read(loop, request, seconds):
+    """The pieces, after each of which the reader is away for some time."""
+    pieces = []
+    async for piece in AsyncStream(loop, request, None):
+        pieces.append(piece)
+        await asyncio.sleep(seconds)
+    return pieces
+
+
+def test_a_reader_that_lags_gets_the_same_in_fewer_pieces(loop):
+    fast, slow = (asyncio.run(read(loop, REQUEST, seconds)) for seconds in (0, 0.2))
+    assert len(slow) < len(fast)
+    assert Completion.of(slow) == Completion.of(fast)
+    whole = Completion.of(slow)
+    tokens, reason = alone(REQUEST)
+    assert (list(whole.tokens), whole.finish_reason) == (tokens, reason)
+    assert [entry.token for entry in whole.logprobs] == tokens
+    assert len(whole.prompt_logprobs) == 2
+
+
+def test_a_reader_is_told_that_the_engine_has_ended(loop):
+    def fail(count):
+        if count == 5:
+            raise RuntimeError("no memory")
+
+    loop._runner.before_step = fail
+    with pytest.raises(EngineStoppedError, match="a step failed: RuntimeError: no memory"):
+        asyncio.run(read(loop, REQUEST, 0))
