@@ -7,12 +7,13 @@ sees is made of these, as one body or as events. A client that goes away cancels
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -27,11 +28,15 @@ from halfweight.errors import HalfweightError, UsageError
 from halfweight.serve import schema
 from halfweight.serve.logprobs import TokenNames
 from halfweight.serve.metrics import Metrics
+from halfweight.serve.pieces import merged, unless_disconnected
 from halfweight.serve.schema import Answer, ChatRequest, CompletionRequest
 
+R = TypeVar("R", bound=schema.Request)
 COMPLETION_TOKENS = 16
 """Default of /v1/completions, as OpenAI's."""
 MOST_REQUESTS = 1024
+SHORT_BYTES = 8192
+"""Of a request, up to which its jobs are made in less time than a thread would take to begin."""
 
 
 class OverloadedError(HalfweightError):
@@ -63,10 +68,13 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        gc.collect()
+        gc.freeze()  # a collection of all that is loaded by now would stop every stream for 0.1 s
         yield
         await asyncio.to_thread(engine.close)
+        gc.unfreeze()
 
-    def authorized(request: Request) -> None:
+    async def authorized(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if api_key is not None and not secrets.compare_digest(given.encode(), api_key.encode()):
             raise HTTPException(401, "the API key is missing or wrong")
@@ -96,12 +104,12 @@ def build_app(
 
     @app.post("/v1/chat/completions", dependencies=private)
     async def chat(body: ChatRequest, http: Request) -> Response:
-        jobs = await asyncio.to_thread(service.chat_jobs, body)
+        jobs = await _made(service.chat_jobs, body, http)
         return await service.respond(body, jobs, Answer("chat.completion", name), http)
 
     @app.post("/v1/completions", dependencies=private)
     async def completions(body: CompletionRequest, http: Request) -> Response:
-        jobs = await asyncio.to_thread(service.completion_jobs, body)
+        jobs = await _made(service.completion_jobs, body, http)
         return await service.respond(body, jobs, Answer("text_completion", name), http)
 
     _handle_errors(app)
@@ -193,12 +201,12 @@ class _Service:
         if running + len(jobs) > self._max_requests:
             raise OverloadedError(f"{running} requests are running", hint="retry later")
         writer = _Writer(body, jobs, answer, self._names, self._tokenizer)
-        pieces = _merged([self._pieces(job) for job in jobs])
+        pieces = merged([self._pieces(job) for job in jobs])
         if body.stream:
             first = await anext(pieces)
             return StreamingResponse(writer.events(first, pieces), media_type="text/event-stream")
         collecting = asyncio.create_task(writer.collect(pieces))
-        return JSONResponse(await _unless_disconnected(collecting, http))
+        return JSONResponse(await unless_disconnected(collecting, http))
 
     async def _pieces(self, job: _Job) -> AsyncGenerator[tuple[int, Piece]]:
         """One choice, as it comes."""
@@ -227,6 +235,8 @@ class _Writer:
         self._body, self._jobs, self._answer = body, jobs, answer
         self._names, self._tokenizer = names, tokenizer
         self._wants_new = body.max_tokens != 0
+        self._begun: set[int] = set()
+        self._num_tokens = self._num_cached = 0
 
     async def collect(self, pieces: AsyncGenerator[tuple[int, Piece]]) -> dict[str, Any]:
         """The body of a response that is not streamed."""
@@ -244,24 +254,28 @@ class _Writer:
         self, first: tuple[int, Piece], rest: AsyncGenerator[tuple[int, Piece]]
     ) -> AsyncIterator[str]:
         """Server-sent events: a delta a piece, then the usage if asked for, then [DONE]."""
-        begun: set[int] = set()
-        num_tokens = num_cached = 0
         async with aclosing(rest):
             try:
-                async for index, piece in _chain(first, rest):
-                    num_tokens += _num_tokens(piece)
-                    num_cached += piece.num_shared_tokens
-                    deltas = self._deltas(self._jobs[index], piece, first=index not in begun)
-                    begun.add(index)
-                    if deltas:
-                        yield "".join(_event(self._answer.chunk([delta])) for delta in deltas)
+                yield self._events(*first)
+                async for index, piece in rest:
+                    text = self._events(index, piece)
+                    if text:
+                        yield text
             except HalfweightError as error:
                 yield _event(_error_body(error.message, "server_error"))
                 return
         if self._body.stream_options.include_usage:
-            total = schema.usage(self._num_prompt_tokens, num_tokens, num_cached)
+            total = schema.usage(self._num_prompt_tokens, self._num_tokens, self._num_cached)
             yield _event(self._answer.chunk([], total))
         yield "data: [DONE]\n\n"
+
+    def _events(self, index: int, piece: Piece) -> str:
+        """The events of a piece, often one; its tokens are counted."""
+        self._num_tokens += _num_tokens(piece)
+        self._num_cached += piece.num_shared_tokens
+        deltas = self._deltas(self._jobs[index], piece, first=index not in self._begun)
+        self._begun.add(index)
+        return "".join(_event(self._answer.chunk([delta])) for delta in deltas)
 
     @property
     def _num_prompt_tokens(self) -> int:
@@ -308,6 +322,14 @@ class _Writer:
         return str(self._tokenizer.decode(job.request.prompt, skip_special_tokens=True))
 
 
+async def _made(make: Callable[[R], list[_Job]], body: R, http: Request) -> list[_Job]:
+    """The jobs of a request; a long text or a grammar keeps no other stream waiting."""
+    num_bytes = int(http.headers.get("content-length", SHORT_BYTES + 1))
+    if num_bytes <= SHORT_BYTES and body.grammar is None:
+        return make(body)
+    return await asyncio.to_thread(make, body)
+
+
 def _stated(sampling: Any) -> dict[str, Any]:
     """The model's own sampling, where it says that it is sampled at all."""
     if sampling.temperature == 0:
@@ -329,66 +351,11 @@ def _num_tokens(piece: Piece) -> int:
     return len(piece.tokens) + isinstance(piece.stop, int)
 
 
-async def _merged(
-    streams: Sequence[AsyncGenerator[tuple[int, Piece]]],
-) -> AsyncGenerator[tuple[int, Piece]]:
-    """Pieces of all streams as they come; closing it closes them, the first error ends all."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as stream:
-            async for item in stream:
-                yield item
-        return
-    queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
-
-    async def pump(stream: AsyncGenerator[tuple[int, Piece]]) -> None:
-        try:
-            async with aclosing(stream):
-                async for item in stream:
-                    queue.put_nowait(item)
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
-    try:
-        num_left = len(tasks)
-        while num_left:
-            found = await queue.get()
-            if isinstance(found, Exception):
-                raise found
-            if found is None:
-                num_left -= 1
-            else:
-                yield found
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _unless_disconnected(task: asyncio.Task[dict[str, Any]], http: Request) -> dict[str, Any]:
-    """The task's result; it is cancelled as soon as the client goes away."""
-    leaving = asyncio.ensure_future(http.receive())
-    try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise HTTPException(499, "the client went away")
-        return task.result()
-    finally:
-        task.cancel()
-        leaving.cancel()
-
-
-async def _chain(
-    first: tuple[int, Piece], rest: AsyncGenerator[tuple[int, Piece]]
-) -> AsyncIterator[tuple[int, Piece]]:
-    yield first
-    async for item in rest:
-        yield item
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {_encode(body)}\n\n"
 
 
 def _handle_errors(app: FastAPI) -> None:
