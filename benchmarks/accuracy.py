@@ -165,9 +165,10 @@ def plant_outliers(
 
 def samples(model: Path, texts: list[Path], num_windows: int) -> dict[str, Sample]:
     """The first `num_windows` windows of each text."""
+    found = {text.stem: tokenize(model, text) for text in texts}
     return {
-        text.stem: sample(tokenize(model, text), context=CONTEXT, tokens=num_windows * CONTEXT)
-        for text in texts
+        name: sample(text, context=CONTEXT, tokens=num_windows * (CONTEXT - len(text.start)))
+        for name, text in found.items()
     }
 
 
@@ -282,7 +283,7 @@ def measure(
 ) -> None:
     """Score one window for every row that lacks it; all share the reference's logits."""
     files = {row.name: work / f"{row.name}.{text}.scores" for row in rows}
-    begin = number * (CONTEXT - 1) * TokenScores.itemsize
+    begin = number * (CONTEXT - len(part.start) - 1) * TokenScores.itemsize
     end = begin + part.num_scored * TokenScores.itemsize
     pending = [row for row in rows if size_of(files[row.name]) < end]
     if not pending:

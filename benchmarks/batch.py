@@ -2,9 +2,11 @@
 
     python benchmarks/batch.py [--limit-gb 24] [--context 4096]
 
-The limit is enforced by torch's allocator. A batch completes if prompts that fill all of the
-context but the last few tokens are read, in chunks, and those tokens are generated. The largest is
-found by running: what `halfweight plan` says, then more until one fails, then halving the gap.
+The limit is enforced by torch's allocator. A batch completes if there is cache for all of it at
+once, prompts that fill all of the context but the last few tokens are read, in chunks, and those
+tokens are generated: 16 bits by transformers' forward and static cache, INT8 by the engine and its
+pages. The largest is found by running: what `halfweight plan` says, then more until one fails, then
+halving the gap.
 """
 
 from __future__ import annotations
@@ -21,10 +23,20 @@ from arguments import parse, workplace
 from envelope import envelope, write_result
 from models import DEVICE, folders
 
-from halfweight.engine.decoder import Decoder, KvCache
-from halfweight.evaluation.speed.generate import random_prompts
+from halfweight.engine.engine import Engine
+from halfweight.engine.loop import EngineStoppedError
+from halfweight.engine.request import Sampling
+from halfweight.engine.step import KvCache
+from halfweight.evaluation.speed.generate import MOST_PAGE_TOKENS, random_prompts
 from halfweight.evaluation.speed.process import from_fresh_process
-from halfweight.evaluation.speed.rivals import HALFWEIGHT, SIXTEEN_BIT, Folders, open_model
+from halfweight.evaluation.speed.rivals import (
+    BY_ENGINE,
+    HALFWEIGHT,
+    SIXTEEN_BIT,
+    Folders,
+    open_model,
+)
+from halfweight.evaluation.speed.static_decoder import StaticDecoder
 from halfweight.memory.named_model import planned_model
 from halfweight.memory.what_fits import solve
 from halfweight.memory.workload import Weights, Workload
@@ -89,17 +101,39 @@ def _attempt(variant: str, model: Any, kv_cache: KvCache, batch_size: int, conte
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(DEVICE)
     begin = time.perf_counter()
+    run = _run if VARIANTS[variant][0] in BY_ENGINE else _run_static
     try:
-        _run(model, kv_cache, batch_size, context)
+        run(model, kv_cache, batch_size, context)
         completed = True
     except torch.OutOfMemoryError:
+        completed = False
+    except EngineStoppedError as error:
+        if "OutOfMemoryError" not in error.message:
+            raise
         completed = False
     peak = torch.cuda.max_memory_allocated(DEVICE) if on_gpu else 0
     return Attempt(variant, batch_size, completed, peak, time.perf_counter() - begin)
 
 
 def _run(model: Any, kv_cache: KvCache, batch_size: int, context: int) -> None:
-    decoder = Decoder(model, batch_size, context, kv_cache=kv_cache)
+    each = -(-context // MOST_PAGE_TOKENS) * MOST_PAGE_TOKENS
+    with Engine(
+        model,
+        max_context=context,
+        max_sequences=batch_size,
+        cache_tokens=batch_size * each,
+        kv_cache=kv_cache,
+    ) as engine:
+        prompts = random_prompts(model, batch_size, context - NEW_TOKENS)
+        options = {"max_new_tokens": NEW_TOKENS, "sampling": Sampling(), "stop_tokens": ()}
+        for answer in engine.generate(prompts, **options):
+            if answer.error is not None:
+                raise answer.error
+
+
+def _run_static(model: Any, kv_cache: KvCache, batch_size: int, context: int) -> None:
+    assert kv_cache == "16bit"
+    decoder = StaticDecoder(model, batch_size, context)
     tokens = decoder.prefill(random_prompts(model, batch_size, context - NEW_TOKENS)).argmax(-1)
     for _ in range(NEW_TOKENS - 1):
         tokens = decoder.advance(tokens).argmax(dim=-1)

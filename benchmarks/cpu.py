@@ -145,21 +145,20 @@ def linear_call(x: Any, weight: Any) -> Callable[[], object]:
 
 COMPILE = """
 import time
+import torch
 from halfweight.kernels.cpu import backend as cpu
-from halfweight.engine import cpu_step
-import halfweight.engine.decoder
+from halfweight.engine.runners import cpu_step
 begin = time.perf_counter()
-many = (cpu._linear_bfloat16,) if cpu.has_matrix_unit() else (cpu._round_tokens, cpu._linear_many)
-kernels = (cpu._digit_product if cpu.has_int8_products() else cpu._float_product,
-           cpu._linear_few, *many, cpu_step._kernel())
-for kernel in kernels:
+matrix = (cpu_step._by_matrix,) if cpu.has_matrix_unit() else ()
+attention = cpu_step._attention[torch.bfloat16]
+for kernel in (cpu_step._kernel, cpu_step._product, *matrix, *attention):
     kernel.compiled
 print(time.perf_counter() - begin)
 """
 
 
 def compilation(options: argparse.Namespace) -> dict[str, float]:
-    """Seconds until all kernels of prefill and decode are there: compiled, then from the cache."""
+    """Seconds until all kernels of a step are there: compiled, then from the cache."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"NUMBA_CACHE_DIR": folder}
         first, cached = (
@@ -299,14 +298,15 @@ def resident_bytes() -> int:
 
 
 class Transformers:
-    """A model in the package's own harness: INT8, or bfloat16 by transformers itself."""
+    """INT8 by the engine, or bfloat16 by transformers' forward and static cache."""
 
     def __init__(self, rival: str, work: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         import halfweight
-        from halfweight.engine.decoder import Decoder
+        from halfweight.engine.engine import Engine
+        from halfweight.evaluation.speed.static_decoder import StaticDecoder
 
         ours = rival.startswith("halfweight")
         activations = "int8" if rival.endswith("int8") else "exact"
@@ -320,17 +320,34 @@ class Transformers:
                 model = AutoModelForCausalLM.from_pretrained(work / "bfloat16")
             seconds.append(time.perf_counter() - begin)
         self.facts = dict(zip(("first_load_seconds", "load_seconds"), seconds, strict=True))
-        step = "kernel" if ours else "eager"
-        self._decoder = Decoder(model, 1, LONG_PROMPT_TOKENS + 1, step=step)
+        self._num_prompts, length = 0, LONG_PROMPT_TOKENS + 1
+        self._engine = self._decoder = None
+        if ours:
+            self._engine = Engine(model, max_sequences=1, max_context=length, speculates=False)
+        else:
+            self._decoder = StaticDecoder(model, 1, length)
+
+    def _arrivals(self, prompt_tokens: int, new_tokens: int) -> Any:
+        """Of a prompt that shares no beginning with an earlier one."""
+        from halfweight.evaluation.speed.generate import Arrivals
+
+        self._num_prompts += 1
+        first = 1000 + self._num_prompts
+        prompt = range(first, first + prompt_tokens)
+        return Arrivals.of(self._engine, [prompt], new_tokens)
 
     def prefill(self, num_tokens: int) -> float:
         """Seconds to read a prompt."""
+        if self._engine is not None:
+            return self._arrivals(num_tokens, 1).first_token_seconds
         begin = time.perf_counter()
         self._decoder.prefill([list(range(1000, 1000 + num_tokens))])
         return time.perf_counter() - begin
 
     def decode(self, num_tokens: int) -> float:
         """Seconds to decode greedily after a prompt."""
+        if self._engine is not None:
+            return num_tokens * self._arrivals(PROMPT_TOKENS, num_tokens + 1).step_seconds
         logits = self._decoder.prefill([list(range(1000, 1000 + PROMPT_TOKENS))])
         begin = time.perf_counter()
         for _ in range(num_tokens):
@@ -381,7 +398,8 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     import halfweight
-    from halfweight.engine.decoder import Decoder
+    from halfweight.engine.runners.cpu import CpuRunner
+    from halfweight.engine.step import Chunk
 
     folder = options.work / "llama-3-8b-int8"
     in_a_process(make_large, folder)
@@ -393,15 +411,17 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
         begin = time.perf_counter()
         model = halfweight.load(folder, dtype=torch.bfloat16)
         seconds.append(time.perf_counter() - begin)
-    decoder = Decoder(model, 1, 64, step="kernel")
-    logits = decoder.prefill([list(range(1000, 1008))])
-    logits = decoder.advance(logits.argmax(dim=-1))
+    runner = CpuRunner(model, max_sequences=1, max_context=64)
+    runner.table[0] = torch.arange(1000, 1000 + runner.table.shape[1])
+    pages = list(range(1, runner.num_pages))
+    runner.run([Chunk(0, 0, 8, 1, pages)])
+    runner.run([Chunk(0, 8, 1, 1, pages)])
     resident = resident_bytes()
     memory = torch.ones(READ_BYTES // 8, dtype=torch.int64)
     decode, read = [], []
-    for _ in range(3 * options.rounds):
+    for i in range(3 * options.rounds):
         begin = time.perf_counter()
-        logits = decoder.advance(logits.argmax(dim=-1))
+        runner.run([Chunk(0, 9 + i % 50, 1, 1, pages)])
         middle = time.perf_counter()
         memory.sum()
         decode.append(middle - begin)

@@ -66,9 +66,9 @@ The products are exact, and rounding a block so costs less than its own 16-bit d
 largest number by. Without VNNI (AVX2, NEON), or where no multiple of 64 divides the group, the same
 loops run in float32.
 
-A decode step is one kernel call for all layers (Llama, Mistral, Qwen2 and Qwen3, batch 1): threads
-take rows by ticket, and ask for the first bytes of the next phase's rows before they wait for this
-one. Other models run through transformers' forward with the same products.
+A step of up to 32 tokens is one kernel call for all layers (Llama, Mistral, Qwen2 and Qwen3):
+threads take rows by ticket, and ask for the first bytes of the next phase's rows before they wait
+for this one. Other models run through transformers' forward with the same products.
 
 Prefill interleaves 32 rows at a time, so that a lane is a row, and shares them among all tokens.
 Where the CPU has a matrix unit (Intel's AMX) it multiplies 32 rows by 32 tokens: bfloat16

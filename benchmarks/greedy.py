@@ -21,7 +21,8 @@ import torch
 from envelope import RESULTS, envelope, write_result
 from transformers import AutoTokenizer
 
-from halfweight.engine.decoder import Decoder, generate
+from halfweight.engine.engine import Engine
+from halfweight.engine.request import Sampling
 from halfweight.model.loading import load
 
 NEAR_TIE = 1e-3
@@ -74,10 +75,20 @@ def parting(model: Any, prompt: str, ids: list[int], ours: Any, other: Any) -> P
     pairs = zip(ours, other, strict=False)
     shortest = min(len(ours), len(other))
     position = next((i for i, (a, b) in enumerate(pairs) if a != b), shortest)
-    best = Decoder(model, 1, len(ids) + position).prefill([[*ids, *ours[:position]]])
-    first, second = best[0].topk(2).values.tolist()
+    with torch.inference_mode():
+        text = torch.tensor([[*ids, *ours[:position]]])
+        best = model(text, logits_to_keep=1).logits[0, -1].float()
+    first, second = best.topk(2).values.tolist()
     spacing = math.ldexp(torch.finfo(model.dtype).eps, math.frexp(first)[1] - 1)
     return Parting(prompt, position, first - second, spacing)
+
+
+def written(model: Any, prompts: list[list[int]], num_tokens: int) -> list[tuple[int, ...]]:
+    """What a model's engine writes after each prompt alone."""
+    longest = max(map(len, prompts)) + num_tokens
+    with Engine(model, max_sequences=1, max_context=longest) as engine:
+        found = engine.generate(prompts, max_new_tokens=num_tokens, sampling=Sampling())
+    return [answer.tokens for answer in found]
 
 
 def compare(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
@@ -87,13 +98,10 @@ def compare(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
         load(options.model, device=name, dtype=getattr(torch, dtype))
         for name in ("cpu", options.device)
     )
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS[: options.prompts]]
+    texts = [written(model, prompts, options.tokens) for model in (here, there)]
     partings = []
-    for prompt in PROMPTS[: options.prompts]:
-        ids = tokenizer(prompt)["input_ids"]
-        ours, other = (
-            generate(model, [ids], max_new_tokens=options.tokens)[0].tokens
-            for model in (here, there)
-        )
+    for prompt, ids, ours, other in zip(PROMPTS, prompts, *texts, strict=False):
         found = parting(here, prompt, ids, ours, other)
         if found is not None:
             partings.append(found)

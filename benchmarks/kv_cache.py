@@ -3,8 +3,9 @@
     python benchmarks/kv_cache.py MODEL TEXT [--tokens 8192] [--context 1024]
 
 MODEL is a folder (16-bit or made by `halfweight quantize`). The same weights read each window of
-the text twice, through either cache; every attention of every layer reads keys and values back from
-it. The 16-bit cache is the reference, so the figures are the cache's alone.
+the text twice by the engine's runner, through pages in 16 bits and in INT8; every attention of
+every layer reads keys and values back from them. The 16-bit cache is the reference, so the figures
+are the cache's alone.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import numpy as np
 import torch
 from envelope import RESULTS, envelope, write_result
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halfweight.checkpoint.headers import quantized_modules, read_headers
-from halfweight.engine.decoder import cache_argument
-from halfweight.engine.kv_cache import Int8Cache
+from halfweight.engine.runners import make_runner
+from halfweight.engine.step import Chunk, Runner
 from halfweight.evaluation import scoring
 from halfweight.model.loading import load
 
@@ -37,20 +38,15 @@ def open_model(folder: Path, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE).eval()
 
 
-@torch.inference_mode()
-def states(model: Any, ids: Tensor, cache: Any) -> Tensor:
-    """The body's states [T, H] of a window of token ids [T], through `cache`."""
-    window = ids.to(DEVICE).unsqueeze(0)
-    body = model.base_model
-    held = {cache_argument(body): cache}
-    states: Tensor = body(window, use_cache=True, **held).last_hidden_state[0]
-    return states
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors of a cache's layers."""
-    tensors = [value for layer in cache.layers for value in vars(layer).values()]
-    return sum(t.nbytes for t in tensors if isinstance(t, Tensor) and t.ndim == 4)
+def logits_of(runner: Runner, ids: Tensor) -> Tensor:
+    """Logits [T, V] of a window of token ids [T]."""
+    runner.table[0, : len(ids)] = ids.to(runner.table.device, torch.int32)
+    pages = list(range(1, runner.num_pages))
+    found = []
+    for begin in range(0, len(ids), runner.max_step_tokens):
+        count = min(runner.max_step_tokens, len(ids) - begin)
+        found.append(runner.run([Chunk(0, begin, count, count, pages)]).clone())
+    return torch.cat(found)
 
 
 def main() -> None:
@@ -68,27 +64,26 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     text = options.text.read_text()[: 8 * options.tokens]
     ids = tokenizer(text, return_tensors="pt")["input_ids"][0, : options.tokens]
-    head = model.get_output_embeddings()
+    each = torch.nn.Identity()
+    sizes = {"max_sequences": 1, "max_context": options.context, "cache_tokens": options.context}
+    runners = [make_runner(model, **sizes, kv_cache=kind) for kind in ("16bit", "int8")]
     head_dim = model.config.hidden_size // model.config.num_attention_heads
     facts = envelope(DEVICE, {"bytes_ratio": (head_dim + 2) / (2 * head_dim)})
-    scores, sizes = [], (0, 0)
+    scores = []
     for window in scoring.cut(len(ids), options.context, options.context):
         if time.monotonic() > deadline:
             break
         part = ids[window.begin : window.end]
-        caches = [kind(model.config, options.context) for kind in (StaticCache, Int8Cache)]
-        plain, rounded = (states(model, part, cache)[:-1] for cache in caches)
-        with torch.inference_mode():
-            scores.append(scoring.score(rounded, head, part[1:], (plain, head)))
-        sizes = (cache_bytes(caches[0]), cache_bytes(caches[1]))
+        plain, rounded = (logits_of(runner, part)[:-1] for runner in runners)
+        scores.append(scoring.score(rounded, each, part[1:], (plain, each)))
         found = scoring.summarize(np.concatenate(scores))
         results = {
             "model": options.model.name,
             "text": options.text.name,
             "context": options.context,
             "dtype": options.dtype,
-            "bytes_16bit": sizes[0],
-            "bytes_int8": sizes[1],
+            "bytes_16bit": runners[0].cache_bytes,
+            "bytes_int8": runners[1].cache_bytes,
             "evaluation": asdict(found),
         }
         write_result("kv_cache", facts, results, out=options.out)
@@ -96,7 +91,7 @@ def main() -> None:
         print(
             f"{found.num_tokens} tokens: perplexity {found.perplexity.value:.4f} "
             f"({change.value:+.4%} ± {change.error:.4%}), KL {kl.value:.2e}, "
-            f"cache bytes {sizes[1] / sizes[0]:.1%}",
+            f"cache bytes {runners[1].cache_bytes / runners[0].cache_bytes:.1%}",
             flush=True,
         )
 

@@ -13,7 +13,7 @@ import halfweight
 from halfweight.evaluation.speed.rivals import Folders, activation_dtype
 from halfweight.kernels.operations import choose_backend
 from halfweight.kernels.timing import random_weight
-from halfweight.model.modules import stand_in
+from halfweight.model.placement import Options, stand_in
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -82,8 +82,8 @@ def random_model(name: str) -> Any:
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
     for path, module in list(model.named_modules()):
-        new = stand_in(module, backend, dtype)
-        if new is not None:
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            new = stand_in(module, Options(backend), dtype)
             shape = (new.out_features, new.in_features)
             new.hold(random_weight(shape, DEVICE, min(128, shape[1])))
             parent, _, child = path.rpartition(".")

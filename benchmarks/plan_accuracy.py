@@ -97,7 +97,12 @@ def main() -> None:
     kind: DeviceKind = "cuda" if DEVICE.type == "cuda" else "cpu"
     card = local_device() if kind == "cuda" else processor_device()
     facts = envelope(DEVICE, {"device_bytes": card.total_bytes})
-    results: dict[str, Any] = {"shape": options.shape, "driver": card.driver, "rows": []}
+    results: dict[str, Any] = {
+        "shape": options.shape,
+        "runs_by": "engine",
+        "driver": card.driver,
+        "rows": [],
+    }
     records: list[Record] = []
     with workplace(options.models) as place:
         found = folders(options.shape, place)

@@ -34,6 +34,12 @@ Llama-3-8B's shapes on one {gpu}:
 
 Decoding is each model's best step: 16 bits compiled by torch.compile, INT8 by kernels of its own.
 The first token of 16 bits is transformers' forward with a static cache, not compiled.
+These were measured before the engine; serving by the engine, on one {serve_gpu}, 512 tokens in and
+128 out, prefill included ([more](docs/engine.md)):
+
+| requests at once | {at_once} |
+|---|{lines}
+| tokens a second | {served} |
 
 Decode on a CPU ({cpu}; [more](docs/cpu.md)), tokens a second:
 
@@ -100,6 +106,7 @@ def figures() -> str:
         before_batch=before_batch,
         after_batch=after_batch,
         after_batch_ratio=after_batch / before_batch,
+        **serving(),
         cpu=cpu["device"],
         bf16=models["transformers bfloat16"]["decode_tokens_per_second"],
         llama_cpp=models[LLAMA_CPP]["decode_tokens_per_second"],
@@ -111,6 +118,22 @@ def figures() -> str:
         tokens=rows[DEFAULT]["num_tokens"],
         one_scale=rows[ONE_SCALE]["comparison"]["perplexity_change"]["value"],
     )
+
+
+def serving() -> dict[str, str]:
+    """The engine's tokens a second by how many requests run at once."""
+    found = results("serve_gpu")
+    rates = {
+        row["concurrency"]: row["tokens_per_second"]
+        for row in found["results"]
+        if (row["workload"], row["runner"]) == ("at once", "engine")
+    }
+    return {
+        "serve_gpu": found["device"],
+        "at_once": " | ".join(map(str, rates)),
+        "lines": "---|" * len(rates),
+        "served": " | ".join(f"{rate:,.0f}" for rate in rates.values()),
+    }
 
 
 def page() -> str:

@@ -13,6 +13,7 @@ import hopper_tiles
 import kernels
 import pytest
 import readme_tables
+import serve_table
 import torch
 
 from halfweight.cli import main
@@ -120,3 +121,7 @@ def test_a_results_command_names_no_folder_of_the_machine(monkeypatch, tmp_path)
 def test_no_stored_command_names_a_folder_of_the_machine(result):
     command = json.loads(result.read_text())["command"]
     assert not [word for word in shlex.split(command) if word.startswith("/")]
+
+
+def test_the_engines_figures_are_those_of_its_result():
+    assert serve_table.PAGE.read_text() == serve_table.page()

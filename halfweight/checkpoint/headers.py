@@ -7,6 +7,7 @@ checkpoint's folder, exactly once; every fault is one :class:`CheckpointError` n
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -14,14 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfweight.checkpoint.shard import Shard, StoredTensor, broken, read_json, read_shard, some
-from halfweight.errors import CheckpointError
+from halfweight.checkpoint.json_files import (
+    CompressedTensors,
+    Index,
+    ModelConfig,
+    check_types,
+    is_plain_name,
+    read_json,
+)
+from halfweight.checkpoint.shard import Shard, StoredTensor, broken, read_shard, some
+from halfweight.errors import CheckpointError, HalfweightError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*"]
+HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+LEGAL_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
+"""Files whose terms must travel with the weights, by how their names begin."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +88,36 @@ def resolve(model: str | os.PathLike[str]) -> Path:
             f"{model}: no such file or folder",
             hint="give a folder, a .gguf file, or a Hub id such as org/name",
         )
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
+        return _from_hub(str(model))
+    except HalfweightError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"{model}: not a path here, and the Hub did not give it ({type(error).__name__})",
             hint="check the id, the network and `hf auth login`, or download it and give the path",
         ) from error
+
+
+def _from_hub(name: str) -> Path:
+    """The folder of a Hub id in the Hub's cache, with the files of the model and no others.
+
+    Folders of a repository hold other things (original/, checkpoint-500/, vae/), and beside the
+    shards may lie the same weights once more (consolidated.safetensors): shards are those that the
+    index names.
+    """
+    from huggingface_hub import snapshot_download
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+
+    folder = fetch([*HUB_FILES, *(f"{prefix}*" for prefix in LEGAL_PREFIXES)])
+    index = folder / INDEX_NAME
+    if index.exists():
+        return fetch([glob.escape(shard) for shard in set(_read_weight_map(index).values())])
+    if (fetch([SINGLE_NAME]) / SINGLE_NAME).exists():
+        return folder
+    return fetch(["*.safetensors"])
 
 
 def read_headers(path: str | os.PathLike[str]) -> Checkpoint:
@@ -100,8 +133,24 @@ def read_headers(path: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(path.parent, (read_shard(path),), {})
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or folder", hint="check the path")
-    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
-    return Checkpoint(path, tuple(_read_shards(path)), config)
+    config = path / "config.json"
+    content = read_json(config, ModelConfig) if config.exists() else {}
+    return Checkpoint(path, tuple(_read_shards(path)), content)
+
+
+def own_dtype(checkpoint: Checkpoint) -> str:
+    """The torch dtype that a checkpoint is in: config.json's, else that of most of its floats."""
+    text = checkpoint.config.get("text_config")
+    for part in (checkpoint.config, text if isinstance(text, dict) else {}):
+        name = str(part.get("dtype") or part.get("torch_dtype")).removeprefix("torch.")
+        if name in TORCH_DTYPES.values():
+            return name
+    totals = dict.fromkeys(TORCH_DTYPES, 0)
+    for tensor in checkpoint.tensors:
+        if tensor.info.dtype in totals and not tensor.name.endswith(".weight_scale"):
+            totals[tensor.info.dtype] += tensor.info.num_bytes
+    most = max(totals, key=lambda dtype: totals[dtype])
+    return TORCH_DTYPES[most] if totals[most] else "bfloat16"
 
 
 def quantized_modules(checkpoint: Checkpoint) -> dict[str, StoredWeight]:
@@ -143,8 +192,9 @@ def _stored_weight(tensors: dict[str, StoredTensor], module: str) -> StoredWeigh
 
 
 def _check_quantization_config(checkpoint: Checkpoint) -> None:
-    config = checkpoint.config.get("quantization_config", {})
-    for name, group in config.get("config_groups", {}).items():
+    config = checkpoint.config.get("quantization_config") or {}
+    check_types(checkpoint.root / "config.json", config, CompressedTensors)
+    for name, group in (config.get("config_groups") or {}).items():
         weights = group.get("weights") or {}
         found = tuple(weights.get(key) for key in ("num_bits", "type", "symmetric"))
         if found != (8, "int", True):
@@ -210,12 +260,9 @@ def _refuse_other_formats(files: Iterable[Path]) -> None:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise broken(index, "has no weight_map")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str):
-            raise broken(index, f"weight_map puts {name} in {shard!r}, expected a file name")
+    weight_map: dict[str, str] = read_json(index, Index)["weight_map"]
+    if not weight_map:
+        raise broken(index, "has an empty weight_map")
     return weight_map
 
 
@@ -224,7 +271,7 @@ def check_inside(root: Path, shard_name: str) -> Path:
 
     Links of the Hub's cache, from snapshots/<revision>/ to ../../blobs/, are allowed.
     """
-    if shard_name in ("", ".", "..") or "/" in shard_name or "\\" in shard_name:
+    if not is_plain_name(shard_name):
         raise CheckpointError(
             f"{root / INDEX_NAME}: shard {shard_name!r} is not a plain file name",
             hint="do not trust this checkpoint: its index points outside its folder",

@@ -126,8 +126,7 @@ def _resident_bytes(checkpoint: Checkpoint, modules: Mapping[str, StoredWeight])
     """Bytes in memory, if the manifest tells in which format the scales are held there."""
     if not (checkpoint.root / MANIFEST_NAME).exists():
         return None
-    job = read_manifest(checkpoint.root).get("job", {})
-    name = job.get("recipe", {}).get("scheme", {}).get("scale_format")
+    name = read_manifest(checkpoint.root)["job"]["recipe"]["scheme"]["scale_format"]
     if name not in SCALE_FORMATS:
         return None
     quantized = sum(

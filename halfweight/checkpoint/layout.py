@@ -72,9 +72,12 @@ class Layout:
     shards: tuple[OutputShard, ...]
 
 
-def lay_out(tensors: Iterable[TensorInfo], recipe: Recipe) -> Layout:
+def lay_out(
+    tensors: Iterable[TensorInfo], recipe: Recipe, kept: Mapping[str, str] | None = None
+) -> Layout:
     """Decide on every tensor and plan the output's files.
 
+    `kept` are tensors that stay as they are whatever the recipe says, with the reason.
     Raises UsageError for a recipe that has no form on disk or quantizes nothing, CheckpointError
     for expert weights in one 3-D tensor that the recipe does not keep.
     """
@@ -83,7 +86,10 @@ def lay_out(tensors: Iterable[TensorInfo], recipe: Recipe) -> Layout:
             "one scale a tensor cannot be written to a checkpoint",
             hint="use a group size, or 'row'; 'tensor' is for comparison in memory",
         )
-    decisions = tuple(recipe.decide_all(tensors))
+    decisions = tuple(
+        Decision(d.tensor, None, kept[d.tensor.name]) if kept and d.tensor.name in kept else d
+        for d in recipe.decide_all(tensors)
+    )
     if not any(decision.scheme for decision in decisions):
         raise UsageError(
             f"nothing to quantize: all {len(decisions)} tensors are kept",

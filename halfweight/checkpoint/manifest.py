@@ -10,15 +10,15 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from halfweight.checkpoint.shard import read_json
+from halfweight.checkpoint.json_files import Manifest, read_json
 
 MANIFEST_NAME = "halfweight.json"
 FORMAT_VERSION = 1
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an output folder. Raises CheckpointError if it cannot be read."""
-    return read_json(folder / MANIFEST_NAME)
+    """The manifest of an output folder. Raises CheckpointError if it is none."""
+    return read_json(folder / MANIFEST_NAME, Manifest)
 
 
 def file_sha256(path: Path) -> str:

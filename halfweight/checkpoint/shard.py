@@ -8,7 +8,6 @@ fault is one :class:`CheckpointError` naming the file.
 
 from __future__ import annotations
 
-import json
 import stat
 import struct
 from collections import Counter
@@ -17,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from halfweight.checkpoint.json_files import parse_json
 from halfweight.errors import CheckpointError
 from halfweight.quantization.scheme import DTYPE_BYTES, TensorInfo
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own cap."""
-MAX_JSON_BYTES = 100_000_000
 MAX_DIMENSIONS = 16
 
 
@@ -49,27 +48,6 @@ class Shard:
     num_bytes: int
     header_bytes: int
     tensors: tuple[StoredTensor, ...]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError if it is not one or is over the cap."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path}: {path.stat().st_size} bytes of JSON, expected at most {MAX_JSON_BYTES}",
-                hint="this is not a model's JSON file; download it again",
-            )
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as JSON ({error})", hint="download the file again"
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path}: expected a JSON object, found {type(value).__name__}",
-            hint="download the file again",
-        )
-    return value
 
 
 def read_shard(path: Path) -> Shard:
@@ -124,7 +102,7 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
         return found
 
     try:
-        header = json.loads(raw, object_pairs_hook=unique)
+        header = parse_json(raw, unique)
     except (ValueError, RecursionError) as error:
         raise broken(path, f"header is not JSON ({error})") from error
     if not isinstance(header, dict):

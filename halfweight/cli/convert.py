@@ -82,8 +82,8 @@ def quantize(
             overwrite=overwrite,
             progress=show,
             stop=stop,
-            refine=_calibration(source, calibrate, bar) if calibrate else None,
-            check=_divergence_check(source, check, max_kl, bar),
+            refine=_calibration(source, calibrate, bar, stop) if calibrate else None,
+            check=_divergence_check(source, check, max_kl, bar, stop),
         )
     if json_output:
         print_json(_fields(report))
@@ -149,28 +149,32 @@ def verify(
     if result.problems:
         raise VerificationError(
             f"{path}: {len(result.problems)} problems, first: {result.problems[0]}",
-            hint="copy or download the damaged files again, or quantize the source again",
+            hint="copy or download these files again, or quantize the source again; if they were "
+            "changed on purpose, remove halfweight.json and verify what is there",
         )
     for note in result.notes:
         stderr.print(note, markup=False, highlight=False)
     if not json_output:
-        stdout.print(f"{path}: {result.num_files} files, {size(result.num_bytes)}, all as written")
+        what = f"{result.num_files} files, {size(result.num_bytes)}, all as written"
+        what = what if result.num_files else "sound, and the model loads"
+        stdout.print(f"{path}: {what}", highlight=False, soft_wrap=True)
 
 
-def _calibration(source: str, text: Path, bar: Progress) -> Refinement:
+def _calibration(source: str, text: Path, bar: Progress, stop: Event) -> Refinement:
     from halfweight.checkpoint.headers import resolve
     from halfweight.evaluation.calibration import calibration
 
     task = bar.add_task("calibrating", total=None)
 
     def show(module: str, done: int, total: int) -> None:
+        _raise_if(stop)
         bar.update(task, description=f"calibrating {module}", completed=done, total=total)
 
     return calibration(resolve(source), text, show)
 
 
 def _divergence_check(
-    source: str, text: Path | None, max_kl: float | None, bar: Progress
+    source: str, text: Path | None, max_kl: float | None, bar: Progress, stop: Event
 ) -> Callable[[Path], None] | None:
     """What --check does at the end; that it can be done is found out now."""
     if text is None:
@@ -191,6 +195,7 @@ def _divergence_check(
         task = bar.add_task("checking", total=None)
 
         def show(what: str, done: int, total: int) -> None:
+            _raise_if(stop)
             bar.update(task, description=f"checking: {done} of {total} tokens, {what}")
 
         found = require(folder, reference=source, text=text, max_kl=limit, progress=show)
@@ -199,6 +204,15 @@ def _divergence_check(
         stderr.print(f"KL divergence from the source: {figure}", highlight=False)
 
     return check
+
+
+def _raise_if(stop: Event) -> None:
+    """Raise InterruptedConversionError after Ctrl-C, where no shard is under way."""
+    if stop.is_set():
+        raise InterruptedConversionError(
+            "interrupted; all shards are kept",
+            hint="run the same command again to go on from there",
+        )
 
 
 def _group_size(text: str) -> GroupSize:
@@ -214,7 +228,7 @@ def _stop_on_ctrl_c() -> Iterator[Event]:
         if stop.is_set():
             os._exit(InterruptedConversionError.exit_code)
         stop.set()
-        stderr.print("finishing this shard; Ctrl-C again stops now, both can be resumed")
+        stderr.print("finishing this step; Ctrl-C again stops now, both can be resumed")
 
     before = signal.signal(signal.SIGINT, on_signal)
     try:

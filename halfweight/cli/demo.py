@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,7 +55,7 @@ def demo(
     seconds = time.perf_counter() - begin
     _say(f"   {report.num_quantized} weights in {seconds:.1f} s")
     _say(f"3. {NEW_TOKENS} tokens from each, greedy")
-    columns = [_measure("16 bit", source), _measure("INT8", int8)]
+    columns = [_measure("16 bit", source, _by_transformers), _measure("INT8", int8, _by_engine)]
     _say(f"4. perplexity on {TEXT_TOKENS} tokens of Pride and Prejudice")
     found = halfweight.evaluate(
         int8, text=TEXT, reference=source, context=CONTEXT, tokens=TEXT_TOKENS
@@ -99,26 +100,62 @@ def _save_source(folder: Path) -> None:
     partial.rename(folder)
 
 
-def _measure(name: str, folder: Path) -> Column:
-    """Load a folder, generate from it; the 16-bit one is transformers' own model."""
+Write = Callable[[Any, list[int]], tuple[list[int], float]]
+"""What a model writes after a prompt, greedy, and tokens a second."""
+
+
+def _by_transformers(model: Any, ids: list[int]) -> tuple[list[int], float]:
+    import torch
+
+    prompt = torch.tensor([ids])
+    mask = torch.ones_like(prompt)
+
+    def write(num_tokens: int) -> list[int]:
+        found = model.generate(
+            prompt,
+            attention_mask=mask,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        tokens: list[int] = found[0, len(ids) :].tolist()
+        return tokens
+
+    return _timed(write)
+
+
+def _by_engine(model: Any, ids: list[int]) -> tuple[list[int], float]:
+    from halfweight.engine.engine import Engine
+    from halfweight.engine.request import Sampling
+
+    with Engine(model, max_sequences=1, max_context=CONTEXT) as engine:
+        greedy = {"sampling": Sampling(), "stop_tokens": ()}
+        return _timed(lambda n: list(engine.generate(ids, max_new_tokens=n, **greedy).tokens))
+
+
+def _timed(write: Callable[[int], list[int]]) -> tuple[list[int], float]:
+    """What it writes, once it is warm, and how fast."""
+    write(2)
+    begin = time.perf_counter()
+    tokens = write(NEW_TOKENS)
+    return tokens, len(tokens) / (time.perf_counter() - begin)
+
+
+def _measure(name: str, folder: Path, write: Write) -> Column:
+    """Load a folder and generate from it."""
     from transformers import AutoTokenizer
 
-    from halfweight.engine.decoder import generate
     from halfweight.model.loading import load
 
     begin = time.perf_counter()
     model = load(folder)
     load_seconds = time.perf_counter() - begin
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(PROMPT)["input_ids"]
-    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "stop_tokens": []}
-    generate(model, [ids], **{**options, "max_new_tokens": 2})
-    begin = time.perf_counter()
-    (result,) = generate(model, [ids], **options)
-    rate = len(result.tokens) / (time.perf_counter() - begin)
+    tokens, rate = write(model, tokenizer(PROMPT)["input_ids"])
     file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     resident = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
-    text = tokenizer.decode(result.tokens, skip_special_tokens=True)
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
     return Column(name, file_bytes, resident, load_seconds, rate, text)
 
 

@@ -39,7 +39,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Of activations [default: float32 on a CPU, else the model's]."),
+        typer.Option(help="Of activations [default: the model's, as it generates]."),
     ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Keep the files of the run here, to use them again.")

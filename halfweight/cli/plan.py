@@ -138,10 +138,12 @@ class _Answer:
 
 
 def _target(gpus: str | None, budget: str | None, reserve: str | None) -> _Target:
-    from halfweight.memory.cards import Gpus, parse_bytes, parse_gpus
+    from halfweight.memory.cards import Gpus, check_capability, parse_bytes, parse_gpus
     from halfweight.memory.devices import local_device
 
     here = None if gpus else local_device()
+    if here is not None:
+        check_capability(here.name, here.capability)
     kind: DeviceKind = here.kind if here else "cuda"
     found = Gpus(1, here.name, here.free_bytes) if here else parse_gpus(gpus or "")
     num_bytes = parse_bytes(budget) if budget else found.num_bytes
@@ -318,7 +320,7 @@ def _units(num_bytes: int | None) -> tuple[str, str]:
 
 def _print_verdict(answer: _Answer) -> None:
     from halfweight.memory.plan import legal_ranks
-    from halfweight.memory.what_fits import advice
+    from halfweight.memory.what_fits import advice, notes
 
     made, gpus = answer.plan, answer.gpus
     assert made.budget is not None
@@ -327,6 +329,8 @@ def _print_verdict(answer: _Answer) -> None:
     for name, verdict in (("FP16", made.sixteen_bit_verdict), ("INT8", made.verdict)):
         assert verdict is not None
         stdout.print(f"{name} [{STYLES[verdict]}]{verdict}[/]")
+    for line in notes(made):
+        stdout.print(line, highlight=False)
     for line in advice(made):
         stdout.print(f"  {line}")
     if (past := answer.calibration) is not None:
@@ -346,7 +350,10 @@ def _print_solution(answer: _Answer) -> None:
     for key, name in (("16bit", "FP16"), ("int8", "INT8")):
         if quantity != "group-size" or key == "int8":
             value = answer.solution[key]
-            stdout.print(f"{name} {quantity}: {'none fits' if value is None else value}")
+            text = (
+                "none fits" if value is None else f"{value}{_limits(answer.plan, quantity, value)}"
+            )
+            stdout.print(f"{name} {quantity}: {text}", highlight=False)
     contexts = list(dict.fromkeys(cell.context for cell in answer.cells))
     table = Table("batch", *(f"{n:,}" for n in contexts), box=None, title="INT8, likely GB")
     budget = answer.plan.budget or 0
@@ -355,6 +362,15 @@ def _print_solution(answer: _Answer) -> None:
         table.add_row(str(batch), *(_cell(cell, budget) for cell in row))
     stdout.print(table)
     stdout.print("green fits, yellow! is tight, red x does not fit", style="dim")
+
+
+def _limits(made: Plan, quantity: str, value: int) -> str:
+    """What a solution stands under: the model's own context, or another runtime."""
+    from halfweight.memory.what_fits import by_another_runtime
+
+    if quantity == "context" and value == made.model.architecture.max_context:
+        return ", the model's own"
+    return by_another_runtime(made.workload, value) if quantity == "gpus" else ""
 
 
 def _cell(cell: Cell, budget: int) -> str:

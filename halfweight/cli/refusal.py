@@ -40,9 +40,8 @@ def require_room(
 
 def longest_prompt(model: str, texts: Sequence[str]) -> int:
     """Tokens of the longest text."""
-    from transformers import AutoTokenizer
-
     from halfweight.checkpoint.headers import resolve
+    from halfweight.model.tokenizer import open_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+    tokenizer = open_tokenizer(resolve(model))
     return max(len(tokenizer(text)["input_ids"]) for text in texts)

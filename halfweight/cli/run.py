@@ -159,13 +159,16 @@ def open_engine(
     """The engine of a model, with a bar while it loads; `limits` are Engine's."""
     import torch
 
+    from halfweight.checkpoint.headers import read_headers, resolve
     from halfweight.engine.engine import Engine
 
+    folder = resolve(model)
+    _refuse_what_does_not_write(folder.name, read_headers(folder).config)
     begin = time.perf_counter()
     with bytes_bar() as bar:
         task = bar.add_task("loading", total=None)
         engine = Engine(
-            model,
+            folder,
             device=device,
             dtype=getattr(torch, dtype) if dtype else None,
             backend=backend,
@@ -176,6 +179,18 @@ def open_engine(
     if sys.stderr.isatty():
         stderr.print(f"loaded in {time.perf_counter() - begin:.1f} s")
     return engine
+
+
+def _refuse_what_does_not_write(name: str, config: dict[str, Any]) -> None:
+    """Raise UsageError for an encoder, or an encoder and a decoder."""
+    from halfweight.memory.architecture import is_causal
+
+    if not is_causal(config) or config.get("is_encoder_decoder"):
+        kinds = ", ".join(map(str, config.get("architectures") or [config.get("model_type")]))
+        raise UsageError(
+            f"{name}: {kinds} does not continue a text",
+            hint="give a causal language model; `halfweight.load` loads this one for Python",
+        )
 
 
 def _sampling(

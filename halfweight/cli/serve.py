@@ -55,9 +55,8 @@ def serve(
 ) -> None:
     """Serve a model: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
     try:
-        import uvicorn
-
         from halfweight.serve.app import build_app
+        from halfweight.serve.listen import listen
     except ImportError as error:
         raise UsageError(
             f"serving needs {error.name}, which is not installed",
@@ -88,4 +87,4 @@ def serve(
         api_key=api_key,
         max_requests=max_requests,
     )
-    uvicorn.run(application, host=host, port=port)
+    listen(application, engine, host, port)

@@ -14,17 +14,22 @@ from halfweight.checkpoint.headers import INDEX_NAME
 from halfweight.checkpoint.layout import Layout, index, quantization_config
 from halfweight.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, file_sha256
 from halfweight.checkpoint.sources.source import Source
+from halfweight.checkpoint.sources.turned import turned_names
 from halfweight.conversion.workspace import Workspace
-from halfweight.quantization.scheme import GroupSize, Recipe
+from halfweight.quantization.scheme import GroupSize
 
 
-def describe_job(source: Source, recipe: Recipe) -> dict[str, Any]:
-    """All that the output is a function of."""
+def describe_job(source: Source, layout: Layout) -> dict[str, Any]:
+    """All that the output is a function of; `kept` and `turned` are the model's, where any are."""
+    asked = {d.tensor.name for d in layout.recipe.decide_all(source.tensors) if d.scheme}
+    quantized = {d.tensor.name for d in layout.decisions if d.scheme}
+    of_model = {"kept": sorted(asked - quantized), "turned": sorted(turned_names(source))}
     return {
         "format_version": FORMAT_VERSION,
         "halfweight": __version__,
         "source": {"name": base_model(source.name), **source.fingerprint()},
-        "recipe": json.loads(json.dumps(asdict(recipe))),
+        "recipe": json.loads(json.dumps(asdict(layout.recipe))),
+        **{key: names for key, names in of_model.items() if names},
     }
 
 
@@ -69,7 +74,7 @@ def _groups_in_words(sizes: Iterable[GroupSize]) -> str:
 
 def _card(source: Source, layout: Layout) -> str:
     name = base_model(source.name)
-    before = sum(decision.tensor.num_bytes for decision in layout.decisions)
+    before = source.stored_bytes
     disk = sum(decision.disk_bytes for decision in layout.decisions)
     resident = sum(decision.resident_bytes for decision in layout.decisions)
     kept = sum(decision.scheme is None for decision in layout.decisions)

@@ -6,8 +6,9 @@ the source's file through one fused pass to their place in an output shard, a fe
 read back from the file, and journalled while the next is under way. See `workspace` for what
 happens when the process dies, and `layout` for the form of the output.
 
-While the first shard is under way the source's headers are loaded, on meta, into the model of its
-config; before publishing the output is compared with what was loaded there.
+Before all that the load of the result is rehearsed, on meta: what no model could hold in INT8 is
+kept, and a source that is no whole model is refused. Before publishing the output is compared with
+what was loaded there.
 
 The output is a function of the source and the recipe alone: no time, path, thread count or machine
 goes into any file.
@@ -20,8 +21,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from halfweight.checkpoint.manifest import MANIFEST_NAME, file_sha256, read_mani
 from halfweight.checkpoint.shard import some
 from halfweight.checkpoint.sources import open_source
 from halfweight.checkpoint.sources.source import Source
+from halfweight.checkpoint.sources.turned import turned_source
 from halfweight.conversion.beside_shards import describe_job, write_beside_shards
 from halfweight.conversion.shard_writer import write_shard
 from halfweight.conversion.verification import check_structure
@@ -43,7 +45,7 @@ from halfweight.errors import (
     InterruptedConversionError,
     UsageError,
 )
-from halfweight.model.loadability import load_aside, model_tensors
+from halfweight.model.loadability import fit_aside, model_tensors
 from halfweight.quantization.scheme import Recipe
 
 log = logging.getLogger("halfweight")
@@ -64,6 +66,8 @@ class Progress:
 @dataclass(frozen=True)
 class ConversionReport:
     """What a conversion made. Bytes are those of tensor data, not of headers.
+
+    `source_bytes` are those of the source as it lies: of a .gguf file before it is decoded.
 
     `relative_error` is |w - w'| / |w| over all quantized weights (Frobenius norms).
     """
@@ -115,14 +119,21 @@ def quantize(
     """
     opened = open_source(source)
     out = Path(os.path.abspath(Path(out).expanduser()))
-    layout = lay_out(opened.tensors, recipe or Recipe())
-    job = describe_job(opened, layout.recipe) | (refine.description if refine else {})
+    recipe = recipe or Recipe()
+    lay_out(opened.tensors, recipe)  # a recipe that cannot be is refused before the model is asked
+    fit = fit_aside(opened.name, opened.config, opened.tensors, recipe)
+    for note in fit.notes:
+        log.warning("%s: %s", opened.name, note)
+    _refuse_experts(fit.kept)
+    opened = turned_source(opened, fit.turned)
+    layout = lay_out(opened.tensors, recipe, fit.kept)
+    job = describe_job(opened, layout) | (refine.description if refine else {})
     if not overwrite and _is_published(out, job):
         log.warning("%s: already complete", out)
         remove_leftovers(out)
         if check is not None:
             check(out)
-        return _report(out, layout, read_manifest(out)["shards"], len(layout.shards))
+        return _report(out, opened, layout, read_manifest(out)["shards"], len(layout.shards))
     _check_out(out, opened.path, overwrite)
     with Workspace(out, job, opened.state()) as workspace, _disk_full_named(workspace):
         resumed = _check_resumed(workspace)
@@ -136,7 +147,7 @@ def quantize(
         if check is not None:
             check(workspace.checkpoint)
         workspace.publish()
-        return _report(out, layout, workspace.finished, resumed)
+        return _report(out, opened, layout, workspace.finished, resumed)
 
 
 def _convert(
@@ -159,7 +170,7 @@ def _convert(
             progress(Progress(tensor, done, total))
 
     with ThreadPoolExecutor(jobs) as pool, ThreadPoolExecutor(1) as finisher:
-        finishing = finisher.submit(_check_fit, source)
+        finishing: Future[None] | None = None
         for shard in layout.shards:
             if shard.name in workspace.finished:
                 advance(shard.name, shard.source_bytes)
@@ -171,7 +182,8 @@ def _convert(
                     f"{source.name}: a file changed while it was read",
                     hint="run again once nothing writes to the source",
                 )
-            finishing.result()
+            if finishing is not None:
+                finishing.result()
             finishing = finisher.submit(_finish_shard, workspace, path, tensors)
             if stop is not None and stop.is_set():
                 finishing.result()
@@ -179,13 +191,18 @@ def _convert(
                     f"interrupted; {len(workspace.finished)} of {len(layout.shards)} shards kept",
                     hint="run the same command again to go on from there",
                 )
-        finishing.result()
+        if finishing is not None:
+            finishing.result()
 
 
-def _check_fit(source: Source) -> None:
-    """Raise CheckpointError if the source does not fit the model of its config."""
-    for note in load_aside(source.name, source.config, source.tensors):
-        log.warning("%s: %s", source.name, note)
+def _refuse_experts(kept: Mapping[str, str]) -> None:
+    """Experts are most of their model: whether they stay in 16 bits is for the user to say."""
+    for name, reason in kept.items():
+        if ".experts." in name:
+            raise CheckpointError(
+                f"tensor {name}: experts cannot be in INT8 here: {reason}",
+                hint="--keep '*experts*' leaves them in 16 bits",
+            )
 
 
 def _check_output(folder: Path, source: Source) -> None:
@@ -271,7 +288,7 @@ def _is_published(out: Path, job: dict[str, Any]) -> bool:
 
 
 def _report(
-    out: Path, layout: Layout, shards: dict[str, Any], resumed_shards: int
+    out: Path, source: Source, layout: Layout, shards: dict[str, Any], resumed_shards: int
 ) -> ConversionReport:
     tensors = {n: record for entry in shards.values() for n, record in entry["tensors"].items()}
     error, norm = (
@@ -281,7 +298,7 @@ def _report(
         out=out,
         num_quantized=len(tensors),
         num_kept=len(layout.decisions) - len(tensors),
-        source_bytes=sum(decision.tensor.num_bytes for decision in layout.decisions),
+        source_bytes=source.stored_bytes,
         disk_bytes=sum(decision.disk_bytes for decision in layout.decisions),
         resident_bytes=sum(decision.resident_bytes for decision in layout.decisions),
         relative_error=math.sqrt(error / norm) if norm else 0.0,

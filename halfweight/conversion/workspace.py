@@ -22,6 +22,9 @@ import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
+import msgspec
+
+from halfweight.checkpoint.json_files import JournalLine, is_plain_name, parse_json
 from halfweight.errors import HalfweightError
 
 
@@ -113,7 +116,7 @@ class Workspace:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
             self._append(self._first_line)
         self.checkpoint.mkdir(exist_ok=True)
-        self.finished = {line.pop("shard"): line for line in lines[1:]}
+        self.finished = dict(filter(None, map(_finished_shard, lines[1:])))
 
     def _append(self, line: dict[str, Any]) -> None:
         with open(self._journal, "a") as journal:
@@ -132,14 +135,25 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _finished_shard(line: Any) -> tuple[str, dict[str, Any]] | None:
+    """Name and entry of a shard that a line of the journal tells of; what is none was not ours."""
+    try:
+        msgspec.convert(line, JournalLine)
+    except msgspec.ValidationError:
+        return None
+    name = line["shard"]
+    entry = {key: value for key, value in line.items() if key != "shard"}
+    return (name, entry) if is_plain_name(name) else None
+
+
 def _complete_lines(journal: Path) -> tuple[list[dict[str, Any]], int]:
     """The journal's lines up to the first that is cut short, and the bytes they take."""
     lines: list[dict[str, Any]] = []
     num_bytes = 0
     for text in journal.read_bytes().splitlines(keepends=True) if journal.exists() else ():
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            lines.append(parse_json(text))
+        except (ValueError, RecursionError):
             break
         num_bytes += len(text)
     return lines, num_bytes

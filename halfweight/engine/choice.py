@@ -16,14 +16,16 @@ logarithms for each of 128,000 entries.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from halfweight.engine.transfer import to_device
+from halfweight.engine.transfer import Lane, Returning
 
 NAN = -1
 """The token that stands for a row with a NaN, or without a finite largest score."""
@@ -35,36 +37,61 @@ SLOT, POSITION, TOP_K, TEMPERATURE, TOP_P, MIN_P, UNIFORM = range(NUM_COLUMNS)
 Rows = NDArray[np.int32]
 
 _BLOCK = 256
+_NUM_LANES = 4
 
 
-Choose = Callable[[Tensor, Rows, Tensor], Tensor]
-"""(scores [R, V], rows, table) -> token and whether it equals its draft, int32 [R, 2].
+class Chosen(NamedTuple):
+    """int32 [R, 2]: each row's token and whether it equals its draft."""
+
+    on_device: Tensor
+    """Until the lane it lies in is used again, some steps later."""
+    on_host: Returning
+
+
+Choose = Callable[[Tensor, Rows, Tensor], Chosen]
+"""Of scores [R, V], rows, and the token table.
 
 Row r of the scores is what follows table[slot, position] of `rows[r]`. The draft is what
 table[slot, position + 1] holds before; the token takes its place there (0 for NAN, which is no id
-that a model could read). Nothing waits for the device on CUDA. Of one `Choose` one call runs at a
-time.
+that a model could read). Nothing waits for the device on CUDA.
 """
 
 
 def chooser(device: torch.device) -> Choose:
     """How tokens are chosen on a device."""
-    if device.type != "cuda":
-        return choose
-    from halfweight.kernels.triton.sampling import Chooser
-
-    on_device = Chooser(device)
-    return lambda scores, rows, table: on_device(scores, to_device(rows, device), table)
+    return _GpuChooser(device) if device.type == "cuda" else choose
 
 
-def choose(scores: Tensor, rows: Rows, table: Tensor) -> Tensor:
+class _GpuChooser:
+    """`choose` by a kernel, through a ring of lanes: steps under way, and one to spare."""
+
+    def __init__(self, device: torch.device) -> None:
+        from halfweight.kernels.triton.sampling import Chooser
+
+        self._kernel, self._device = Chooser(device), device
+        self._lanes: deque[Lane] = deque()
+
+    def __call__(self, scores: Tensor, rows: Rows, table: Tensor) -> Chosen:
+        if not self._lanes or self._lanes[0].num_rows < len(rows):
+            most = max(2 * len(rows), 64)
+            widths = NUM_COLUMNS, 2
+            self._lanes = deque(Lane(self._device, most, widths) for _ in range(_NUM_LANES))
+        lane = self._lanes[0]
+        self._lanes.rotate(-1)
+        sent, result = lane.send(rows)
+        self._kernel(scores, sent, table, result)
+        return Chosen(result, lane.fetch(len(rows)))
+
+
+def choose(scores: Tensor, rows: Rows, table: Tensor) -> Chosen:
     """`Choose` on the CPU, which defines it."""
     numbers = scores.float().numpy()
     tokens = np.array([choose_one(*pair) for pair in zip(numbers, rows, strict=True)], np.int32)
     places = rows[:, SLOT], rows[:, POSITION] + 1
     agrees = table.numpy()[places] == tokens
     table.numpy()[places] = tokens.clip(min=0)
-    return torch.from_numpy(np.stack([tokens, agrees.astype(np.int32)], axis=1))
+    result = np.stack([tokens, agrees.astype(np.int32)], axis=1)
+    return Chosen(torch.from_numpy(result), Returning(result))
 
 
 def choose_one(scores: NDArray[np.float32], row: Rows) -> int:

@@ -18,24 +18,23 @@ sampling is as the model's generation_config.json says.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import fields as fields_of
 from dataclasses import replace
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, overload
 from weakref import finalize
 
 import torch
 
-from halfweight.engine.loop import Loop, OnOutput
+from halfweight.engine.loop import EngineStoppedError, Loop, OnOutput
+from halfweight.engine.parts import Parts, make_parts
+from halfweight.engine.prompts import Message, Prompt, encode, encode_chat, is_one
 from halfweight.engine.request import Request, Sampling
-from halfweight.engine.runners import describe, make_runner
+from halfweight.engine.runners import describe
 from halfweight.engine.sequence import MakeDrafter
 from halfweight.engine.step import KvCache, Runner
-from halfweight.engine.stops import default_sampling, end_of_text_tokens
 from halfweight.engine.streams import AsyncStream, Completion, Piece, Stream, complete
 from halfweight.engine.text import Detokenizer
 from halfweight.errors import HalfweightError, UsageError
@@ -45,14 +44,8 @@ if TYPE_CHECKING:
 
     from halfweight.engine.sampler import Sampler
 
-log = logging.getLogger("halfweight")
-
 NEW_TOKENS = 1024
 """Most new tokens of a request that names no number, where the context has room."""
-Prompt = str | Sequence[int]
-"""Text, or token ids."""
-Message = Mapping[str, Any]
-"""A turn of a chat: `role`, `content` and whatever else the model's template knows."""
 _SAMPLING_FIELDS = frozenset(field.name for field in fields_of(Sampling))
 
 
@@ -94,34 +87,20 @@ class Engine:
         and checked, several tokens a step; that changes no answer. Raises what `halfweight.load`
         and `make_runner` do.
         """
-        from halfweight.engine.grammar import GrammarCompiler
-        from halfweight.engine.sampler import Sampler
-
-        loaded = _load(
-            model,
-            device=device,
-            dtype=dtype,
-            backend=backend,
-            activations=activations,
-            progress=progress,
-        )
-        tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
-        runner = make_runner(
-            loaded,
-            max_context=max_context,
-            max_sequences=max_sequences,
-            cache_tokens=cache_tokens,
-            kv_cache=kv_cache,
-        )
-        generation = getattr(loaded, "generation_config", None)
-        stops = end_of_text_tokens(generation, loaded.config, tokenizer)
-        grammars = None
-        if tokenizer is not None:
-            grammars = GrammarCompiler(tokenizer, runner.vocab_size, sorted(stops))
-        sampler = Sampler(runner.table, runner.vocab_size, grammars=grammars)
-        self._start(
-            runner, sampler, tokenizer, stops, default_sampling(generation), speculates=speculates
-        )
+        loading: dict[str, Any] = {
+            "device": device,
+            "dtype": dtype,
+            "backend": backend,
+            "activations": activations,
+            "progress": progress,
+        }
+        limits: dict[str, Any] = {
+            "max_context": max_context,
+            "max_sequences": max_sequences,
+            "cache_tokens": cache_tokens,
+            "kv_cache": kv_cache,
+        }
+        self._start(make_parts(model, tokenizer, loading, limits), speculates=speculates)
 
     @classmethod
     def over(
@@ -136,33 +115,28 @@ class Engine:
     ) -> Engine:
         """An engine of parts made elsewhere; it closes the runner."""
         engine = cls.__new__(cls)
-        engine._start(
-            runner, sampler, tokenizer, stop_tokens, sampling or Sampling(), speculates=speculates
-        )
+        parts = Parts(runner, sampler, tokenizer, stop_tokens, sampling or Sampling())
+        engine._start(parts, speculates=speculates)
         return engine
 
-    def _start(
-        self,
-        runner: Runner,
-        sampler: Sampler,
-        tokenizer: Any,
-        stop_tokens: frozenset[int],
-        sampling: Sampling,
-        *,
-        speculates: bool,
-    ) -> None:
+    def _start(self, parts: Parts, *, speculates: bool) -> None:
+        runner = parts.runner
         make_drafter: MakeDrafter | None = None
-        if speculates and runner.shares_prefixes:  # a state cannot go back to before a draft
+        if speculates and runner.most_drafts:
             from halfweight.engine.speculation import PromptLookup
 
             make_drafter = PromptLookup
-        self.tokenizer = tokenizer
-        self.stop_tokens = stop_tokens
-        self.sampling = sampling
-        self.max_context, self.max_sequences = runner.max_context, runner.max_sequences
-        self.description = describe(runner)
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-        self._loop = Loop(runner, sampler, stop_tokens=stop_tokens, make_drafter=make_drafter)
+        self.tokenizer, self.sampling = parts.tokenizer, parts.sampling
+        known = (token for token in parts.stop_tokens if 0 <= token < runner.vocab_size)
+        self.stop_tokens = frozenset(known)
+        """Ids that end a text, of those that the model can generate."""
+        self.max_sequences, self.description = runner.max_sequences, describe(runner)
+        self._detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer)
+        self._loop = Loop(
+            runner, parts.sampler, stop_tokens=self.stop_tokens, make_drafter=make_drafter
+        )
+        self.max_context = self._loop.room(0)
+        """Tokens of the longest sequence, by the model's context and by the cache."""
         self._loop.start()
         self._stop = finalize(self, self._loop.stop)
 
@@ -199,11 +173,11 @@ class Engine:
 
     def open(self, request: Request) -> Stream:
         """Pieces of a request: text, tokens, logprobs and the reason at the end."""
-        return Stream(self._loop, request, self._detokenizer)
+        return Stream(self._loop, request, self._detokenizer, self)
 
     def aopen(self, request: Request) -> AsyncStream:
         """The same, for `async for`."""
-        return AsyncStream(self._loop, request, self._detokenizer)
+        return AsyncStream(self._loop, request, self._detokenizer, self)
 
     @overload
     def generate(self, prompts: Prompt, **options: Any) -> Completion: ...
@@ -219,11 +193,12 @@ class Engine:
         >>> engine.generate("The capital of France is", max_new_tokens=4).text
         >>> [answer.text for answer in engine.generate(["One", "Two"], temperature=1.0, seed=3)]
 
-        A text whose logits hold a NaN has the finish_reason "nan" and an error. Raises UsageError
-        for a prompt that can never run, EngineStoppedError when the engine ends.
+        A text whose logits hold a NaN has the finish_reason "nan" and an error; one that `close`
+        cut short is "cancelled". Raises UsageError for a prompt that can never run,
+        EngineStoppedError when a step fails, and for what is asked later.
         """
         found = complete(self._loop, self._requests(prompts, options), self._detokenizer)
-        return found[0] if _is_one(prompts) else found
+        return found[0] if is_one(prompts) else found
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """The text that follows a prompt, in pieces as it is made. Leaving the loop cancels it.
@@ -231,7 +206,7 @@ class Engine:
         >>> for text in engine.stream("Once upon a time"):
         ...     print(text, end="", flush=True)
 
-        Raises as `generate`, and NanLogitsError.
+        Raises as `generate`; NanLogitsError; and EngineStoppedError where `close` cuts it short.
         """
         return _texts(self.open(self.request(prompt, **options)))
 
@@ -256,7 +231,7 @@ class Engine:
         """As `generate`; cancelling the task cancels what it asked for."""
         streams = [self.aopen(request) for request in self._requests(prompts, options)]
         found = await asyncio.gather(*map(_joined, streams))
-        return found[0] if _is_one(prompts) else list(found)
+        return found[0] if is_one(prompts) else list(found)
 
     async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[str]:
         """As `stream`.
@@ -309,33 +284,20 @@ class Engine:
             prompt_logprobs=prompt_logprobs,
         )
 
-    def chat_prompt(self, messages: Sequence[Message], **template: Any) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Message], /, **template: Any) -> list[int]:
         """Token ids of a conversation that the model is to continue with an answer.
 
-        `template` goes to the tokenizer's `apply_chat_template`: `tools`, `enable_thinking`, ...
+        `template` goes to the chat template: `tools`, `enable_thinking`, ... Raises UsageError
+        where the template refuses, CheckpointError where it is no valid one.
         """
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise UsageError("this model has no chat template", hint="use generate")
-        try:
-            options = {"add_generation_prompt": True, **template, "tokenize": False}
-            text = self.tokenizer.apply_chat_template(list(messages), **options)
-        except Exception as error:  # of a template, which may raise anything
-            raise UsageError(f"messages: {error}", hint="see the model's chat template") from error
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return encode_chat(self.tokenizer, messages, **template)
 
     def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a prompt. A text that begins with the BOS is not given a second one.
 
         Raises UsageError for a text where there is no tokenizer.
         """
-        if not isinstance(prompt, str):
-            return tuple(map(int, prompt))
-        if self.tokenizer is None:
-            raise UsageError("text needs a tokenizer", hint="give token ids, or a tokenizer")
-        ids = self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        return tuple(ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids)
+        return encode(self.tokenizer, prompt, add_special_tokens=add_special_tokens)
 
     def check(self, request: Request) -> None:
         """Raise UsageError for what can never run, before anything does."""
@@ -343,7 +305,7 @@ class Engine:
 
     def _requests(self, prompts: Any, options: Mapping[str, Any]) -> list[Request]:
         """Requests of one prompt or of many; then an error says which of them it is about."""
-        if _is_one(prompts):
+        if is_one(prompts):
             return [self.request(prompts, **options)]
         requests = []
         for i, prompt in enumerate(prompts):
@@ -355,14 +317,11 @@ class Engine:
         return requests
 
 
-def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether it is a text or token ids; numpy's integers are ids too."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
-
-
 def _text_of(piece: Piece) -> str:
     if piece.error is not None:
         raise piece.error
+    if piece.finish_reason == "cancelled":
+        raise EngineStoppedError("the engine was closed", hint="make a new one")
     return piece.text
 
 
@@ -372,35 +331,3 @@ def _texts(pieces: Iterable[Piece]) -> Iterator[str]:
 
 async def _joined(pieces: AsyncStream) -> Completion:
     return Completion.of([piece async for piece in pieces])
-
-
-def _load(model: Any, **options: Any) -> Any:
-    """A model by its name, or as it is."""
-    from halfweight.model.loading import load
-
-    if not isinstance(model, str | os.PathLike):
-        given = [name for name, value in options.items() if value not in (None, "exact")]
-        if given:
-            raise UsageError(
-                f"{given[0]!r} is for models that are loaded here, and this one is loaded",
-                hint="leave it out, or give the model's name",
-            )
-        return model
-    if options["device"] is None:
-        options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    return load(model, **options)
-
-
-def _tokenizer_of(model: Any) -> Any:
-    """The tokenizer in a model's folder, or None: prompts and answers are then token ids."""
-    from transformers import AutoTokenizer
-
-    from halfweight.checkpoint.headers import resolve
-
-    if not isinstance(model, str | os.PathLike):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(resolve(os.fspath(model)))
-    except (OSError, ValueError) as error:
-        log.warning("no tokenizer: %s", error)
-        return None

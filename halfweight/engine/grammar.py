@@ -76,13 +76,14 @@ class GrammarState:
         return bool(self._matcher.is_accepting())
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Take tokens that the sequence gained. One that is not allowed, a NaN's say, ends it."""
-        self._matcher.consume_tokens(list(tokens))
+        """Take tokens that the sequence gained; a NaN's is none. After one not allowed none is."""
+        self._matcher.consume_tokens([token for token in tokens if token >= 0])
 
     def fill(self, bits: NDArray[np.int32], drafts: Sequence[int] = ()) -> None:
         """Write which ids may come next, after each draft: bits [1 + drafts, words of 32 ids].
 
-        The state stays where it is. Behind a draft that is not allowed all bits are set.
+        The state stays where it is. Behind a draft that is not allowed all bits are set. Where the
+        grammar gave up (its limits, a token that it did not allow) none is: that text cannot end.
         """
         bits.fill(-1)
         taken = 0
@@ -98,7 +99,8 @@ class GrammarState:
         words = self._words
         self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         row[:] = 0
-        row[: len(words)] = words[: len(row)]
+        if not self._matcher.is_error():
+            row[: len(words)] = words[: len(row)]
 
 
 class GrammarCompiler:
@@ -131,6 +133,10 @@ class GrammarCompiler:
             raise _refused(grammar, str(error)) from error
         if matcher.is_error():
             raise _refused(grammar, matcher.get_error())
+        first = matcher.deep_copy()
+        first.compute_bitmask()
+        if first.is_error():
+            raise _refused(grammar, "no text matches it")
         return matcher
 
     @cached_property
@@ -152,9 +158,11 @@ def _source(grammar: Grammar) -> str:
     from llguidance import LLMatcher, grammar_from
 
     if grammar.kind == "json_schema":
-        options: Any = {"whitespace_pattern": _WHITESPACE}
-        return LLMatcher.grammar_from_json_schema(grammar.text, overrides=options)
-    return grammar_from(grammar.kind, grammar.text)
+        options = {"whitespace_pattern": _WHITESPACE}
+        source: str = LLMatcher.grammar_from_json_schema(grammar.text, overrides=options)
+    else:
+        source = grammar_from(grammar.kind, grammar.text)
+    return source
 
 
 def _refused(grammar: Grammar, message: str) -> UsageError:

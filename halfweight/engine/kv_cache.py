@@ -1,7 +1,8 @@
 """A KV cache in one byte a number: int8 keys and values, one 16-bit scale a token and head.
 
-A drop-in for transformers' StaticCache: `model.generate(..., past_key_values=Int8Cache(...))`, or
-the decode loop's own cache; shapes are static and every write is in place, so CUDA graphs hold it.
+A drop-in for transformers' StaticCache, for who runs a model by transformers' own
+`model.generate(..., past_key_values=Int8Cache(...))`; the engine's pages round the same way. Shapes
+are static and every write is in place, so CUDA graphs hold it.
 With head_dim 128 it takes (128 + 2) / 256 = 50.8 % of the 16-bit cache. What is read back is in
 the model's dtype and lives for one layer: attention itself stays transformers'.
 

@@ -19,6 +19,7 @@ from halfweight.engine.request import TokenLogprob
 from halfweight.engine.scheduler import Plan
 from halfweight.engine.sequence import Sequence
 from halfweight.engine.step import Chunk, Runner
+from halfweight.engine.transfer import Staging
 
 if TYPE_CHECKING:
     from halfweight.engine.sampler import Gained, Sampled, Sampler
@@ -57,11 +58,12 @@ class Launcher:
     def __init__(self, runner: Runner, sampler: Sampler) -> None:
         self._runner, self._sampler = runner, sampler
         self._is_cuda = runner.device.type == "cuda"
+        self._staging = Staging(runner.device)
 
     def launch(self, plan: Plan) -> Launched:
         """Start a step."""
-        for sequence in plan.admitted:
-            self._set_slot(sequence)
+        if plan.admitted:
+            self._set_slots(plan.admitted)
         if plan.drafts:
             self._write_drafts(plan.drafts)
         logits = self._runner.run(plan.step)
@@ -81,26 +83,30 @@ class Launcher:
         pairs = zip(launched.sampling, gained, strict=True)
         return ((sequence, chunk, found) for (sequence, chunk), found in pairs)
 
-    def _set_slot(self, sequence: Sequence) -> None:
-        """A sequence has got a slot: its tokens go to the table, its wishes to the sampler."""
-        request, tokens = sequence.request, sequence.tokens
-        on_device = self._to_device(np.array(tokens, dtype=np.int32))
-        self._runner.table[sequence.slot, : len(tokens)] = on_device
-        self._sampler.set(
-            sequence.slot,
-            request.sampling,
-            request.prompt,
-            generated=tokens[len(request.prompt) :],
-            stop_tokens=sequence.stops,
-        )
+    def _set_slots(self, admitted: list[Sequence]) -> None:
+        """Sequences have got slots: their tokens go to the table, their wishes to the sampler."""
+        self._write([(sequence.slot, 0, sequence.tokens) for sequence in admitted])
+        for sequence in admitted:
+            request = sequence.request
+            self._sampler.set(
+                sequence.slot,
+                request.sampling,
+                request.prompt,
+                generated=sequence.tokens[len(request.prompt) :],
+                stop_tokens=sequence.stops,
+            )
 
     def _write_drafts(self, drafts: list[tuple[Chunk, list[int]]]) -> None:
+        self._write([(chunk.slot, chunk.start + 1, tokens) for chunk, tokens in drafts])
+
+    def _write(self, texts: list[tuple[int, int, list[int]]]) -> None:
+        """Put tokens into the table, (slot, position of the first, tokens): one copy for all."""
         width = self._runner.table.shape[1]
-        begins = [chunk.slot * width + chunk.start + 1 for chunk, _ in drafts]
-        lengths = [len(tokens) for _, tokens in drafts]
+        begins = [slot * width + position for slot, position, _ in texts]
+        lengths = [len(tokens) for _, _, tokens in texts]
         places = np.repeat(begins, lengths) + np.concatenate([np.arange(n) for n in lengths])
-        flat = np.concatenate([tokens for _, tokens in drafts])
-        both = self._to_device(np.stack([places, flat]).astype(np.int64))
+        flat = np.concatenate([np.array(tokens, np.int64) for _, _, tokens in texts])
+        both = self._staging.send(np.stack([places, flat]))
         self._runner.table.view(-1)[both[0]] = both[1].int()
 
     def _sample(
@@ -121,14 +127,14 @@ class Launcher:
             begin, at = at, at + chunk.num_logits
             if chunk.num_logits and _is_of_prompt(chunk, sequence):
                 prompts.append(self._chances(chunk, sequence, logits[begin:at]))
-                is_inner = chunk.start + chunk.num_tokens < len(sequence.tokens)
-                chunk, begin = replace(chunk, num_logits=0 if is_inner else 1), at - (not is_inner)
+                if chunk.start + chunk.num_tokens < len(sequence.tokens):
+                    continue
+                chunk, begin = replace(chunk, num_logits=1), at - 1
             if chunk.num_logits:
                 sampling.append((sequence, chunk))
                 rows.extend(range(begin, at))
-        launched = self._sample(
-            sampling, logits[self._to_device(np.array(rows, dtype=np.int64))], plan
-        )
+        wanted = self._to_device(np.array(rows, dtype=np.int64))
+        launched = self._sample(sampling, logits[wanted], plan)
         event = _cuda.Event() if self._is_cuda else None
         if event is not None:
             event.record()

@@ -8,11 +8,13 @@ returns.
 
 A step that raises ends the loop: every request gets the error, and so does who asks later. A device
 that has faulted cannot be trusted with the next request. A NaN ends only the sequence that has it.
+A process that was forked has no such thread: what it asks is refused, not waited for.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 from collections import deque
@@ -43,7 +45,7 @@ class EngineStoppedError(HalfweightError):
 
 
 class NanLogitsError(HalfweightError):
-    """A request's logits hold NaN; that request ends."""
+    """A request's logits hold NaN, or leave no token to choose; that request ends."""
 
 
 class Loop:
@@ -76,6 +78,7 @@ class Loop:
         self._live: dict[int, Sequence] = {}
         self._num_submitted = 0
         self._is_stopping = False
+        self._process = os.getpid()
         self._wake = threading.Event()
         self._fault: HalfweightError | None = None
         self._thread = threading.Thread(target=self._run, name="halfweight-engine", daemon=True)
@@ -86,6 +89,8 @@ class Loop:
 
     def stop(self) -> None:
         """End the thread after the step under way; requests that have not ended are cancelled."""
+        if self._process != os.getpid():
+            return  # a fork's locks are as they happened to be, and there is nothing to end
         self._is_stopping = True
         self._wake.set()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
@@ -125,8 +130,15 @@ class Loop:
 
         Raises UsageError for what can never run, EngineStoppedError when nothing can.
         """
+        if self._process != os.getpid():
+            raise EngineStoppedError(
+                "the engine runs in the process that made it, and this is a fork of that",
+                hint="make an engine here, or start processes by spawn",
+            )
         self.check(request)
         stops = self._stop_tokens if request.stop_tokens is None else request.stop_tokens
+        if request.sampling.grammar is not None:
+            stops |= self._stop_tokens  # all that may follow a complete text
         sequence = self._scheduler.make(_with_seed(request), stops, on_output)
         with self._lock:
             if self._fault is not None:
@@ -152,13 +164,17 @@ class Loop:
                 self._run_steps()
             closed = EngineStoppedError("the engine was closed", hint="make a new one")
             self._end(closed, was_asked=True)
-        except Exception as error:
+        except BaseException as error:
             log.exception("a step failed; the engine stops")
-            what = f"a step failed: {type(error).__name__}: {error}"
-            fault = EngineStoppedError(what, hint="see the log, then start anew")
-            self._end(fault, was_asked=False)
+            self._end(_fault(error), was_asked=False)
         finally:
+            self._close_runner()
+
+    def _close_runner(self) -> None:
+        try:
             self._runner.close()
+        except Exception:  # of a device that is lost; there is nobody left to tell
+            log.exception("the runner was not closed")
 
     def _run_steps(self) -> None:
         under_way: Launched | None = None
@@ -241,8 +257,24 @@ def _take_prompt_logprobs(sequence: Sequence) -> tuple[TokenLogprob | None, ...]
     return tuple(found or ())
 
 
+def _fault(error: BaseException) -> EngineStoppedError:
+    """What requests are told of a step that failed."""
+    hint = "see the log, then start anew"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        hint = "give it fewer --cache-tokens, or fewer --max-sequences"
+    message = str(error).strip().partition("\n")[0]
+    return EngineStoppedError(f"a step failed: {type(error).__name__}: {message}", hint=hint)
+
+
 def _nan_error(sequence: Sequence) -> NanLogitsError:
+    num_tokens, sampling = len(sequence.tokens), sequence.request.sampling
+    if sampling.grammar is not None or sampling.logit_bias or sampling.min_new_tokens:
+        return NanLogitsError(
+            f"no token is left to choose after {num_tokens} tokens: grammar, logit_bias and "
+            "min_new_tokens bar all, or the model's logits are NaN",
+            hint="ask for what the model can give within max_new_tokens",
+        )
     return NanLogitsError(
-        f"the model's logits are NaN after {len(sequence.tokens)} tokens",
+        f"the model's logits are NaN after {num_tokens} tokens",
         hint="verify the model's files; float16 overflows where bfloat16 does not",
     )

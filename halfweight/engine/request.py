@@ -4,19 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal
 
-from halfweight.errors import HalfweightError
+from halfweight.errors import HalfweightError, UsageError
 
 if TYPE_CHECKING:
     from halfweight.engine.grammar import Grammar
 
 FinishReason = Literal["stop", "length", "nan", "cancelled"]
 
+_MOST, _LEAST = 2.0**127, 2.0**-126
+"""Far beyond any use, and finite and not 0 in float32, in which scores are."""
+_RANGES: dict[str, tuple[type[Any], float, float, str]] = {
+    "temperature": (Real, 0, _MOST, "a number of at least 0"),
+    "top_k": (Integral, 0, _MOST, "a whole number of at least 0"),
+    "top_p": (Real, 0, 1, "a number from 0 to 1"),
+    "min_p": (Real, 0, 1, "a number from 0 to 1"),
+    "repetition_penalty": (Real, _LEAST, _MOST, "a number above 0"),
+    "presence_penalty": (Real, -_MOST, _MOST, "a finite number"),
+    "frequency_penalty": (Real, -_MOST, _MOST, "a finite number"),
+    "seed": (Integral, -float("inf"), float("inf"), "a whole number, or None"),
+    "num_logprobs": (Integral, 0, _MOST, "a whole number of at least 0, or None"),
+    "min_new_tokens": (Integral, 0, _MOST, "a whole number of at least 0"),
+}
+"""Of each field of Sampling its kind, least and most."""
+_MAY_BE_NONE = ("seed", "num_logprobs")
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How each next token is chosen. The names are the usual; the defaults change nothing."""
+    """How each next token is chosen. The names are the usual; the defaults change nothing.
+
+    Raises UsageError for a value outside its range.
+    """
 
     temperature: float = 0.0
     """0 takes the likeliest token."""
@@ -36,6 +57,20 @@ class Sampling:
     """Stop tokens are masked until there are so many."""
     grammar: Grammar | None = None
     """What the text must match."""
+
+    def __post_init__(self) -> None:
+        for name, (kind, least, most, expected) in _RANGES.items():
+            value: Any = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            if not (isinstance(value, kind) and least <= value <= most):
+                raise UsageError(f"{name} is {value!r}, expected {expected}", hint="see Sampling")
+        for token, bias in self.logit_bias.items():
+            if not (isinstance(bias, Real) and bias <= _MOST):
+                raise UsageError(
+                    f"logit_bias of token {token} is {bias!r}, expected a number, or -inf",
+                    hint="-inf bars a token, a large number makes it certain",
+                )
 
 
 @dataclass(frozen=True)

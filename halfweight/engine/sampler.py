@@ -21,6 +21,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,14 +33,12 @@ from halfweight.engine.grammar import GrammarCompiler, GrammarState
 from halfweight.engine.logprobs import Logprobs
 from halfweight.engine.request import Sampling, TokenLogprob
 from halfweight.engine.step import Chunk
-from halfweight.engine.transfer import HostCopy
 from halfweight.errors import UsageError
 
 _SEED_MASK = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Gained:
+class Gained(NamedTuple):
     """What a chunk gained: its accepted drafts and the token after them."""
 
     tokens: list[int]
@@ -51,16 +50,16 @@ class Gained:
 class Sampled:
     """The tokens of a step on their way to the host."""
 
-    def __init__(self, result: Tensor, ends: NDArray[np.int64], logprobs: Logprobs | None) -> None:
-        """`result` is a `choice.Choose`'s; the rows of chunk i end at `ends[i]`."""
-        self.tokens = result[:, 0]
-        """int32 [R] on the device."""
-        self._ends, self._logprobs = ends, logprobs
-        self._copy = HostCopy(result)
+    def __init__(
+        self, chosen: choice.Chosen, ends: NDArray[np.int64], logprobs: Logprobs | None
+    ) -> None:
+        """The rows of chunk i end at `ends[i]`."""
+        self._chosen, self._ends, self._logprobs = chosen, ends, logprobs
 
     def ready(self) -> bool:
         """Whether `wait` returns at once."""
-        return self._copy.ready() and (self._logprobs is None or self._logprobs.ready())
+        on_host = self._chosen.on_host
+        return on_host.ready() and (self._logprobs is None or self._logprobs.ready())
 
     def wait(self) -> list[Gained]:
         """What each chunk gained, in their order, once it is there."""
@@ -68,8 +67,9 @@ class Sampled:
 
     @cached_property
     def _gained(self) -> list[Gained]:
-        (result,) = self._copy.wait()
-        tokens, agrees = result.T.tolist()
+        tokens, agrees = self._chosen.on_host.wait().T.tolist()
+        if self._logprobs is None and len(tokens) == len(self._ends):
+            return [Gained([token]) for token in tokens]
         logprobs = {} if self._logprobs is None else self._logprobs.wait()
         ends = [0, *self._ends.tolist()]
         return [_gained(begin, end, tokens, agrees, logprobs) for begin, end in pairwise(ends)]
@@ -142,6 +142,7 @@ class Sampler:
         """`table` is the runner's; `grammars` compiles for its model's tokenizer."""
         self._table, self._vocab_size, self._grammars = table, vocab_size, grammars
         self._choose = choice.chooser(table.device)
+        self._penalize = edits.penalizer(table.device)
         num_slots = len(table)
         self._numbers = np.zeros((num_slots, choice.NUM_COLUMNS), np.int32)
         self._seeds = np.zeros(num_slots, np.uint64)
@@ -207,7 +208,7 @@ class Sampler:
 
     def _set_numbers(self, slot: int, sampling: Sampling) -> None:
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-        self._seeds[slot] = seed & _SEED_MASK
+        self._seeds[slot] = int(seed) & _SEED_MASK
         numbers, floats = self._numbers[slot], self._numbers.view(np.float32)[slot]
         numbers[choice.SLOT] = slot
         numbers[choice.TOP_K] = min(sampling.top_k, self._vocab_size)
@@ -220,7 +221,6 @@ class Sampler:
         has_penalties = bool((self._penalties[slot] != edits.NO_PENALTIES).any())
         return has_penalties or any(slot in found for found in by_slot)
 
-    @torch.inference_mode()
     def sample(
         self,
         logits: Tensor,
@@ -236,9 +236,9 @@ class Sampler:
         step = _Step.of(chunks)
         is_plain = bool(self._is_plain[step.slots].all())
         scores = logits if is_plain else self._edited(logits, step, drafts or {})
-        result = self._choose(scores, self._rows(step), self._table)
-        logprobs = None if is_plain else self._logprobs(logits, result, step)
-        sampled = Sampled(result, step.ends, logprobs)
+        chosen = self._choose(scores, self._rows(step), self._table)
+        logprobs = None if is_plain else self._logprobs(logits, chosen.on_device[:, 0], step)
+        sampled = Sampled(chosen, step.ends, logprobs)
         for i in self._constrained(step):
             self._constraints[chunks[i].slot].unread = (sampled, i)
         return sampled
@@ -252,6 +252,7 @@ class Sampler:
             floats[:, choice.UNIFORM] = choice.uniforms(self._seeds[step.slots], step.lengths)
         return rows
 
+    @torch.inference_mode()
     def _edited(self, logits: Tensor, step: _Step, drafts: Mapping[int, Sequence[int]]) -> Tensor:
         """The scores as float32, changed as their rows ask."""
         scores = logits.to(torch.float32, copy=True)
@@ -260,7 +261,7 @@ class Sampler:
         if len(rows):
             slots = step.slots[rows]
             places = np.stack([rows, slots, step.lengths[rows], self._text_starts[slots]])
-            edits.penalize(scores, places, penalties[rows], self._table)
+            self._penalize(scores, places, penalties[rows], self._table)
         additions = self._additions(step)
         if additions:
             edits.add(scores, *zip(*additions, strict=True))
@@ -302,9 +303,9 @@ class Sampler:
             bits.append(self._constraints[slot].allowed(len(span), num_words, drafts.get(slot, ())))
         return rows, np.concatenate(bits)
 
-    def _logprobs(self, logits: Tensor, result: Tensor, step: _Step) -> Logprobs | None:
+    def _logprobs(self, logits: Tensor, tokens: Tensor, step: _Step) -> Logprobs | None:
         num_top = self._num_logprobs[step.slots]
-        return Logprobs(logits, result[:, 0], num_top) if num_top.max() >= 0 else None
+        return Logprobs(logits, tokens, num_top) if num_top.max() >= 0 else None
 
     def _compiler(self) -> GrammarCompiler:
         if self._grammars is None:

@@ -23,11 +23,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from halfweight.engine import admission
 from halfweight.engine.pages import PagePool
 from halfweight.engine.request import FinishReason, Output, Request
 from halfweight.engine.sequence import MakeDrafter, Sequence
 from halfweight.engine.step import Chunk, Runner
-from halfweight.errors import UsageError
 
 NAN = -1
 """The token that stands for logits with a NaN in them."""
@@ -38,8 +38,6 @@ MOST_PASSED_OVER = 64
 MOST_DRAFTING = 8
 """Sequences at once up to which drafts are asked for: with more, a step has no time to spare."""
 
-MOST_DRAFTS = 16
-"""Tokens that are drafted for one step of a sequence."""
 _arrival = attrgetter("id")
 
 
@@ -68,9 +66,12 @@ class Scheduler:
     """Plans steps within a runner's limits. Belongs to one thread, but for `check` and `make`."""
 
     def __init__(self, runner: Runner, make_drafter: MakeDrafter | None = None) -> None:
-        """`runner` is only asked for its limits. Without `make_drafter` there are no drafts."""
+        """`runner` is only asked for its limits, and told of pages that a sequence has let go where
+        it has a `release`. Without `make_drafter` there are no drafts.
+        """
         assert runner.max_step_tokens > runner.max_sequences + 1, "no room to read prompts"
         self._runner = runner
+        self._release: Callable[[list[int]], None] | None = getattr(runner, "release", None)
         self._page_tokens = runner.page_tokens
         self._make_drafter = make_drafter
         self._waiting: list[Sequence] = []
@@ -95,11 +96,6 @@ class Scheduler:
         return self._make_drafter is not None and any(s.drafts for s in self._running)
 
     @property
-    def sequences(self) -> list[Sequence]:
-        """All that have not ended."""
-        return self._running + self._waiting
-
-    @property
     def most_tokens(self) -> int:
         """Tokens of the longest sequence that can run."""
         held = (self._runner.num_pages - 1) * self._page_tokens
@@ -107,22 +103,7 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """Raise UsageError for a request that can never run."""
-        prompt, vocab_size = request.prompt, self._runner.vocab_size
-        if not prompt:
-            raise UsageError("the prompt has no tokens", hint="give it at least one")
-        least = 0 if request.prompt_logprobs is not None else 1
-        if request.max_new_tokens < least:
-            raise UsageError(
-                f"max_new_tokens is {request.max_new_tokens}, expected at least {least}",
-                hint="ask for more",
-            )
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            wrong = next(token for token in prompt if not 0 <= token < vocab_size)
-            raise UsageError(
-                f"the prompt has token id {wrong}, expected 0 to {vocab_size - 1}",
-                hint="the tokenizer is not this model's",
-            )
-        self._check_length(len(prompt), request.max_new_tokens)
+        admission.check(request, self._runner, self.most_tokens)
 
     def make(
         self, request: Request, stops: frozenset[int], on_output: Callable[[Output], None]
@@ -151,12 +132,10 @@ class Scheduler:
                 self._publish(sequence)
         self._reading = []
         plan = Plan()
-        num_waiting = len(self._waiting)
         budget = self._plan_decoding(plan)
         for sequence in self._reading:
             budget -= self._read(plan, sequence, budget)
-        if len(self._waiting) == num_waiting:  # else one has just given up its pages
-            self._admit(plan, budget)
+        self._admit(plan, budget)
         if self._reading or plan.drafts:
             _decoding_first(plan)
         return plan
@@ -195,17 +174,6 @@ class Scheduler:
             self._leave(sequence)
         if reason == "nan":
             self.pool.forget(sequence.keys)
-
-    def _check_length(self, num_prompt: int, num_new: int) -> None:
-        most = self.most_tokens
-        if num_prompt + num_new <= most:
-            return
-        what = "context" if most == self._runner.max_context else "KV cache"
-        raise UsageError(
-            f"the prompt has {num_prompt} tokens, with {num_new} new ones {num_prompt + num_new}; "
-            f"the {what} has room for {most}",
-            hint=f"shorten the prompt, or ask for {max(0, most - num_prompt)} tokens",
-        )
 
     def _plan_decoding(self, plan: Plan) -> int:
         """Chunks of all that decode; returns the budget left. Fills `_reading` with the others."""
@@ -276,6 +244,8 @@ class Scheduler:
         at = 0
         while budget > 0 and self._slots and at < min(len(self._waiting), MOST_PASSED_OVER):
             sequence = self._waiting[at]
+            if sequence.num_tokens > len(sequence.tokens):
+                return  # it has just given up its pages, with a token on its way
             most = self._most_shared(sequence)
             shared = self.pool.find(sequence.keys[:most])
             if len(shared) < most and sequence.keys[len(shared)] in filling:
@@ -304,7 +274,7 @@ class Scheduler:
     def _take_pages(self, sequence: Sequence, shared: list[int]) -> bool:
         """Pages for all its tokens, if that leaves one for each that will need another."""
         needed = -(-sequence.num_tokens // self._page_tokens) - len(shared)
-        growing = sum(len(s.pages) * self._page_tokens < s.limit for s in self._running)
+        growing = sum(len(s.pages) * self._page_tokens < s.limit - 1 for s in self._running)
         available = self.pool.num_available - self.pool.num_kept(shared)
         if needed + growing > available:
             return False
@@ -322,9 +292,10 @@ class Scheduler:
         self._running.remove(sequence)
         self._slots.append(sequence.slot)
         self.pool.release(sequence.pages)
+        if self._release is not None:
+            self._release(sequence.pages)
         sequence.slot, sequence.pages = -1, []
         sequence.num_read = sequence.num_published = 0
-        sequence.drafts = []
 
     def _continue(self, sequence: Sequence, gained: list[int]) -> None:
         """These tokens were added to a sequence that goes on."""
@@ -333,7 +304,7 @@ class Scheduler:
         if sequence.drafter is not None:
             sequence.drafter.extend(gained)
             asks = sequence.slot >= 0 and len(self._running) <= MOST_DRAFTING
-            sequence.drafts = sequence.drafter.draft(MOST_DRAFTS) if asks else []
+            sequence.drafts = sequence.drafter.draft(self._runner.most_drafts) if asks else []
 
     def _publish(self, sequence: Sequence) -> None:
         """Let others find its pages that are full of tokens which are known."""

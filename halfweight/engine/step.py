@@ -56,8 +56,13 @@ class Runner(Protocol):
     device: torch.device
     max_step_tokens: int
     """Most tokens of all chunks of a step."""
+    cache_bytes: int
+    """Bytes of all pages; 0 where each sequence has a state of the model's own."""
     shares_prefixes: bool
     """Whether sequences that begin with the same tokens may share pages."""
+
+    most_drafts: int
+    """Drafts of a sequence that a step checks at little cost; 0 where it cannot."""
 
     def run(self, step: Step) -> Tensor:
         """Logits [sum of num_logits, V] in the order of chunks, float32 or the model's dtype.

@@ -7,15 +7,14 @@ that was trained to end its turns with a token says so there, if nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from halfweight.engine.request import Sampling
+from halfweight.memory import architecture
 
 MARK = "halfweight-answer"
 """Stands for an answer in the chat template, to find what comes after it."""
-SCALED_ROPES = ("yarn", "dynamic", "linear")
-"""Kinds of rotary scaling whose `factor` lengthens `original_max_position_embeddings`."""
 
 
 def end_of_text_tokens(generation_config: Any, config: Any, tokenizer: Any) -> frozenset[int]:
@@ -52,16 +51,8 @@ def default_sampling(generation_config: Any) -> Sampling:
 
 
 def context_tokens(config: Any) -> int | None:
-    """The tokens that a model has positions for, or None where there is no limit.
-
-    `max_position_embeddings`, unless that was left as it was before rotary scaling: then what the
-    scaling makes of `original_max_position_embeddings`.
-    """
-    config = config.get_text_config(decoder=True)
-    stated = getattr(config, "max_position_embeddings", None)
-    if stated is None:
-        return None
-    return max(int(stated), *(_scaled(rope) for rope in _ropes(config)), 0)
+    """The tokens that a model has positions for, as plans say it; None for no limit."""
+    return architecture.context_tokens(config.get_text_config(decoder=True).to_dict())
 
 
 def _ids(value: Any) -> Iterable[int]:
@@ -73,20 +64,3 @@ def _ids(value: Any) -> Iterable[int]:
 def _given(generation_config: Any, names: Iterable[str]) -> dict[str, Any]:
     values = {name: getattr(generation_config, name, None) for name in names}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _ropes(config: Any) -> list[Mapping[str, Any]]:
-    """The rotary parameters of a config: one set, or one for each kind of layer."""
-    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [value for value in found.values() if isinstance(value, Mapping)]
-    return nested or [found]
-
-
-def _scaled(rope: Mapping[str, Any]) -> int:
-    """Tokens that a rotary scaling makes room for; 0 where it says nothing of that."""
-    original = rope.get("original_max_position_embeddings")
-    factor = rope.get("factor")
-    kind = rope.get("rope_type", rope.get("type"))
-    if kind not in SCALED_ROPES or original is None or factor is None:
-        return 0
-    return int(original * factor)

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from halfweight.engine.loop import Loop
 from halfweight.engine.request import FinishReason, Output, Request, TokenLogprob
@@ -136,9 +136,14 @@ def _put(outputs: queue.SimpleQueue[tuple[int, Output]], index: int, output: Out
 class Stream:
     """Pieces of one request, to be read once by a `for` loop; leaving the loop cancels it."""
 
-    def __init__(self, loop: Loop, request: Request, detokenizer: Detokenizer | None) -> None:
-        """Submits the request. Raises what `Loop.submit` does."""
-        self._loop, self._reader = loop, _Reader(detokenizer, request)
+    def __init__(
+        self, loop: Loop, request: Request, detokenizer: Detokenizer | None, owner: object = None
+    ) -> None:
+        """Submits the request. Raises what `Loop.submit` does.
+
+        `owner` is kept alive: the engine, which ends when nobody has it any more.
+        """
+        self._loop, self._reader, self._owner = loop, _Reader(detokenizer, request), owner
         self._outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
         self._number = loop.submit(request, self._outputs.put)
 
@@ -164,14 +169,13 @@ class AsyncStream:
     A reader that lags behind gets what has come meanwhile as one piece.
     """
 
-    def __init__(self, loop: Loop, request: Request, detokenizer: Detokenizer | None) -> None:
-        """Submits the request. Raises what `Loop.submit` does."""
-        self._loop, self._reader = loop, _Reader(detokenizer, request)
-        self._outputs: list[Output] = []
-        self._event_loop = asyncio.get_running_loop()
-        self._arrival = self._event_loop.create_future()
-        post = _mailbox(self._event_loop).post
-        self._number = loop.submit(request, lambda output: post(self._take, output))
+    def __init__(
+        self, loop: Loop, request: Request, detokenizer: Detokenizer | None, owner: object = None
+    ) -> None:
+        """Submits the request. Raises what `Loop.submit` does; `owner` is as for `Stream`."""
+        self._loop, self._reader, self._owner = loop, _Reader(detokenizer, request), owner
+        self._arrivals = _Arrivals()
+        self._number = loop.submit(request, partial(_mailbox().post, self._arrivals.put))
 
     def cancel(self) -> None:
         """End it; nothing happens if it has ended."""
@@ -184,20 +188,34 @@ class AsyncStream:
         """What `async for` reads. Raises EngineStoppedError when the engine ends first."""
         try:
             while True:
-                await self._arrival
-                self._arrival = self._event_loop.create_future()
-                outputs, self._outputs = self._outputs, []
-                piece = self._reader.read(_joined(outputs))
+                piece = self._reader.read(await self._arrivals.take())
                 yield piece
                 if piece.finish_reason is not None:
                     return
         finally:
             self.cancel()
 
-    def _take(self, output: Output) -> None:
+
+class _Arrivals:
+    """Outputs on their way to one reader."""
+
+    def __init__(self) -> None:
+        self._outputs: list[Output] = []
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, output: Output) -> None:
+        """One has come; on the event loop's thread."""
         self._outputs.append(output)
-        if not self._arrival.done():
-            self._arrival.set_result(None)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def take(self) -> Output:
+        """All that have come since the last time, as one; waits for the first."""
+        if not self._outputs:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        outputs, self._outputs = self._outputs, []
+        return _joined(outputs)
 
 
 def _joined(outputs: Sequence[Output]) -> Output:
@@ -220,16 +238,17 @@ class _Mailbox:
     """Calls for one event loop from the engine's thread: it is woken once for all of a step."""
 
     def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
-        self._event_loop = event_loop
+        self._event_loop = ref(event_loop)
         self._calls: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._is_woken = False
 
     def post(self, call: Callable[[Any], None], argument: Any) -> None:
         """`call(argument)` on the event loop's thread, soon."""
         self._calls.append((call, argument))
-        if not self._is_woken and not self._event_loop.is_closed():
+        event_loop = self._event_loop()
+        if not self._is_woken and event_loop is not None and not event_loop.is_closed():
             self._is_woken = True
-            self._event_loop.call_soon_threadsafe(self._deliver)
+            event_loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         self._is_woken = False
@@ -241,7 +260,8 @@ class _Mailbox:
 _mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = WeakKeyDictionary()
 
 
-def _mailbox(event_loop: asyncio.AbstractEventLoop) -> _Mailbox:
+def _mailbox() -> _Mailbox:
+    event_loop = asyncio.get_running_loop()
     if event_loop not in _mailboxes:
         _mailboxes[event_loop] = _Mailbox(event_loop)
     return _mailboxes[event_loop]

@@ -16,6 +16,40 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
+class Staging:
+    """Int64 numbers to a device, a copy a call, through two pinned buffers that take turns.
+
+    Pinning memory for each call would take longer than all else that it asks of the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Buffers grow with what is sent; on the CPU there are none."""
+        self._device, self._turn = device, 0
+        self._hosts = [torch.empty(0, dtype=torch.int64)] * 2
+        self._copied: list[Any] = [None, None]
+
+    def send(self, array: NDArray[np.int64]) -> Tensor:
+        """A copy on the device, in the order of its stream; on the CPU the array itself."""
+        if self._device.type != "cuda":
+            return torch.from_numpy(array)
+        host = self._host(array.size)[: array.size].view(array.shape)
+        host.numpy()[:] = array
+        sent = host.to(self._device, non_blocking=True)
+        self._copied[self._turn].record()
+        return sent
+
+    def _host(self, size: int) -> Tensor:
+        """The buffer to fill next; waits if its copy, two calls ago, is not done."""
+        self._turn ^= 1
+        if self._copied[self._turn] is None:
+            self._copied[self._turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied[self._turn].synchronize()
+        if len(self._hosts[self._turn]) < size:
+            room = 1 << size.bit_length()
+            self._hosts[self._turn] = torch.empty(room, dtype=torch.int64, pin_memory=True)
+        return self._hosts[self._turn]
+
+
 class HostCopy:
     """Tensors on their way to the host."""
 
@@ -42,3 +76,57 @@ class HostCopy:
 def _pinned_copy(tensor: Tensor) -> Tensor:
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
+
+
+class Lane:
+    """Buffers that take int32 rows to a GPU and results back, used again step after step.
+
+    Allocating and freeing them for each step would take longer than all else that a step's
+    sampling asks of the host.
+    """
+
+    def __init__(self, device: torch.device, num_rows: int, widths: tuple[int, int]) -> None:
+        """For at most `num_rows` rows of widths[0] numbers there and widths[1] back."""
+        there, back = ((num_rows, width) for width in widths)
+        self._rows_host = torch.empty(there, dtype=torch.int32, pin_memory=True)
+        self._rows = torch.empty(there, dtype=torch.int32, device=device)
+        self._result_host = torch.empty(back, dtype=torch.int32, pin_memory=True)
+        self._result = torch.empty(back, dtype=torch.int32, device=device)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._returning: Returning | None = None
+        self.num_rows = num_rows
+
+    def send(self, rows: NDArray[np.int32]) -> tuple[Tensor, Tensor]:
+        """The rows on the device, and where their results belong."""
+        if self._returning is not None:
+            self._returning.wait()
+        count = len(rows)
+        self._rows_host.numpy()[:count] = rows
+        self._rows.copy_(self._rows_host, non_blocking=True)
+        return self._rows, self._result[:count]
+
+    def fetch(self, count: int) -> Returning:
+        """The first `count` results, on their way to the host."""
+        self._result_host.copy_(self._result, non_blocking=True)
+        self._event.record()
+        self._returning = Returning(self._result_host.numpy()[:count], self._event)
+        return self._returning
+
+
+class Returning:
+    """Results on their way to the host, in a buffer that is used again once they were read."""
+
+    def __init__(self, array: NDArray[np.int32], event: Any = None) -> None:
+        """`array` is filled when `event` has come; without one it is already."""
+        self._array, self._event = array, event
+
+    def ready(self) -> bool:
+        """Whether `wait` returns at once."""
+        return self._event is None or bool(self._event.query())
+
+    def wait(self) -> NDArray[np.int32]:
+        """The results, once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._array, self._event = self._array.copy(), None
+        return self._array

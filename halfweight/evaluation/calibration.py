@@ -48,12 +48,13 @@ def calibration(source: Path, text: Path, progress: Progress | None = None) -> R
 
     Raises UsageError if the text is shorter than one window, CheckpointError if it cannot be read.
     """
-    ids = tokenize(source, text)[: CONTEXT * NUM_WINDOWS]
-    if len(ids) < CONTEXT:
+    tokens = tokenize(source, text)
+    ids = tokens.windows(CONTEXT, NUM_WINDOWS)
+    if not len(ids):
         raise UsageError(
-            f"{text}: {len(ids)} tokens, calibration needs {CONTEXT}", hint="give a longer text"
+            f"{text}: {len(tokens.ids)} tokens, calibration needs {CONTEXT}",
+            hint="give a longer text",
         )
-    ids = ids[: len(ids) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)
     digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
     description = {"calibration": {"token_sha256": digest, "num_tokens": ids.numel()}}
     return Refinement(description, lambda folder: _apply(folder, source, ids, progress))
@@ -61,7 +62,7 @@ def calibration(source: Path, text: Path, progress: Progress | None = None) -> R
 
 def _apply(folder: Path, source: Path, ids: Tensor, progress: Progress | None) -> dict[str, float]:
     stored = quantized_modules(read_headers(folder))
-    model = _open(source)
+    model = load_model(source, "cpu", None)
     errors: dict[str, float] = {}
 
     def write(name: str, weight: Tensor, moment: Tensor) -> Tensor:
@@ -88,15 +89,6 @@ def _apply(folder: Path, source: Path, ids: Tensor, progress: Progress | None) -
         if head is not None:
             write(head, model.get_output_embeddings().weight.float(), _moment(states))
     return errors
-
-
-def _open(source: Path) -> Any:
-    """The source as it is stored; of a folder only what is touched is in memory."""
-    if source.is_dir():
-        from halfweight.model.loading import load
-
-        return load(source)
-    return load_model(source, "cpu", None)
 
 
 def _layers(model: Any) -> nn.ModuleList:

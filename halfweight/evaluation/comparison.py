@@ -30,12 +30,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from halfweight.cache_folder import cache_folder
-from halfweight.checkpoint.headers import quantized_modules, read_headers, resolve
+from halfweight.checkpoint.gguf_header import file_dtype, refuse_split
+from halfweight.checkpoint.headers import own_dtype, read_headers, resolve
 from halfweight.errors import CheckpointError, DiskFullError, UsageError, VerificationError
 from halfweight.evaluation.scoring import (
     Evaluation,
     Head,
     Sample,
+    Text,
     TokenScores,
     Window,
     sample,
@@ -65,9 +67,10 @@ def evaluate(
     """Perplexity of `model` on a text file, and its distance from `reference`.
 
     Either is a folder (quantized or not), a .gguf file or a Hub id. The text is cut into windows of
-    `context` tokens, `stride` apart (default: the context); `tokens` takes the first of them only.
-    `dtype` is that of activations: float32 on a CPU, else the checkpoint's. `work` is a folder for
-    the files of the run; by default they are in the user's cache, and go when it is complete.
+    `context` tokens, `stride` apart (default: the context), each with the tokenizer's BOS if it has
+    one; `tokens` takes the first tokens of the text only.
+    `dtype` is that of activations, by default the model's own, as it generates. `work` is a folder
+    for the files of the run; by default they are in the user's cache, and go when it is complete.
     `ready` is called before work starts with the job, which knows its size on disk.
 
     Raises UsageError for sizes out of range, CheckpointError for a text or model that cannot be
@@ -75,8 +78,6 @@ def evaluate(
     """
     path = resolve(model)
     source = None if reference is None else resolve(reference)
-    if dtype is None and torch.device(device).type == "cpu":
-        dtype = torch.float32
     run = sample(
         tokenize(source or path, Path(text)),
         context=context,
@@ -167,6 +168,7 @@ class Job:
         facts = [
             [_fingerprint(path) for path in models if path is not None],
             hashlib.sha256(self.sample.ids.numpy().tobytes()).hexdigest(),
+            self.sample.start.tolist(),
             repr((self.sample.windows, self.sample.batch_size, self.device, self.dtype)),
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -182,9 +184,9 @@ class Job:
             )
 
 
-def tokenize(model: Path, text: Path) -> Tensor:
-    """Token ids [T] of a text file, by the tokenizer of a model."""
-    from transformers import AutoTokenizer
+def tokenize(model: Path, text: Path) -> Text:
+    """The tokens of a text file, by the tokenizer of a model, and how that begins a text."""
+    from halfweight.model.tokenizer import open_tokenizer
 
     try:
         content = text.read_text(encoding="utf-8")
@@ -192,27 +194,36 @@ def tokenize(model: Path, text: Path) -> Tensor:
         raise CheckpointError(
             f"{text}: cannot be read as UTF-8 text ({error})", hint="give a file of plain text"
         ) from error
-    folder, options = _transformers_source(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    return torch.tensor(tokenizer(content, verbose=False)["input_ids"], dtype=torch.long)
+    tokenizer = open_tokenizer(model)
+    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+    return Text(torch.tensor(ids, dtype=torch.long), torch.tensor(_start(tokenizer)).long())
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before any text; what it puts after one (an EOS) is no text's start."""
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    places = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return whole[: next(places, 0)]
 
 
 def load_model(path: Path, device: str, dtype: torch.dtype | None) -> Any:
-    """A causal language model ready to run: by `halfweight.load` if its weights are quantized."""
-    from transformers import AutoModelForCausalLM
+    """A causal language model ready to run; in INT8 where its weights are.
 
-    if path.is_dir() and quantized_modules(read_headers(path)):
-        from halfweight.model.loading import load
+    Raises CheckpointError where a weight of the model is missing.
+    """
+    from halfweight.model.from_gguf import load_gguf
+    from halfweight.model.loading import load
 
-        return load(path, device=device, dtype=dtype)
-    folder, options = _transformers_source(path)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)
-    return model.eval().to(device)
+    return (load if path.is_dir() else load_gguf)(path, device=device, dtype=dtype)
 
 
 def _transformers_source(path: Path) -> tuple[Path, dict[str, str]]:
     """A model as transformers takes it: its folder, and the .gguf file in it if it is one."""
-    return (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+    if path.is_dir():
+        return path, {}
+    refuse_split(path)
+    return path.parent, {"gguf_file": path.name}
 
 
 def _state_bytes(path: Path, dtype: torch.dtype | None) -> int:
@@ -222,7 +233,13 @@ def _state_bytes(path: Path, dtype: torch.dtype | None) -> int:
     folder, options = _transformers_source(path)
     config = AutoConfig.from_pretrained(folder, **options).get_text_config()
     width: int = config.hidden_size
-    return width * (dtype or config.dtype or torch.float32).itemsize
+    return width * (dtype or _own_dtype(path)).itemsize
+
+
+def _own_dtype(path: Path) -> torch.dtype:
+    name = own_dtype(read_headers(path)) if path.is_dir() else file_dtype(path)
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def _fingerprint(path: Path) -> list[tuple[str, int, int]]:

@@ -1,14 +1,12 @@
 """A plan measured: the same workload run in a process of its own, its memory by component.
 
-On a GPU, torch's allocator says what weights, cache and prefill held, nvidia-smi what the process
-takes of the device in all after prefill, and the driver how much more after each step; other
-processes should leave the device alone meanwhile. The total is the most that it took: torch keeps
-what prefill reserved until the decode step's graph is recorded and then gives it back, so a total
-seen at the end would be short. On a CPU the total is the process's largest resident set: mapped
-weights count, as every page of them is touched.
+On a GPU, torch's allocator says what weights, cache and steps held, nvidia-smi what the process
+takes of the device in all; other processes should leave the device alone meanwhile. The total is
+the most that it took: what torch had reserved at its peak and has given back since is added. On a
+CPU the total is the process's largest resident set: mapped weights count, as every page of them is
+touched.
 
-The components add up to the total. "decode step" is by how much it grew after prefill: nothing,
-as a rule, for a step lives in what prefill has left.
+The components add up to the total.
 """
 
 from __future__ import annotations
@@ -20,17 +18,19 @@ from typing import Any
 from halfweight.errors import HalfweightError
 from halfweight.evaluation.speed.process import from_fresh_process
 from halfweight.memory.devices import local_device, process_bytes, processor_device
+from halfweight.memory.engine_memory import PAGE_TOKENS
 from halfweight.memory.measurements import Record, key_of
-from halfweight.memory.plan import WEIGHT_PARTS, Model, footprint
+from halfweight.memory.plan import PASSING_PARTS, WEIGHT_PARTS, Model, footprint, page_slots
 from halfweight.memory.workload import Weights, Workload
 
 STEPS = 3
 """Decode steps: the first allocates and compiles, the second is recorded, the third replayed."""
+LEAST_STEP_TOKENS = 2048
+"""Tokens of prompts that a runner on a GPU reads in a step, at least."""
 PREDICTED = {
     "weights": WEIGHT_PARTS,
     "KV cache": ("KV cache",),
-    "activations": ("prefill activations", "logits", "kernel workspace"),
-    "decode step": ("decode step",),
+    "activations": PASSING_PARTS,
 }
 """Component measured -> the plan's parts that it is compared with."""
 
@@ -49,8 +49,9 @@ def measure(folder: str, model: Model, workload: Workload, weights: Weights) -> 
     Raises HalfweightError with the line of the error that ended the process.
     """
     device = local_device() if workload.device == "cuda" else processor_device()
+    tokens = cache_tokens(model, workload, weights)
     try:
-        (seen,) = from_fresh_process(run_once, folder, workload)
+        (seen,) = from_fresh_process(run_once, folder, workload, tokens)
     except RuntimeError as error:
         raise HalfweightError(
             f"measuring {folder}: {error}", hint="`halfweight plan` says what would fit"
@@ -76,57 +77,82 @@ def measure(folder: str, model: Model, workload: Workload, weights: Weights) -> 
     )
 
 
-def run_once(folder: str, workload: Workload) -> Iterator[Seen]:
-    """Load, prefill and decode in this process, which should be a fresh one."""
-    yield _on_gpu(folder, workload) if workload.device == "cuda" else _on_cpu(folder, workload)
+def cache_tokens(model: Model, workload: Workload, weights: Weights) -> int:
+    """Tokens of cache that the workload takes: each sequence's last page counts whole."""
+    runner = model.runner(workload, weights)
+    assert runner is not None, workload.runtime
+    return page_slots(workload, runner) - PAGE_TOKENS[runner]
 
 
-def _on_gpu(folder: str, workload: Workload) -> Seen:
+def run_once(folder: str, workload: Workload, tokens: int) -> Iterator[Seen]:
+    """Load and generate in this process, which should be fresh, with so many tokens of cache."""
+    run = _on_gpu if workload.device == "cuda" else _on_cpu
+    yield run(folder, workload, tokens)
+
+
+def _on_gpu(folder: str, workload: Workload, tokens: int) -> Seen:
     before = _free_bytes()
     import torch
 
     from halfweight.model.loading import load
 
-    device = torch.device("cuda", 0)
-    model = load(folder, device=device)
+    model = load(folder, device=torch.device("cuda", 0))
     torch.cuda.synchronize()
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    decoder, logits = _prefill(model, workload)
+    cache = _generate(model, workload, tokens)
     torch.cuda.synchronize()
-    cache, held = _cache_bytes(decoder), torch.cuda.max_memory_allocated()
-    prefilled, left, growth = before - _free_bytes(), torch.cuda.mem_get_info()[0], 0
-    for _ in _decode(decoder, logits):
-        torch.cuda.synchronize()
-        growth = max(growth, left - torch.cuda.mem_get_info()[0])
     components = {
         "weights": weights,
         "KV cache": cache,
-        "activations": held - weights - cache,
-        "decode step": growth,
+        "activations": torch.cuda.max_memory_allocated() - weights - cache,
     }
-    return Seen(components, prefilled + growth)
+    given_back = torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved()
+    return Seen(components, before - _free_bytes() + given_back)
 
 
-def _on_cpu(folder: str, workload: Workload) -> Seen:
+def _on_cpu(folder: str, workload: Workload, tokens: int) -> Seen:
     from halfweight.model.loading import load
 
     model = load(folder)
     weights = {p.data_ptr(): _touched(p) for p in model.parameters()}
     resident = process_bytes("VmRSS")
-    decoder, logits = _prefill(model, workload)
-    cache = _cache_bytes(decoder)
-    prefilled = process_bytes("VmHWM")
-    for _ in _decode(decoder, logits):
-        pass
+    cache = _generate(model, workload, tokens)
     total = process_bytes("VmHWM")
     components = {
         "weights": sum(weights.values()),
         "KV cache": cache,
-        "activations": max(0, prefilled - resident - cache),
-        "decode step": total - prefilled,
+        "activations": max(0, total - resident - cache),
     }
     return Seen(components, total)
+
+
+def _generate(model: Any, workload: Workload, tokens: int) -> int:
+    """All of the workload, its sequences decoding together at the end; bytes of the pages."""
+    from halfweight.engine.engine import Engine
+    from halfweight.engine.request import Sampling
+    from halfweight.engine.runners import make_runner
+    from halfweight.engine.sampler import Sampler
+    from halfweight.evaluation.speed.generate import random_prompts
+
+    batch, context = workload.batch, workload.context
+    runner = make_runner(
+        model,
+        max_sequences=batch,
+        max_context=context,
+        cache_tokens=tokens,
+        kv_cache=workload.kv_dtype,
+    )
+    cache = runner.cache_bytes
+    reading = -(-batch * context // LEAST_STEP_TOKENS) if workload.device == "cuda" else 0
+    new = min(STEPS + reading, context // 2)
+    with Engine.over(runner, Sampler(runner.table, runner.vocab_size), None) as engine:
+        prompts = random_prompts(model, batch, context - new)
+        options = {"max_new_tokens": new, "sampling": Sampling(), "stop_tokens": ()}
+        for answer in engine.generate(prompts, **options):
+            if answer.error is not None:
+                raise answer.error
+    return cache
 
 
 def _free_bytes() -> int:
@@ -139,27 +165,3 @@ def _touched(parameter: Any) -> int:
 
     parameter.detach().reshape(-1).view(torch.uint8)[::4096].sum()
     return int(parameter.nbytes)
-
-
-def _prefill(model: Any, workload: Workload) -> tuple[Any, Any]:
-    """A decoder for the workload, its prompts read, room left for the steps."""
-    from halfweight.engine.decoder import Decoder
-
-    length = max(1, workload.context - STEPS)
-    kind = workload.kv_dtype
-    decoder = Decoder(model, workload.batch, workload.context, kv_cache=kind, step="kernel")
-    return decoder, decoder.prefill([[1] * length] * workload.batch)
-
-
-def _decode(decoder: Any, logits: Any) -> Iterator[None]:
-    """Steps, one each time it is asked."""
-    for _ in range(STEPS):
-        logits = decoder.advance(logits.argmax(dim=-1))
-        yield
-
-
-def _cache_bytes(decoder: Any) -> int:
-    """Bytes of all keys, values and scales that the decoder's cache has allocated."""
-    names = ("keys", "values", "key_scales", "value_scales")
-    tensors = (getattr(layer, n, None) for layer in decoder._cache.layers for n in names)
-    return sum(t.nbytes for t in tensors if t is not None)

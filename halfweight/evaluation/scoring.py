@@ -1,10 +1,12 @@
 """How far a model's predictions are from the text and from another model's: the arithmetic.
 
-A text is cut into windows of `context` tokens. Every token but the first is scored once, in the
-window that shows the most text before it. Of a scored token are kept: its negative log-likelihood
-under the model and under the reference, the Kullback-Leibler divergence of the model's whole
-distribution from the reference's, and whether both put the same token on top. All else, perplexity
-and its error, the paired change, percentiles, follows from these and is computed in float64.
+A text is cut into windows of `context` tokens, each of which begins with what the tokenizer puts
+before a text (a BOS, where it has one): Gemma without it is lost. Every token but the first is
+scored once, in the window that shows the most text before it. Of a scored token are kept: its
+negative log-likelihood under the model and under the reference, the Kullback-Leibler divergence of
+the model's whole distribution from the reference's, and whether both put the same token on top. All
+else, perplexity and its error, the paired change, percentiles, follows from these and is computed
+in float64.
 
 The divergence is taken as E_p[a - b] - (log sum exp a - log sum exp b) with a, b the logits of
 reference and model: differences of nearly equal logits are exact, where the textbook form loses
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -41,7 +43,7 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Window:
-    """The model sees ids[begin:end]; the tokens ids[first_scored:end] are scored."""
+    """The model sees the start and ids[begin:end]; the tokens ids[first_scored:end] are scored."""
 
     begin: int
     end: int
@@ -81,12 +83,31 @@ def cut(num_tokens: int, context: int, stride: int) -> list[Window]:
 
 
 @dataclass(frozen=True)
+class Text:
+    """Token ids [T] of a text, and those [S] that the tokenizer puts before any text, often one."""
+
+    ids: Tensor
+    start: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def windows(self, context: int, count: int) -> Tensor:
+        """Up to `count` whole windows [B, context], one after the other, each with the start."""
+        shown = context - len(self.start)
+        count = min(count, len(self.ids) // shown)
+        text = self.ids[: count * shown].reshape(count, shown)
+        return torch.cat([self.start.expand(count, -1), text], dim=1)
+
+
+@dataclass(frozen=True)
 class Sample:
-    """Token ids [T] of a text, the windows that cover them, and how many windows run at once."""
+    """Token ids [T] of a text, the windows that cover them, and how many windows run at once.
+
+    `start` [S] is what every window begins with; it is never scored.
+    """
 
     ids: Tensor
     windows: tuple[Window, ...]
     batch_size: int
+    start: Tensor
 
     @property
     def num_scored(self) -> int:
@@ -102,12 +123,12 @@ class Sample:
 
     def inputs(self, batch: tuple[Window, ...]) -> Tensor:
         """Token ids [B, C] of a batch."""
-        return torch.stack([self.ids[w.begin : w.end] for w in batch])
+        return torch.stack([torch.cat([self.start, self.ids[w.begin : w.end]]) for w in batch])
 
     def scored_states(self, body: Callable[[Tensor], Tensor], batch: tuple[Window, ...]) -> Tensor:
         """States [T, H] that predict the scored tokens of a batch, window after window."""
         states = body(self.inputs(batch))
-        first = batch[0].first_scored - batch[0].begin
+        first = len(self.start) + batch[0].first_scored - batch[0].begin
         return states[:, first - 1 : -1].reshape(-1, states.shape[-1])
 
     def targets(self, batch: tuple[Window, ...]) -> Tensor:
@@ -116,18 +137,24 @@ class Sample:
 
 
 def sample(
-    ids: Tensor,
+    text: Text,
     *,
     context: int = 1024,
     stride: int | None = None,
     tokens: int | None = None,
     batch_size: int = 1,
 ) -> Sample:
-    """Cut token ids [T], or the first `tokens` of them, into windows. See `cut`."""
+    """Cut a text, or its first `tokens` tokens, into windows of `context`, start included.
+
+    Windows that do not overlap stay so: the largest stride is what a window shows of the text.
+    """
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size} is not positive", hint="use 1 or more")
-    ids = ids[:tokens]
-    return Sample(ids, tuple(cut(len(ids), context, stride or context)), batch_size)
+    ids, shown = text.ids[:tokens], context - len(text.start)
+    stride = context if stride is None else stride
+    if stride <= context:
+        stride = min(stride, shown)
+    return Sample(ids, tuple(cut(len(ids), shown, stride)), batch_size, text.start)
 
 
 def score(

@@ -105,6 +105,10 @@ def _check_devices(backend_name: str, x: Tensor, weight: Tensor) -> None:
             f"the input lies on {x.device}, the weight on {device}",
             hint="bring both to one device: model.to(...), or input_ids.to(model.device)",
         )
+    _check_runs(backend_name, device)
+
+
+def _check_runs(backend_name: str, device: torch.device) -> None:
     reason = _unavailable(backend_name, device)
     if reason is not None:
         raise _cannot_run(backend_name, device, reason)
@@ -125,6 +129,30 @@ def _cannot_run(name: str, device: torch.device, reason: str) -> UsageError:
     )
 
 
+def linear_function(
+    backend_name: str, device: torch.device, int8_activations: bool = False
+) -> LinearFunction:
+    """What `linear` calls there. A caller whose tensors all lie on `device` saves torch's layers.
+
+    Raises UsageError if the backend cannot run there, or has no such product.
+    """
+    _check_runs(backend_name, device)
+    chosen = backend(backend_name)
+    function = chosen.linear_int8 if int8_activations else chosen.linear
+    if function is None:
+        raise UsageError(
+            f"backend {backend_name!r} has no int8 activations",
+            hint="load the model without activations='int8'",
+        )
+    return function
+
+
+def embedding_function(backend_name: str, device: torch.device) -> EmbeddingFunction:
+    """What `embedding` calls there, as `linear_function`."""
+    _check_runs(backend_name, device)
+    return backend(backend_name).embedding
+
+
 @torch.library.custom_op("halfweight::linear", mutates_args=())
 def linear(
     x: Tensor,
@@ -140,13 +168,7 @@ def linear(
     With `int8_activations` each group of x is rounded to int8 first (opt-in, not exact).
     """
     _check_devices(backend_name, x, packed)
-    chosen = backend(backend_name)
-    function = chosen.linear_int8 if int8_activations else chosen.linear
-    if function is None:
-        raise UsageError(
-            f"backend {backend_name!r} has no int8 activations",
-            hint="load the model without activations='int8'",
-        )
+    function = linear_function(backend_name, packed.device, int8_activations)
     return function(x, packed, scales, exponents, bias)
 
 

@@ -8,16 +8,53 @@ is not hidden / heads, sliding windows, compressed (MLA) and shared layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from halfweight.errors import CheckpointError
+from halfweight.memory.cache_layers import (
+    CacheLayer,
+    cache_layers,
+    found,
+    head_dim,
+    kv_heads,
+    needed,
+)
 from halfweight.quantization.scheme import TensorInfo
 
 SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+MOST_EXPERTS = 1024
 DEFAULT_EXPERTS_PER_TOKEN = 2
 """Mixtral's, whose config may leave it out."""
+LARGEST_FACTOR, LARGEST_CONTEXT = 1 << 20, 1 << 40
+"""A config that says more of its rotary scaling is not believed."""
+SCALED_ROPES = ("yarn", "dynamic", "linear")
+"""Kinds of rotary scaling whose `factor` lengthens the context."""
+GENERATING_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+READING_HEADS = (
+    "ForMaskedLM",
+    "ForQuestionAnswering",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "EncoderModel",
+)
+ENCODERS = (
+    "albert",
+    "bert",
+    "camembert",
+    "deberta",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "eurobert",
+    "modernbert",
+    "mpnet",
+    "nomic_bert",
+    "roberta",
+    "xlm-roberta",
+)
+"""Ends of class names, and model types, of models that read and do not write."""
 HINT = "give the model's folder: its headers say all that a config of an unknown family does not"
 
 
@@ -30,7 +67,6 @@ class Family:
     feedforward_norms: bool = False
     experts: bool = False
     tied: bool = False
-    default_window_pattern: int = 0
 
 
 FAMILIES = {
@@ -39,28 +75,9 @@ FAMILIES = {
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(head_norms=True),
     "mixtral": Family(experts=True),
-    "gemma3_text": Family(
-        head_norms=True, feedforward_norms=True, tied=True, default_window_pattern=6
-    ),
+    "gemma3_text": Family(head_norms=True, feedforward_norms=True, tied=True),
 }
 """model_type -> its differences."""
-
-
-@dataclass(frozen=True)
-class CacheLayer:
-    """What one layer keeps of the past: `numbers` a token, at most `window` tokens if it slides.
-
-    A layer that uses another's keys and values keeps none. `heads` is the number of KV heads that
-    tensor parallelism can share out; 1 for a compressed cache, which every rank holds whole.
-    """
-
-    numbers: int
-    heads: int
-    window: int | None = None
-
-    def tokens(self, context: int) -> int:
-        """Tokens that the layer holds of a sequence of `context`."""
-        return context if self.window is None else min(context, self.window)
 
 
 @dataclass(frozen=True)
@@ -95,7 +112,7 @@ class Architecture:
     def kv_bytes(self, tokens: int, element_bytes: int = 2) -> int:
         """Bytes of the cache of one sequence of `tokens` tokens."""
         each = (layer.numbers * layer.tokens(tokens) for layer in self.cache_layers)
-        return sum(each) * element_bytes
+        return sum(each) * element_bytes + sum(layer.state_bytes for layer in self.cache_layers)
 
 
 def architecture(
@@ -107,26 +124,24 @@ def architecture(
     """
     text = text_config(config)
     dtype = _dtype(config, text)
-    hidden, heads = _size(text, "hidden_size"), _size(text, "num_attention_heads")
-    found = Architecture(
+    hidden, heads = needed(text, "hidden"), needed(text, "heads", 1)
+    bare = Architecture(
         name=name or text.get("model_type", "model"),
         hidden=hidden,
-        intermediate=text.get("intermediate_size") or 4 * hidden,
+        intermediate=max(0, found(text, "intermediate") or 0) or 4 * hidden,
         heads=heads,
-        kv_heads=text.get("num_key_value_heads") or heads,
-        head_dim=text.get("head_dim") or hidden // heads,
-        vocabulary=_size(text, "vocab_size"),
-        max_context=text.get("max_position_embeddings"),
+        kv_heads=kv_heads(text),
+        head_dim=head_dim(text),
+        vocabulary=needed(text, "vocabulary"),
+        max_context=context_tokens(text),
         dtype=dtype,
         tensors=(),
-        cache_layers=(),
+        cache_layers=cache_layers(text) if is_causal(config) else (),
     )
-    layers = tuple(_cache_layers(text, found))
-    listed = tuple(tensors) if tensors is not None else tuple(_tensors(text, found))
+    listed = tuple(tensors) if tensors is not None else tuple(_tensors(text, bare))
     return replace(
-        found,
+        bare,
         tensors=listed,
-        cache_layers=layers,
         fused_mlp=any("gate_up_proj" in tensor.name for tensor in listed),
         fused_attention=any("qkv_proj" in tensor.name for tensor in listed),
         experts_per_token=_experts_per_token(text),
@@ -140,54 +155,67 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, **nested} if isinstance(nested, dict) else config
 
 
-def _size(config: dict[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError(
-            f"config.json: {key} is {value!r}, expected a positive number",
-            hint="give the config.json of a language model",
-        )
-    return value
+def is_causal(config: Mapping[str, Any]) -> bool:
+    """Whether a model generates, and so keeps a cache: an encoder alone does not."""
+    names = [str(name) for name in config.get("architectures") or ()]
+    if any(name.endswith(GENERATING_HEADS) for name in names):
+        return True
+    reads = any(name.endswith(READING_HEADS) for name in names)
+    return not reads and config.get("model_type") not in ENCODERS
+
+
+def context_tokens(config: Mapping[str, Any]) -> int | None:
+    """The tokens that a text model has positions for, or None where its config sets no limit.
+
+    `max_position_embeddings`, unless that was left as it was before rotary scaling: then what the
+    scaling makes of `original_max_position_embeddings`, which for YaRN and dynamic scaling is by
+    transformers' own rule the former where it is not given. The one answer for plan and engine.
+    """
+    stated = found(config, "context")
+    if stated is None or stated < 1:
+        return None
+    return max(stated, *(_scaled(rope, stated) for rope in _ropes(config)))
+
+
+def _ropes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rotary parameters of a config: one set, or one for each kind of layer."""
+    given = config.get("rope_parameters") or config.get("rope_scaling")
+    given = given if isinstance(given, Mapping) else {}
+    nested = [value for value in given.values() if isinstance(value, Mapping)]
+    return nested or [given]
+
+
+def _scaled(rope: Mapping[str, Any], stated: int) -> int:
+    """Tokens that a rotary scaling makes room for; 0 where it says nothing of that."""
+    kind, factor = rope.get("rope_type") or rope.get("type"), rope.get("factor")
+    default = stated if kind in ("yarn", "dynamic") else None
+    original = rope.get("original_max_position_embeddings") or default
+    if not isinstance(factor, int | float) or not isinstance(original, int | float):
+        return 0
+    likely = 0 < factor < LARGEST_FACTOR and 0 < original < LARGEST_CONTEXT
+    return int(original * factor) if kind in SCALED_ROPES and likely else 0
 
 
 def _experts_per_token(config: dict[str, Any]) -> int:
     if not any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
         return 0
-    return config.get("num_experts_per_tok") or DEFAULT_EXPERTS_PER_TOKEN
+    count = config.get("num_experts_per_tok")
+    return count if isinstance(count, int) and count > 0 else DEFAULT_EXPERTS_PER_TOKEN
+
+
+def _experts(config: dict[str, Any]) -> int:
+    count = config.get("num_local_experts")
+    if not isinstance(count, int) or not 1 <= count <= MOST_EXPERTS:
+        raise CheckpointError(
+            f"config.json: num_local_experts is {count!r}, expected 1 to {MOST_EXPERTS}",
+            hint="give the config.json of a language model",
+        )
+    return count
 
 
 def _dtype(config: dict[str, Any], text: dict[str, Any]) -> str:
     name = text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype") or "bfloat16"
     return SAFETENSORS_DTYPES.get(str(name).removeprefix("torch."), "BF16")
-
-
-def _cache_layers(config: dict[str, Any], a: Architecture) -> Iterator[CacheLayer]:
-    num_layers = _size(config, "num_hidden_layers")
-    shared = config.get("num_kv_shared_layers") or 0
-    if config.get("kv_lora_rank"):
-        latent = config["kv_lora_rank"] + config.get("qk_rope_head_dim", 0)
-        yield from [CacheLayer(latent, 1)] * num_layers
-        return
-    for i in range(num_layers):
-        if i >= num_layers - shared:
-            yield CacheLayer(0, a.kv_heads)
-        else:
-            yield CacheLayer(2 * a.kv_heads * a.head_dim, a.kv_heads, _window(config, i))
-
-
-def _window(config: dict[str, Any], layer: int) -> int | None:
-    window = config.get("sliding_window")
-    if not window or config.get("use_sliding_window") is False:
-        return None
-    if types := config.get("layer_types"):
-        return window if types[layer] == "sliding_attention" else None
-    family = FAMILIES.get(config.get("model_type", ""), Family())
-    pattern = config.get("sliding_window_pattern") or family.default_window_pattern
-    if pattern and (layer + 1) % pattern == 0:
-        return None
-    if config.get("model_type", "").startswith("qwen"):
-        return window if layer >= config.get("max_window_layers", 0) else None
-    return int(window)
 
 
 def _tensors(config: dict[str, Any], a: Architecture) -> Iterator[TensorInfo]:
@@ -200,7 +228,7 @@ def _tensors(config: dict[str, Any], a: Architecture) -> Iterator[TensorInfo]:
         return TensorInfo(name, a.dtype, shape)
 
     yield tensor("model.embed_tokens.weight", a.vocabulary, a.hidden)
-    for i in range(_size(config, "num_hidden_layers")):
+    for i in range(needed(config, "layers")):
         prefix = f"model.layers.{i}."
         for name, shape in (*_attention(config, a, family), *_feedforward(config, a, family)):
             yield tensor(prefix + name, *shape)
@@ -235,7 +263,7 @@ def _attention(config: dict[str, Any], a: Architecture, family: Family) -> Itera
 def _feedforward(config: dict[str, Any], a: Architecture, family: Family) -> Iterator[Named]:
     up, down = (a.intermediate, a.hidden), (a.hidden, a.intermediate)
     if family.experts:
-        experts = _size(config, "num_local_experts")
+        experts = _experts(config)
         yield "block_sparse_moe.gate.weight", (experts, a.hidden)
         for i in range(experts):
             for name, shape in (("w1", up), ("w2", down), ("w3", up)):

@@ -21,8 +21,6 @@ CARDS = {
     "a40": 48,
     "a6000": 48,
     "l40s": 48,
-    "v100-16gb": 16,
-    "v100-32gb": 32,
     "a100-40gb": 40,
     "a100-80gb": 80,
     "h100": 80,
@@ -30,6 +28,10 @@ CARDS = {
     "b200": 180,
 }
 """GB as the maker writes them."""
+TOO_OLD = {"p100": 6.0, "p40": 6.1, "v100": 7.0, "v100-16gb": 7.0, "v100-32gb": 7.0, "titan-v": 7.0}
+"""Cards of a compute capability below LEAST_CAPABILITY."""
+LEAST_CAPABILITY = 7.5
+"""What the kernels need, here and in vLLM's for this format."""
 OFFERED = 23.5 / 24
 """Of a card's nominal GiB, what a process gets: about 23.5 GiB of a '24 GB' card."""
 BINARY_UP_TO = 96
@@ -55,11 +57,26 @@ def parse_gpus(text: str) -> Gpus:
     count, name = (int(match[1] or 1), match[2]) if match else (0, text)
     if count < 1:
         raise UsageError(f"{text!r} has no GPU", hint="write --gpus 4x24GB or 2xh100")
+    if name in TOO_OLD:
+        raise _too_old(name, TOO_OLD[name])
     if name in CARDS:
         return Gpus(count, name, _offered(CARDS[name]))
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*gb", name)
     num_bytes = _offered(float(size[1])) if size else parse_bytes(name)
     return Gpus(count, name.replace("gb", "GB").replace("gib", "GiB"), num_bytes)
+
+
+def check_capability(name: str, capability: float | None) -> None:
+    """Raise UsageError for a GPU that the kernels do not run on."""
+    if capability is not None and capability < LEAST_CAPABILITY:
+        raise _too_old(name, capability)
+
+
+def _too_old(name: str, capability: float) -> UsageError:
+    return UsageError(
+        f"{name}: compute capability {capability}, the INT8 kernels need {LEAST_CAPABILITY}",
+        hint="plan for a newer card: T4 and RTX 20 are the oldest that do",
+    )
 
 
 def parse_bytes(text: str) -> int:

@@ -14,13 +14,17 @@ from halfweight.memory.workload import MIB, DeviceKind
 
 @dataclass(frozen=True)
 class Device:
-    """One device: `free_bytes` is what a new process can take of it now."""
+    """One device: `free_bytes` is what a new process can take of it now.
+
+    `capability` is a GPU's compute capability, where its driver tells.
+    """
 
     kind: DeviceKind
     name: str
     driver: str
     total_bytes: int
     free_bytes: int
+    capability: float | None = None
 
 
 def local_device() -> Device:
@@ -31,7 +35,7 @@ def local_device() -> Device:
 def _nvidia() -> Device | None:
     if shutil.which("nvidia-smi") is None:
         return None
-    query = "--query-gpu=name,driver_version,memory.total,memory.free"
+    query = "--query-gpu=name,driver_version,memory.total,memory.free,compute_cap"
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.splitlines()
@@ -41,9 +45,10 @@ def _nvidia() -> Device | None:
 
 
 def parse_nvidia(line: str) -> Device:
-    """`NVIDIA H100, 580.1, 81559, 81000`, as nvidia-smi prints it; memory in MiB."""
-    name, driver, total, free = (field.strip() for field in line.split(","))
-    return Device("cuda", name, driver, int(total) * MIB, int(free) * MIB)
+    """`NVIDIA H100, 580.1, 81559, 81000, 9.0`, as nvidia-smi prints it; memory in MiB."""
+    name, driver, total, free, *rest = (field.strip() for field in line.split(","))
+    capability = float(rest[0]) if rest and rest[0].replace(".", "").isdigit() else None
+    return Device("cuda", name, driver, int(total) * MIB, int(free) * MIB, capability)
 
 
 def processor_device() -> Device:

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from halfweight.cache_folder import cache_folder, write_whole
-from halfweight.checkpoint.shard import read_json
+from halfweight.checkpoint.json_files import read_json
 from halfweight.errors import CheckpointError
 from halfweight.memory.architecture import Architecture
 from halfweight.memory.devices import Device

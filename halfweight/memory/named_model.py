@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from halfweight.checkpoint.gguf_header import read_gguf_header
+from halfweight.checkpoint.gguf_header import read_gguf_header, refuse_split
 from halfweight.checkpoint.headers import HUB_ID, Checkpoint, quantized_modules, read_headers
-from halfweight.checkpoint.shard import read_json
+from halfweight.checkpoint.json_files import ModelConfig, read_json
+from halfweight.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from halfweight.checkpoint.sources.source import is_tied
 from halfweight.errors import CheckpointError
 from halfweight.memory.architecture import architecture
@@ -20,6 +21,7 @@ from halfweight.memory.plan import Model
 from halfweight.memory.presets import PRESETS, preset
 from halfweight.quantization.scheme import (
     GROUP_SIZES,
+    SCALE_FORMATS,
     Decision,
     GroupSize,
     Recipe,
@@ -40,7 +42,9 @@ def planned_model(name: str, recipe: Recipe | None = None) -> Model:
     if path.suffix == ".gguf":
         return _from_gguf(path, recipe)
     if path.suffix == ".json":
-        return Model.from_recipe(architecture(read_json(path), path.parent.name or name), recipe)
+        return Model.from_recipe(
+            architecture(read_json(path, ModelConfig), path.parent.name or name), recipe
+        )
     if not path.exists() and HUB_ID.fullmatch(name):
         return _from_hub(name, recipe)
     if not path.exists():
@@ -53,6 +57,7 @@ def planned_model(name: str, recipe: Recipe | None = None) -> Model:
 
 def _from_gguf(path: Path, recipe: Recipe) -> Model:
     """By its header alone if that accounts for every number in the file, else as the converter."""
+    refuse_split(path)
     if (header := read_gguf_header(path)) is not None:
         found = architecture(header.config, path.stem)
         if found.num_parameters == header.num_parameters:
@@ -106,10 +111,15 @@ def _decision(module: str, by_name: dict[str, TensorInfo], scale_format: str) ->
 
 def _scale_format(checkpoint: Checkpoint) -> str:
     """As the manifest says; a file without one may come from elsewhere: its own dtype."""
-    manifest = checkpoint.root / "halfweight.json"
-    if manifest.exists():
-        return str(read_json(manifest)["job"]["recipe"]["scheme"]["scale_format"])
-    return "bfloat16"
+    if not (checkpoint.root / MANIFEST_NAME).exists():
+        return "bfloat16"
+    name: str = read_manifest(checkpoint.root)["job"]["recipe"]["scheme"]["scale_format"]
+    if name not in SCALE_FORMATS:
+        raise CheckpointError(
+            f"{checkpoint.root / MANIFEST_NAME}: scale format {name!r} is not known",
+            hint=f"expected one of {', '.join(SCALE_FORMATS)}; a newer halfweight may know it",
+        )
+    return name
 
 
 def _from_hub(name: str, recipe: Recipe) -> Model:
@@ -124,7 +134,7 @@ def _from_hub(name: str, recipe: Recipe) -> Model:
     except (LocalEntryNotFoundError, CheckpointError):
         pass  # not there, or in part only
     try:
-        config = read_json(Path(hf_hub_download(name, "config.json")))
+        config = read_json(Path(hf_hub_download(name, "config.json")), ModelConfig)
         files: Any = get_safetensors_metadata(name).files_metadata.values()
     except CheckpointError:
         raise

@@ -1,11 +1,12 @@
 """What a model needs of each device before anything is loaded. No torch here.
 
-The arithmetic follows how `halfweight.engine.decoder` runs: weights, a static cache of exactly the
-tokens asked for, and what comes and goes (transient.py): prefill's activations or the decode
-step, whichever is more, for they never exist together. Weights and cache are exact, the rest
-follows from the shapes. What does not is "context etc.": the driver's context and loaded kernels,
-a range, ASSUMED_OVERHEAD, until `halfweight measure` has replaced it by what it saw; and the slack
-of torch's allocator, which grows with what comes and goes.
+The arithmetic follows how the engine runs: weights, pages of KV cache for exactly the tokens asked
+for (the last page of a sequence whole, and a page that is nobody's), and what a runner allocates
+for its steps: tables, the largest step's activations, recorded steps, logits
+(engine_memory.py, transient.py). Weights and cache are exact, the rest follows from the shapes.
+What does not is "context etc.": the driver's context and loaded kernels, a range, ASSUMED_OVERHEAD,
+until `halfweight measure` has replaced it by what it saw; and the slack of torch's allocator, which
+grows with what comes and goes.
 
 `low` takes the least overhead, `high` the most: a plan fits if `high` does, is tight if only
 `likely` does.
@@ -22,8 +23,24 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from halfweight.errors import UsageError
-from halfweight.memory.architecture import Architecture, CacheLayer
-from halfweight.memory.transient import decode_bytes, logits_bytes, prefill_bytes, workspace_bytes
+from halfweight.memory.architecture import Architecture
+from halfweight.memory.cache_layers import CacheLayer
+from halfweight.memory.engine_memory import (
+    PAGE_TOKENS,
+    STEP_TOKENS,
+    Limits,
+    RunnerKind,
+    Sizes,
+    cpu_parts,
+    gpu_parts,
+)
+from halfweight.memory.transient import (
+    MULTIPROCESSORS,
+    other_engine_parts,
+    partial_sums_bytes,
+    row_parts,
+    workspace_bytes,
+)
 from halfweight.memory.workload import SLACK_DIVISOR, Range, Runtime, Verdict, Weights, Workload
 from halfweight.quantization.scheme import Decision, Recipe
 
@@ -43,11 +60,15 @@ class Part:
 
 
 OWN_STEP_KINDS = ("llama", "mistral", "qwen2", "qwen3")
-LEAST_OWN_HEAD = 32
-"""model_type and head_dim (this or a higher power of two) that gpu_step.py takes."""
+LEAST_OWN_HEAD, CPU_LANES = 32, 16
+"""model_type and head_dim (this or a higher power of two; on a CPU a multiple) of the models that
+the engine runs by kernels of its own."""
 WEIGHT_PARTS = ("int8 data", "scales", "16-bit weights")
-PASSING_PARTS = ("logits", "prefill activations", "decode step", "kernel workspace")
-"""What comes and goes; the decode step only as far as it takes more than prefill."""
+PASSING_PARTS = (
+    *("tables", "scratch pages", "step activations", "recorded steps", "logits"),
+    "kernel workspace",
+)
+"""What a runner allocates for its steps."""
 
 
 @dataclass(frozen=True)
@@ -130,16 +151,26 @@ class Model:
         """Bytes of all parameters in 16 bits."""
         return 2 * self.architecture.num_parameters
 
-    @cached_property
-    def has_own_step(self) -> bool:
-        """Whether halfweight decodes the INT8 model on a GPU by kernels of its own: gpu_step.py
-        takes Llama's layers, if all their linears are in INT8.
+    def runner(self, workload: Workload, weights: Weights) -> RunnerKind | None:
+        """Which of the engine's runners takes the model; None where another engine runs it.
+
+        Kernels of our own take Llama's layers, if all their linears are in INT8 (on a CPU embedding
+        and head too).
         """
-        a = self.architecture
+        if workload.runtime != "halfweight":
+            return None
+        a, on_gpu = self.architecture, workload.device == "cuda"
+        kept = [d.tensor.name for d in self.decisions if d.scheme is None and _is_matrix(d)]
+        if on_gpu:
+            kept = [name for name in kept if ".layers." in name]
+            heads = a.head_dim >= LEAST_OWN_HEAD and a.head_dim.bit_count() == 1
+        else:
+            heads = a.head_dim % CPU_LANES == 0
         windows = any(layer.window is not None for layer in a.cache_layers)
-        kept = any(_is_layer_linear(d.tensor.name) for d in self.decisions if d.scheme is None)
-        heads = a.head_dim >= LEAST_OWN_HEAD and a.head_dim.bit_count() == 1
-        return a.kind in OWN_STEP_KINDS and heads and not (windows or kept)
+        own = weights == "int8" and a.kind in OWN_STEP_KINDS and heads and not (windows or kept)
+        if not own:
+            return "transformers"
+        return "gpu" if on_gpu else "cpu"
 
     @cached_property
     def _sums(self) -> dict[tuple[Weights, Runtime], WeightSums]:
@@ -161,8 +192,8 @@ class Model:
 WeightSums = tuple[list[int], list[int]]
 
 
-def _is_layer_linear(name: str) -> bool:
-    return ".layers." in name and name.endswith("_proj.weight")
+def _is_matrix(decision: Decision) -> bool:
+    return decision.tensor.name.endswith("weight") and len(decision.tensor.shape) > 1
 
 
 @dataclass(frozen=True)
@@ -208,7 +239,7 @@ def footprint(model: Model, workload: Workload, weights: Weights) -> Footprint:
         _part(name, whole, held, workload.ranks)
         for name, whole, held in zip(WEIGHT_PARTS, sharded, replicated, strict=True)
     ]
-    parts += kv_parts(model.architecture, workload)
+    parts += kv_parts(model, workload, weights)
     passing = passing_parts(model, workload, weights)
     on_allocator = workload.device == "cuda" and workload.runtime == "halfweight"
     return Footprint(
@@ -220,60 +251,93 @@ def footprint(model: Model, workload: Workload, weights: Weights) -> Footprint:
 
 
 def passing_parts(model: Model, workload: Workload, weights: Weights) -> list[Part]:
-    """PASSING_PARTS at the peak: prefill's, and what a decode step takes beyond them.
+    """PASSING_PARTS of the runner, of the largest step that the workload can have."""
+    a, runner = model.architecture, model.runner(workload, weights)
+    if runner == "gpu":
+        limits = Limits(
+            *(workload.context, workload.batch, STEP_TOKENS["gpu"], workload.kv_dtype),
+            MULTIPROCESSORS,
+        )
+        sizes = gpu_parts(sizes_of(a), limits)
+        sizes["recorded steps"] += partial_sums_bytes()
+    elif runner == "cpu":
+        sizes = cpu_parts(sizes_of(a), workload.batch, workload.context)
+    elif runner == "transformers":
+        sizes = row_parts(a, workload, weights)
+    else:
+        sizes = other_engine_parts(a, workload)
+    if workload.device == "cuda":
+        sizes["kernel workspace"] = workspace_bytes(workload, weights)
+    return [Part(name, 0, sizes.get(name, 0)) for name in PASSING_PARTS]
 
-    Prefill's activations are given back before the step's graph is recorded. On a CPU a step takes
-    less than prefill and nothing is recorded.
-    """
-    a = model.architecture
-    on_gpu = workload.device == "cuda"
-    ours = on_gpu and weights == "int8" and workload.runtime == "halfweight"
-    own_step = ours and model.has_own_step
-    prefill = prefill_bytes(a, workload, own_step)
-    workspace = decode = 0
-    if on_gpu:
-        workspace = workspace_bytes(workload, weights)
-        decode = decode_bytes(a, workload, weights, own_step)
-    sizes = (logits_bytes(a, workload.batch), prefill, max(0, decode - prefill), workspace)
-    return [Part(name, 0, size) for name, size in zip(PASSING_PARTS, sizes, strict=True)]
+
+def sizes_of(a: Architecture) -> Sizes:
+    """What the engine's arithmetic needs of an architecture."""
+    return Sizes(
+        len(a.cache_layers),
+        *(a.hidden, a.intermediate, a.heads, a.kv_heads, a.head_dim, a.vocabulary),
+    )
 
 
 def _part(name: str, divided: int, held: int, ranks: int) -> Part:
     return Part(name, *((-(-divided // ranks), held) if ranks > 1 else (0, divided + held)))
 
 
-def kv_parts(a: Architecture, workload: Workload) -> list[Part]:
-    """The cache on one rank, by kind of layer; int8 keeps a 16-bit scale a head and token,
-    vLLM's 8-bit cache none.
+def kv_parts(model: Model, workload: Workload, weights: Weights) -> list[Part]:
+    """The cache on one rank, by kind of layer; int8 keeps a scale a head and token, vLLM's 8-bit
+    cache none.
 
-    Sliding layers stay in 16 bits. A layer with fewer heads than ranks is held by several.
+    The engine's pages hold every layer's tokens, whatever its window. Another engine's sliding
+    layers hold a window and stay in 16 bits; where ranks outnumber heads, several hold a layer.
+    States of a fixed size are counted whole on every rank.
     """
-    found = {"KV cache": Part("KV cache", 0, 0)}
+    a, runner = model.architecture, model.runner(workload, weights)
+    states = workload.batch * sum(layer.state_bytes for layer in a.cache_layers)
+    bare = (Part("KV cache", 0, 0), Part("KV cache, states", 0, states))
+    found = {part.name: part for part in bare}
     for layer, count in Counter(a.cache_layers).items():
         heads = -(-layer.heads // workload.ranks)
-        each = workload.batch * count * _layer_bytes(a, layer, heads, workload)
-        name = "KV cache" + kind_of_layer(a, layer)
+        if runner is None:
+            num_bytes = _other_layer_bytes(layer, heads, workload)
+        else:
+            num_bytes = _layer_bytes(layer, workload, runner) * page_slots(workload, runner)
+        name = "KV cache" + kind_of_layer(layer)
         before = found.get(name, Part(name, 0, 0))
         divided = workload.ranks > 1 and layer.heads > 1
         found[name] = Part(
             name,
-            before.sharded + (each if divided else 0),
-            before.replicated + (0 if divided else each),
+            before.sharded + (count * num_bytes if divided else 0),
+            before.replicated + (0 if divided else count * num_bytes),
         )
     return list(found.values())
 
 
-def _layer_bytes(a: Architecture, layer: CacheLayer, heads: int, workload: Workload) -> int:
+def page_slots(workload: Workload, runner: RunnerKind) -> int:
+    """Tokens that the pages of the workload have places for, those of page 0 included."""
+    size = PAGE_TOKENS[runner]
+    return size * (1 + workload.batch * -(-workload.context // size))
+
+
+def _layer_bytes(layer: CacheLayer, workload: Workload, runner: RunnerKind) -> int:
+    """Of a token in a page; scales are float32 on a CPU, else 16 bits."""
+    if workload.kv_dtype == "16bit":
+        return 2 * layer.numbers
+    scale = 4 if runner == "cpu" else 2
+    return layer.numbers + (2 * scale * layer.heads if layer.numbers else 0)
+
+
+def _other_layer_bytes(layer: CacheLayer, heads: int, workload: Workload) -> int:
+    """Of all tokens of the workload in another engine's cache."""
     numbers = layer.numbers // layer.heads * heads
     each = 2 * numbers
     if workload.kv_dtype == "int8" and layer.window is None:
         each = numbers if workload.runtime == "vllm" else numbers + 2 * 2 * heads
-    return each * layer.tokens(workload.context)
+    return workload.batch * each * layer.tokens(workload.context)
 
 
-def kind_of_layer(a: Architecture, layer: CacheLayer) -> str:
+def kind_of_layer(layer: CacheLayer) -> str:
     """What follows "KV cache" in the name of a layer's part."""
-    if layer.numbers and layer.numbers != 2 * layer.heads * a.head_dim:
+    if layer.compressed:
         return ", compressed"
     return "" if layer.window is None else ", sliding window"
 

@@ -13,24 +13,50 @@ function runtimeOn(model, ranks) {
   return model.runtime === "halfweight" && ranks > 1 ? "vllm" : model.runtime;
 }
 
-function kvParts(model, work) {
-  const vllm = runtimeOn(model, work.ranks) === "vllm";
-  const parts = new Map([["KV cache", { name: "KV cache", sharded: 0, replicated: 0 }]]);
+// Which of the engine's runners takes the model; null where another engine runs it.
+function runnerOf(model, work, weights) {
+  if (runtimeOn(model, work.ranks) !== "halfweight") return null;
+  return weights === "int8" ? model.runners[work.groupSize] : "transformers";
+}
+
+function kvParts(model, work, weights) {
+  const runner = runnerOf(model, work, weights);
+  const states = model.layers.reduce((sum, l) => sum + l.count * l.state_bytes, 0);
+  const parts = new Map([
+    ["KV cache", { name: "KV cache", sharded: 0, replicated: 0 }],
+    ["KV cache, states", { name: "KV cache, states", sharded: 0, replicated: work.batch * states }],
+  ]);
   for (const layer of model.layers) {
-    const heads = ceilDiv(layer.heads, work.ranks);
-    const numbers = ((layer.numbers - (layer.numbers % layer.heads)) / layer.heads) * heads;
-    let each = 2 * numbers;
-    if (work.kvDtype === "int8" && layer.window === null) {
-      each = vllm ? numbers : numbers + 4 * heads;
-    }
-    const tokens = layer.window === null ? work.context : Math.min(work.context, layer.window);
-    const bytes = work.batch * layer.count * each * tokens;
+    const each = runner === null
+      ? otherLayerBytes(model, work, layer)
+      : layerBytes(layer, work, runner) * pageSlots(model, work, runner);
     const name = "KV cache" + layer.kind;
     const part = parts.get(name) ?? { name, sharded: 0, replicated: 0 };
-    part[work.ranks > 1 && layer.heads > 1 ? "sharded" : "replicated"] += bytes;
+    part[work.ranks > 1 && layer.heads > 1 ? "sharded" : "replicated"] += layer.count * each;
     parts.set(name, part);
   }
   return [...parts.values()];
+}
+
+function pageSlots(model, work, runner) {
+  const size = model.constants.PAGE_TOKENS[runner];
+  return size * (1 + work.batch * ceilDiv(work.context, size));
+}
+
+function layerBytes(layer, work, runner) {
+  if (work.kvDtype === "16bit") return 2 * layer.numbers;
+  return layer.numbers + (layer.numbers ? 2 * (runner === "cpu" ? 4 : 2) * layer.heads : 0);
+}
+
+function otherLayerBytes(model, work, layer) {
+  const heads = ceilDiv(layer.heads, work.ranks);
+  const numbers = ((layer.numbers - (layer.numbers % layer.heads)) / layer.heads) * heads;
+  let each = 2 * numbers;
+  if (work.kvDtype === "int8" && layer.window === null) {
+    each = runtimeOn(model, work.ranks) === "vllm" ? numbers : numbers + 4 * heads;
+  }
+  const tokens = layer.window === null ? work.context : Math.min(work.context, layer.window);
+  return work.batch * each * tokens;
 }
 
 function mlpNumbers(a, width) {
@@ -38,6 +64,15 @@ function mlpNumbers(a, width) {
   return 4 * a.hidden + (a.fused_mlp ? 4 : 3) * width;
 }
 
+// transient.py: tokens that attention sees, for each kind of layer.
+function reaches(model, length, context) {
+  const windows = new Set(model.layers.filter((l) => l.numbers > 0).map((l) => l.window));
+  if (windows.size === 0) windows.add(null);
+  return [...windows].map((window) =>
+    window === null ? context : Math.min(context, window + length));
+}
+
+// transient.py: another engine's forward pass over `length` tokens of each sequence.
 function forwardPeak(model, length, work) {
   const a = model.architecture;
   const heads = ceilDiv(a.heads, work.ranks);
@@ -49,11 +84,9 @@ function forwardPeak(model, length, work) {
   let attention = 2 * tokens * numbers;
   let masks = [0];
   if (runtimeOn(model, work.ranks) !== "vllm") {
-    const windows = new Set(model.layers.filter((l) => l.numbers > 0).map((l) => l.window));
-    const reaches = [...windows].map((window) =>
-      window === null ? work.context : Math.min(work.context, window + length));
-    masks = reaches.map((reach) => tokens * reach);
-    const layer = 4 * work.batch * Math.max(...reaches) * a.head_dim;
+    const seen = reaches(model, length, work.context);
+    masks = seen.map((reach) => tokens * reach);
+    const layer = 4 * work.batch * Math.max(...seen) * a.head_dim;
     if (heads > kvHeads && length > 1) attention += layer * heads;
     if (work.kvDtype === "int8") attention += layer * kvHeads;
   }
@@ -61,6 +94,20 @@ function forwardPeak(model, length, work) {
   const mlp = mask + 2 * tokens * mlpNumbers(a, width);
   const norm = mask + tokens * 18 * a.hidden;
   return Math.max(mlp, norm, mask + attention + 2 * Math.max(...masks));
+}
+
+// transient.py: the engine's step through transformers' forward.
+function rowBytes(model, tokens, work) {
+  const a = model.architecture;
+  let numbers = 3 * a.hidden + 2 * (a.heads + a.kv_heads) * a.head_dim;
+  if (a.fused_attention) numbers += (a.heads + 2 * a.kv_heads) * a.head_dim;
+  let attention = 2 * tokens * numbers;
+  if (model.device === "cpu") {
+    const length = Math.min(tokens, work.context);
+    const reach = Math.max(...reaches(model, length, work.context));
+    attention += reach * (4 * a.kv_heads * a.head_dim + 3 * length);
+  }
+  return Math.max(2 * tokens * mlpNumbers(a, a.intermediate), 18 * tokens * a.hidden, attention);
 }
 
 // transient.py: what products of one stream keep.
@@ -73,60 +120,92 @@ function partialSumsBytes(model) {
   return 4 * model.constants.MULTIPROCESSORS * model.constants.PARTIAL_SUMS;
 }
 
-function stepBytes(model, work) {
+function powerOfTwo(number) {
+  let found = 1;
+  while (found < number) found *= 2;
+  return found;
+}
+
+// engine_memory.py, from here to rowParts.
+function bucket(c, batch) {
+  const small = c.SMALL_BUCKETS.find((size) => batch <= size);
+  return small ?? ceilDiv(batch, c.BUCKET_STEP) * c.BUCKET_STEP;
+}
+
+function activationBytes(a, tokens) {
+  const queries = a.heads * a.head_dim;
+  const qkv = queries + 2 * a.kv_heads * a.head_dim;
+  return 2 * tokens * (3 * a.hidden + Math.max(qkv + 2 * queries, 3 * a.intermediate));
+}
+
+function gpuParts(model, work) {
+  const { architecture: a, constants: c } = model;
+  const { batch, context } = work;
+  const pages = ceilDiv(context, c.PAGE_TOKENS.gpu);
+  const rows = Math.max(bucket(c, batch), c.FEW_SEQUENCES * c.FEW_TOKENS);
+  const tokens = Math.min(c.STEP_TOKENS.gpu, batch * context);
+  const reading = work.kvDtype === "int8" ? 0 : Math.min(c.READ_TOKENS, tokens);
+  const scratch = work.kvDtype === "int8"
+    ? Math.max(pages, 2 * ceilDiv(c.STEP_TOKENS.gpu, c.PAGE_TOKENS.gpu)) : 0;
+  const row = 4 * (a.head_dim + 2);
+  const group = (a.heads - (a.heads % a.kv_heads)) / a.kv_heads;
+  const items = bucket(c, batch) * a.kv_heads + c.DECODE_PROGRAMS[work.kvDtype] * c.MULTIPROCESSORS;
+  const decodeSums = row * items * Math.max(c.MIN_DOT_ROWS, powerOfTwo(group));
+  return {
+    "tables": 4 * (batch + 1) * (context + 1 + pages) + 4 * context * a.head_dim,
+    "scratch pages": scratch * 4 * c.PAGE_TOKENS.gpu * a.kv_heads * a.head_dim,
+    "step activations": activationBytes(a, tokens) + row * 2 * c.MULTIPROCESSORS * c.TILE_ROWS,
+    "recorded steps": activationBytes(a, Math.max(rows, reading)) + decodeSums + partialSumsBytes(model),
+    "logits": (rows + batch) * 2 * a.vocabulary,
+  };
+}
+
+function cpuParts(model, work) {
   const { architecture: a, constants: c } = model;
   const queries = a.heads * a.head_dim;
   const qkv = queries + 2 * a.kv_heads * a.head_dim;
-  const programs = work.batch * a.kv_heads;
-  const wanted = Math.floor((c.PROGRAMS_A_PROCESSOR * c.MULTIPROCESSORS) / programs);
-  const splits = Math.max(1, Math.min(wanted, ceilDiv(work.context, c.SPLIT_TOKENS)));
-  const partials = 4 * work.batch * a.heads * splits * (a.head_dim + 2);
-  const attention = 2 * work.batch * (3 * a.hidden + qkv + queries) + partials;
-  const head = 6 * work.batch * (a.hidden + a.vocabulary);
-  return Math.max(attention, head);
+  return {
+    "tables": 4 * (work.batch + 1) * (work.context + 1) + 8 * work.context * a.head_dim,
+    "step activations": 4 * c.STEP_TOKENS.cpu * (a.hidden + qkv + queries + a.intermediate),
+    "logits": 4 * work.batch * a.vocabulary,
+  };
 }
 
-// Whether gpu_step.py takes the model.
-function hasOwnStep(model, work, weights) {
-  const ours = weights === "int8" && runtimeOn(model, work.ranks) === "halfweight";
-  return model.device === "cuda" && ours && model.ownStep[work.groupSize];
-}
-
-// transient.py: a prompt read by our own kernels.
-function ownPrefillBytes(model, work) {
-  const a = model.architecture;
-  const tokens = Math.min(work.context, model.constants.CHUNK_TOKENS);
-  const mlp = 3 * a.hidden + 3 * a.intermediate;
-  const attention = 3 * a.hidden + 3 * a.heads * a.head_dim + 2 * a.kv_heads * a.head_dim;
-  return 2 * tokens * Math.max(mlp, attention) + 4 * work.context * a.head_dim;
-}
-
-function decodeBytes(model, work, weights) {
-  if (!hasOwnStep(model, work, weights)) {
-    const logits = 6 * work.batch * model.architecture.vocabulary;
-    return forwardPeak(model, 1, work) + logits + workspaceBytes(model, work, weights);
-  }
-  const tables = 4 * work.context * model.architecture.head_dim;
-  return tables + partialSumsBytes(model) + stepBytes(model, work);
-}
-
-// What comes and goes: prefill's, and what a decode step takes beyond.
-function passingParts(model, work, weights) {
+function rowParts(model, work, weights) {
   const { architecture: a, constants: c } = model;
-  const held = runtimeOn(model, work.ranks) === "vllm" ? 0 : c.TOKEN_BYTES;
-  const chunk = Math.max(1, Math.floor(c.CHUNK_TOKENS / work.batch));
-  const alone = work.batch === 1 && work.kvDtype === "16bit" && hasOwnStep(model, work, weights);
-  const forward = alone ? ownPrefillBytes(model, work)
-    : forwardPeak(model, Math.min(work.context, chunk), work);
-  const prefill = held * work.batch * work.context + forward;
+  const { batch, context } = work;
   const onGpu = model.device === "cuda";
-  const decode = onGpu ? decodeBytes(model, work, weights) : 0;
-  return [
-    ["logits", 6 * work.batch * a.vocabulary],
-    ["prefill activations", prefill],
-    ["decode step", Math.max(0, decode - prefill)],
-    ["kernel workspace", onGpu ? workspaceBytes(model, work, weights) : 0],
-  ].map(([name, replicated]) => ({ name, sharded: 0, replicated }));
+  const padded = powerOfTwo(batch);
+  return {
+    "tables": 4 * (batch + 1) * (context + 1),
+    "step activations":
+      rowBytes(model, Math.min(c.STEP_TOKENS.transformers, batch * context), work),
+    "recorded steps":
+      onGpu ? rowBytes(model, padded, work) + workspaceBytes(model, work, weights) : 0,
+    "logits": 2 * a.vocabulary * (onGpu ? batch + padded : 3 * batch),
+  };
+}
+
+function otherEngineParts(model, work) {
+  const chunk = Math.max(1, Math.floor(model.constants.CHUNK_TOKENS / work.batch));
+  return {
+    "step activations": forwardPeak(model, Math.min(work.context, chunk), work),
+    "logits": 6 * work.batch * model.architecture.vocabulary,
+  };
+}
+
+const PASSING_PARTS = [
+  "tables", "scratch pages", "step activations", "recorded steps", "logits", "kernel workspace",
+];
+
+function passingParts(model, work, weights) {
+  const runner = runnerOf(model, work, weights);
+  const sizes = runner === "gpu" ? gpuParts(model, work)
+    : runner === "cpu" ? cpuParts(model, work)
+    : runner === "transformers" ? rowParts(model, work, weights)
+    : otherEngineParts(model, work);
+  if (model.device === "cuda") sizes["kernel workspace"] = workspaceBytes(model, work, weights);
+  return PASSING_PARTS.map((name) => ({ name, sharded: 0, replicated: sizes[name] ?? 0 }));
 }
 
 function footprint(model, work, weights) {
@@ -137,7 +216,7 @@ function footprint(model, work, weights) {
       ? { name, sharded: ceilDiv(divided[i], work.ranks), replicated: held[i] }
       : { name, sharded: 0, replicated: divided[i] + held[i] });
   const passing = passingParts(model, work, weights);
-  parts.push(...kvParts(model, work), ...passing);
+  parts.push(...kvParts(model, work, weights), ...passing);
   const found = parts.filter((part) => part.sharded + part.replicated > 0);
   const sum = (list) => list.reduce((all, part) => all + part.sharded + part.replicated, 0);
   const allocated = sum(found);

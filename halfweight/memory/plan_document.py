@@ -9,11 +9,11 @@ from typing import Any
 from halfweight.memory.cards import Gpus
 from halfweight.memory.costs import Conversion, Loading, Serving
 from halfweight.memory.plan import Footprint, Plan, legal_ranks
-from halfweight.memory.what_fits import Cell, advice
+from halfweight.memory.what_fits import Cell, advice, notes
 from halfweight.memory.workload import Verdict
 
 SCHEMA = "halfweight.plan"
-VERSION = 2
+VERSION = 3
 """Raised when a field changes its meaning or goes; new fields leave it."""
 
 
@@ -51,6 +51,7 @@ def document(
             "int8": _footprint(found.int8, found.verdict),
         },
         "verdict": found.verdict,
+        "notes": notes(found),
         "advice": advice(found),
         "legal_tensor_parallel": legal_ranks(model),
         "loading": asdict(loading),

@@ -18,10 +18,12 @@ COLORS = {
     "KV cache": "#12978a",
     "KV cache, sliding window": "#63c5b5",
     "KV cache, compressed": "#63c5b5",
+    "tables": "#5b636c",
+    "scratch pages": "#63c5b5",
+    "step activations": "#e08a1e",
+    "recorded steps": "#c2507a",
     "logits": "#5b636c",
-    "prefill activations": "#e08a1e",
     "kernel workspace": "#5b636c",
-    "decode step": "#c2507a",
     "context etc.": "#8c959f",
 }
 """As on the page."""

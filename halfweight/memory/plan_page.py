@@ -13,7 +13,7 @@ from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
-from halfweight.memory import transient
+from halfweight.memory import engine_memory, transient
 from halfweight.memory.cards import Gpus
 from halfweight.memory.plan import Model, Plan, kind_of_layer, legal_ranks
 from halfweight.memory.what_fits import grid_axes, with_group_size
@@ -31,16 +31,21 @@ SIZES = (
     "fused_attention",
     "experts_per_token",
 )
-CONSTANTS = (
-    "CHUNK_TOKENS",
-    "CUBLAS_WORKSPACE_BYTES",
-    "MULTIPROCESSORS",
-    "PARTIAL_SUMS",
-    "SPLIT_TOKENS",
-    "PROGRAMS_A_PROCESSOR",
-    "TOKEN_BYTES",
-)
-"""Of transient.py."""
+CONSTANTS = {
+    transient: ("CHUNK_TOKENS", "CUBLAS_WORKSPACE_BYTES", "MULTIPROCESSORS", "PARTIAL_SUMS"),
+    engine_memory: (
+        *(
+            "PAGE_TOKENS",
+            "STEP_TOKENS",
+            "FEW_TOKENS",
+            "FEW_SEQUENCES",
+            "READ_TOKENS",
+            "SMALL_BUCKETS",
+        ),
+        *("BUCKET_STEP", "DECODE_PROGRAMS", "MIN_DOT_ROWS", "TILE_ROWS"),
+    ),
+}
+"""What the arithmetic takes from these modules."""
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -69,7 +74,7 @@ def page_data(found: Plan, gpus: Gpus) -> dict[str, Any]:
         "parameters": a.num_parameters,
         "architecture": {name: getattr(a, name) for name in SIZES},
         "layers": [
-            {**asdict(layer), "count": count, "kind": kind_of_layer(a, layer)}
+            {**asdict(layer), "count": count, "kind": kind_of_layer(layer)}
             for layer, count in Counter(a.cache_layers).items()
         ],
         "weights": {
@@ -82,9 +87,9 @@ def page_data(found: Plan, gpus: Gpus) -> dict[str, Any]:
         "legalRanks": {g: legal_ranks(m) for g, m in by_group.items()},
         "runtime": work.runtime,
         "device": work.device,
-        "constants": {name: getattr(transient, name) for name in CONSTANTS},
+        "constants": {n: getattr(module, n) for module, names in CONSTANTS.items() for n in names},
         "slackDivisor": SLACK_DIVISOR,
-        "ownStep": {g: m.has_own_step for g, m in by_group.items()},
+        "runners": {g: m.runner(work.on_ranks(1), "int8") for g, m in by_group.items()},
         "process": {r: asdict(w.expected_overhead) for r, w in runtimes.items()},
         "gpu": gpus.name,
         "budget": found.budget,

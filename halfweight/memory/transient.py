@@ -1,14 +1,9 @@
-"""What comes and goes while a model runs, beside weights and cache: counted op by op. No torch.
+"""What comes and goes in transformers' forward pass, beside weights and cache: op by op. No torch.
 
-Prompts go through the model CHUNK_TOKENS at a time (all sequences together), by SDPA with a mask.
-What prefill holds at its worst moment is either inside attention (mask in two forms, keys and
-values repeated for grouped heads), inside the MLP (three of its widths) or inside a norm. Where our
-own kernels read the prompt of a sequence alone, attention has neither mask nor repetitions.
-
-A decode step is recorded as a CUDA graph, whose memory stays. Before recording, torch gives all
-that prefill left back to the driver, so the two never exist together: the peak holds the larger.
-Only what both use is there throughout: the decoder's own tensors, and the workspaces of products,
-of which a graph has its own as well because it is recorded on a stream of its own.
+Where the engine runs a model by transformers' forward, a step is one row of tokens and attention is
+the engine's own, over pages: what it holds at its worst moment is inside the MLP (three of its
+widths), a norm, or attention. Other engines read prompts CHUNK_TOKENS at a time; transformers'
+tensor parallelism by SDPA, with a mask in two forms and keys and values repeated for grouped heads.
 """
 
 from __future__ import annotations
@@ -16,10 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from halfweight.memory.architecture import Architecture
+from halfweight.memory.engine_memory import STEP_TOKENS, power_of_two
 from halfweight.memory.workload import Weights, Workload
 
 CHUNK_TOKENS = 2048
-"""As in decoder.py; a test keeps them equal. Also what vLLM schedules at once by default."""
+"""Of prompts at once in another engine: what vLLM schedules by default."""
 CUBLAS_WORKSPACE_BYTES = 32 << 20
 """Of each stream, as torch sets it on Hopper; on other GPUs about 8 MiB."""
 MULTIPROCESSORS = 132
@@ -27,10 +23,6 @@ MULTIPROCESSORS = 132
 PARTIAL_SUMS = 128 * 256
 """Float32 sums that each multiprocessor may leave for another: the Hopper backend's, by a test.
 Elsewhere a block of weights in 16 bits takes their place, of 32 MiB."""
-SPLIT_TOKENS, PROGRAMS_A_PROCESSOR = 64, 4
-"""As in gpu_step.py; a test keeps them equal."""
-TOKEN_BYTES = 4 * 8
-"""Of each token of a prompt: id, position, mask, and the decoder's mask of all it will hold."""
 
 
 @dataclass(frozen=True)
@@ -52,31 +44,51 @@ class Moments:
         return max(self.mlp, self.norm, self.attention)
 
 
-def prefill_bytes(a: Architecture, workload: Workload, own_step: bool = False) -> int:
-    """The most that reading the prompts holds, their tokens included; vLLM's are its own affair.
+def row_parts(a: Architecture, workload: Workload, weights: Weights) -> dict[str, int]:
+    """Bytes by part of the plan of the engine's steps through transformers' forward.
 
-    `own_step` is whether gpu_step.py takes the model: it reads the prompt of a sequence alone.
+    On a GPU decoding is recorded, for sequences in powers of two, on a stream with workspaces of
+    its own; on a CPU the logits are sampled in 32 bits.
     """
-    tokens = workload.batch * workload.context
-    held = 0 if workload.runtime == "vllm" else TOKEN_BYTES * tokens
-    if own_step and workload.batch == 1 and workload.kv_dtype == "16bit":
-        return held + own_prefill_bytes(a, workload)
-    return held + prefill_moments(a, workload).peak
+    batch, context = workload.batch, workload.context
+    logits, recorded = 2 * a.vocabulary, 0
+    if workload.device == "cuda":
+        padded = power_of_two(batch)
+        recorded = row_bytes(a, padded, workload) + workspace_bytes(workload, weights)
+        rows = (batch + padded) * logits
+    else:
+        rows = 3 * batch * logits
+    tokens = min(STEP_TOKENS["transformers"], batch * context)
+    return {
+        "tables": 4 * (batch + 1) * (context + 1),
+        "step activations": row_bytes(a, tokens, workload),
+        "recorded steps": recorded,
+        "logits": rows,
+    }
 
 
-def own_prefill_bytes(a: Architecture, workload: Workload) -> int:
-    """The most tensors alive in GpuStep.prefill: in the MLP or in attention, where there is no mask
-    and nothing is repeated; and the tables of the step.
+def row_bytes(a: Architecture, tokens: int, workload: Workload) -> int:
+    """The most that one forward pass over a row of tokens holds: in the MLP, a norm or attention.
+
+    On a CPU attention reads a copy of a sequence's keys and values, and a mask in bytes, made of
+    two others, says what each token of a prompt sees.
     """
-    tokens, queries = min(workload.context, CHUNK_TOKENS), a.heads * a.head_dim
-    mlp = 3 * a.hidden + 3 * a.intermediate
-    attention = 3 * a.hidden + 3 * queries + 2 * a.kv_heads * a.head_dim
-    return 2 * tokens * max(mlp, attention) + step_tables_bytes(a, workload)
+    numbers = 3 * a.hidden + 2 * (a.heads + a.kv_heads) * a.head_dim
+    numbers += (a.heads + 2 * a.kv_heads) * a.head_dim if a.fused_attention else 0
+    attention = 2 * tokens * numbers
+    if workload.device == "cpu":
+        length = min(tokens, workload.context)
+        reach = max(_reaches(a, length, workload.context))
+        attention += reach * (4 * a.kv_heads * a.head_dim + 3 * length)
+    return max(2 * tokens * _mlp_numbers(a, a.intermediate), 18 * tokens * a.hidden, attention)
 
 
-def step_tables_bytes(a: Architecture, workload: Workload) -> int:
-    """Cosines and sines of a GpuStep, float32, half a head each."""
-    return 4 * workload.context * a.head_dim
+def other_engine_parts(a: Architecture, workload: Workload) -> dict[str, int]:
+    """Bytes by part of the plan where vLLM or transformers' tensor parallelism runs the model."""
+    return {
+        "step activations": prefill_moments(a, workload).peak,
+        "logits": logits_bytes(a, workload.batch),
+    }
 
 
 def prefill_moments(a: Architecture, workload: Workload) -> Moments:
@@ -92,8 +104,7 @@ def forward_moments(a: Architecture, length: int, workload: Workload) -> Moments
     where one product makes gate and up, and those and a hidden state for each expert of a token).
     In a norm: three hidden states, and as many in 32 bits. In attention: three hidden states,
     queries, output, new keys and values (twice where one product makes them), and for more than
-    one token a sequence keys and values repeated to all heads (by transformers 5.17 for one token
-    too; prefill, which takes no less, is then the peak). One mask for each kind of layer;
+    one token a sequence keys and values repeated to all heads. One mask for each kind of layer;
     vLLM's attention reads its cache as it lies and has none.
     """
     ranks, batch = workload.ranks, workload.batch
@@ -120,7 +131,7 @@ def forward_moments(a: Architecture, length: int, workload: Workload) -> Moments
 
 def _reaches(a: Architecture, length: int, context: int) -> list[int]:
     """Tokens that attention sees, for each kind of layer: a window and the new tokens, or all."""
-    windows = {layer.window for layer in a.cache_layers if layer.numbers}
+    windows = {layer.window for layer in a.cache_layers if layer.numbers} or {None}
     return [context if w is None else min(context, w + length) for w in windows]
 
 
@@ -138,35 +149,9 @@ def logits_bytes(a: Architecture, batch: int) -> int:
 def workspace_bytes(workload: Workload, weights: Weights) -> int:
     """What products of one stream keep: cuBLAS always, our kernels for INT8."""
     ours = weights == "int8" and workload.runtime == "halfweight"
-    return CUBLAS_WORKSPACE_BYTES + (_partial_sums_bytes() if ours else 0)
+    return CUBLAS_WORKSPACE_BYTES + (partial_sums_bytes() if ours else 0)
 
 
-def _partial_sums_bytes() -> int:
+def partial_sums_bytes() -> int:
+    """What our products of one stream leave for other multiprocessors."""
     return 4 * MULTIPROCESSORS * PARTIAL_SUMS
-
-
-def decode_bytes(a: Architecture, workload: Workload, weights: Weights, own_step: bool) -> int:
-    """What a decode step and its graph hold: `own_step` by gpu_step.py, else by transformers."""
-    if not own_step:
-        forward = forward_moments(a, 1, workload).peak + logits_bytes(a, workload.batch)
-        return forward + workspace_bytes(workload, weights)
-    tables = step_tables_bytes(a, workload)
-    return tables + _partial_sums_bytes() + step_bytes(a, workload)
-
-
-def step_bytes(a: Architecture, workload: Workload) -> int:
-    """The most tensors alive in one GpuStep of gpu_step.py: in attention or after the head.
-
-    Attention reads the cache as it lies, so an INT8 cache is never dequantized. The MLP's moment is
-    below the head's in any model whose vocabulary is no smaller than its MLP is wide.
-    """
-    batch, heads = workload.batch, a.heads
-    queries = heads * a.head_dim
-    qkv = queries + 2 * a.kv_heads * a.head_dim
-    programs = batch * a.kv_heads
-    wanted = PROGRAMS_A_PROCESSOR * MULTIPROCESSORS // programs
-    splits = max(1, min(wanted, -(-workload.context // SPLIT_TOKENS)))
-    partials = 4 * batch * heads * splits * (a.head_dim + 2)
-    attention = 2 * batch * (3 * a.hidden + qkv + queries) + partials
-    head = 2 * batch * 3 * a.hidden + logits_bytes(a, batch)
-    return max(attention, head)

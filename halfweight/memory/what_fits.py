@@ -28,7 +28,7 @@ def solve(
     """The largest batch or context, the fewest GPUs or the smallest group whose high estimate fits.
 
     None if none does. A larger group takes fewer bytes and loses more: the finest that fits is the
-    best.
+    best. A context is at most the model's own, or what the workload asks for beyond that.
     """
     if quantity == "gpus":
         ranks = (
@@ -38,7 +38,8 @@ def solve(
     if quantity == "group-size":
         regrouped = ((g, with_group_size(model, g)) for g in GROUP_SIZES)
         return next((g for g, changed in regrouped if fits(changed, workload, budget)), None)
-    most = MOST_BATCH if quantity == "batch" else model.architecture.max_context or MOST_CONTEXT
+    own = model.architecture.max_context or MOST_CONTEXT
+    most = MOST_BATCH if quantity == "batch" else max(own, workload.context)
 
     def holds(n: int) -> bool:
         changed = replace(workload, batch=n) if quantity == "batch" else None
@@ -94,6 +95,22 @@ def grid_axes(model: Model, workload: Workload) -> tuple[list[int], list[int]]:
     return sorted(batches), sorted({*contexts, workload.context})
 
 
+def by_another_runtime(work: Workload, gpus: int) -> str:
+    """What to add to an answer in GPUs: who runs it, where that is not who was asked for."""
+    runtime = work.on_ranks(gpus).runtime
+    return "" if runtime == work.runtime else f", with --runtime {runtime}"
+
+
+def notes(found: Plan) -> list[str]:
+    """What a user should know of the question itself."""
+    a, context = found.model.architecture, found.workload.context
+    if not a.cache_layers:
+        return [f"{a.name} reads and does not write: it keeps no KV cache"]
+    if a.max_context is not None and context > a.max_context:
+        return [f"{a.name} has positions for {a.max_context:,} tokens, not for {context:,}"]
+    return []
+
+
 def advice(found: Plan) -> list[str]:
     """What would make the INT8 model fit, each by how much; empty if it fits."""
     if found.budget is None or found.verdict == "fits":
@@ -111,7 +128,8 @@ def advice(found: Plan) -> list[str]:
             continue
         value = solve(model, work, budget, quantity)
         if value is not None and value != now:
-            lines.append(f"{word} {value} instead of {now} fits")
+            by = by_another_runtime(work, value) if quantity == "gpus" else ""
+            lines.append(f"{word} {value} instead of {now} fits{by}")
     if work.kv_dtype == "16bit":
         smaller = footprint(model, replace(work, kv_dtype="int8"), "int8")
         if (saved := found.int8.total.high - smaller.total.high) > 0:
@@ -130,10 +148,10 @@ def require_fit(
     """Raise DoesNotFitError if the least that the workload takes exceeds `free_bytes`.
 
     `free_bytes` is what the process can still allocate, so the overhead is not counted; nor are
-    kernel workspace and what a decode step takes beyond prefill, which a backend may do without.
+    kernel workspace and recorded steps, which a backend may do without.
     """
     found = footprint(model, workload, weights)
-    needed = found.allocated - found.bytes_of("kernel workspace", "decode step")
+    needed = found.allocated - found.bytes_of("kernel workspace", "recorded steps")
     if needed > free_bytes:
         alone = replace(workload, overhead=Range(0, 0, 0))
         batch = solve(model, alone, free_bytes, "batch", weights)

@@ -1,76 +1,21 @@
 """Mixtures of experts: on disk one matrix an expert, in transformers one 3-D tensor for all.
 
 transformers merges the experts of a checkpoint into two tensors of a layer's experts module. Ours
-stay apart: `QuantizedExperts` takes that module's place, with the linears of each expert in INT8
-under the names of the file, so that what is saved is what was loaded.
+stay apart: `QuantizedExperts` takes that module's place, with the linears of each expert in INT8,
+as the file has them.
 """
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from halfweight.errors import CheckpointError
 from halfweight.model.modules import QuantizedLinear
+from halfweight.model.packed_weight import Matrix, PackedWeight, gather, upper_and_lower, whole
 from halfweight.quantization.numerics import QuantizedTensor
-
-EXPERT = re.compile(r"(?P<parent>.+\.experts)\.(?P<index>\d+)\.(?P<role>\w+)")
-ROLES = {
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-    "w1": "gate",
-    "w3": "up",
-    "w2": "down",
-}
-"""An expert's linear in a file -> what it is for: down(act(gate(x)) * up(x))."""
-
-
-@dataclass
-class StoredExperts:
-    """The experts of one layer as the file holds them: index -> role -> module name."""
-
-    parent: str
-    modules: dict[int, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
-
-    @property
-    def names(self) -> list[str]:
-        """The modules of all experts, by the file's names."""
-        return [name for roles in self.modules.values() for name in roles.values()]
-
-
-def stored_experts(stored: Iterable[str]) -> list[StoredExperts]:
-    """Those of the packed modules of a file that are an expert's, by layer.
-
-    Raises CheckpointError if an expert lacks one of its three matrices.
-    """
-    found: dict[str, StoredExperts] = {}
-    for name in stored:
-        match = EXPERT.fullmatch(name)
-        if match is None or match["role"] not in ROLES:
-            continue
-        experts = found.setdefault(match["parent"], StoredExperts(match["parent"]))
-        experts.modules[int(match["index"])][ROLES[match["role"]]] = name
-    for experts in found.values():
-        _check_complete(experts)
-    return list(found.values())
-
-
-def _check_complete(experts: StoredExperts) -> None:
-    for index in range(max(experts.modules) + 1):
-        missing = set(ROLES.values()) - experts.modules[index].keys()
-        if missing:
-            raise CheckpointError(
-                f"{experts.parent}.{index}: its matrix {sorted(missing)[0]} is not in INT8, "
-                "expected all matrices of all experts of a layer",
-                hint="quantize again, with --keep '*experts*' or without",
-            )
 
 
 class Expert(nn.Module):
@@ -81,41 +26,56 @@ class Expert(nn.Module):
     down: QuantizedLinear
 
 
-class AwaitedExperts(nn.Module):
-    """Holds the place of a layer's experts, and nothing, while transformers loads the rest."""
-
-    def __init__(self, found: StoredExperts, act_fn: nn.Module) -> None:
-        super().__init__()
-        self.found = found
-        self.act_fn = act_fn
-
-
 class QuantizedExperts(nn.Module):
-    """In place of transformers' experts module; `file_names`: name in here -> name in the file."""
+    """In place of transformers' experts module, whose gating it keeps."""
 
-    def __init__(
-        self,
-        awaited: AwaitedExperts,
+    def __init__(self, gated: nn.Module, experts: list[Expert]) -> None:
+        """`gated` is the module whose place this takes; its weights are let go."""
+        super().__init__()
+        for name in ("gate_up_proj", "down_proj"):
+            gated.register_parameter(name, None)
+        self.gated = gated
+        self.experts = nn.ModuleList(experts)
+
+    @classmethod
+    def holding(
+        cls,
+        module: nn.Module,
         weights: Mapping[str, QuantizedTensor],
         options: Mapping[str, Any],
-    ) -> None:
-        """`weights` by their names in the file; `options` of every QuantizedLinear."""
-        super().__init__()
-        self.act_fn = awaited.act_fn
-        self.experts = nn.ModuleList()
-        self.file_names: dict[str, str] = {}
-        modules = awaited.found.modules
-        for index in range(len(modules)):
+    ) -> QuantizedExperts:
+        """In place of `module`, whose PackedWeights say which of `weights` each expert holds.
+
+        `options` are those of every QuantizedLinear.
+        """
+        gate_up, down = module.get_parameter("gate_up_proj"), module.get_parameter("down_proj")
+        assert isinstance(gate_up, PackedWeight)
+        assert isinstance(down, PackedWeight)
+        experts = []
+        for both, lower in zip(gate_up.matrices, down.matrices, strict=True):
             expert = Expert()
-            for role, name in sorted(modules[index].items()):
-                linear = QuantizedLinear(weights[name].shape, **options)
-                linear.hold(weights[name])
-                setattr(expert, role, linear)
-                self.file_names[f"experts.{index}.{role}"] = name
-            self.experts.append(expert)
+            roles = zip(("gate", "up"), upper_and_lower(both), strict=True)
+            for role, matrix in (*roles, ("down", lower)):
+                setattr(expert, role, _linear(matrix, weights, options, down.dtype))
+            experts.append(expert)
+        return cls(module, experts)
+
+    def packed_weights(self, name: str) -> dict[str, PackedWeight]:
+        """The two stacks that `holding` takes, with modules' names below `name` as the file's."""
+        gate_up, down = [], []
+        for index, expert in enumerate(self.experts):
+            path = f"{name}.experts.{index}"
+            gate_up.append(torch.cat([_whole(path, expert, role) for role in ("gate", "up")]))
+            down.append(_whole(path, expert, "down"))
+        stacked: dict[str, Any] = {
+            f"{name}.gate_up_proj": torch.stack(gate_up),
+            f"{name}.down_proj": torch.stack(down),
+        }
+        return stacked
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], experts and weights [T, k] of the router -> [T, H]."""
+        apply_gate: Any = self.gated._apply_gate
         out = torch.zeros_like(hidden_states)
         for index in torch.unique(top_k_index).tolist():
             if index >= len(self.experts):  # tokens that go to another process
@@ -123,30 +83,10 @@ class QuantizedExperts(nn.Module):
             expert = self.experts[index]
             token, place = torch.where(top_k_index == index)
             x = hidden_states[token]
-            y = expert.down(self.act_fn(expert.gate(x)) * expert.up(x))
+            gated: Tensor = apply_gate(torch.cat((expert.gate(x), expert.up(x)), -1))
+            y = expert.down(gated)
             out.index_add_(0, token, (y * top_k_weights[token, place, None]).to(out.dtype))
         return out
-
-
-def experts_place(model: nn.Module, found: StoredExperts) -> str:
-    """The name in `model` of the experts module that `found` are for.
-
-    Raises CheckpointError where there is none, or one that computes something else.
-    """
-    layer = re.match(r".*?\.\d+\.", found.parent)
-    prefix = layer[0] if layer else ""
-    places: list[str] = [
-        name
-        for name, module in model.named_modules()
-        if name.startswith(prefix) and name.endswith(".experts") and is_fused(module)
-    ]
-    if len(places) != 1:
-        raise CheckpointError(
-            f"{found.parent}: experts are in the file, expected one gated experts module at "
-            f"{prefix}* in the model of config.json, found {len(places)}",
-            hint="quantize again with --keep '*experts*'",
-        )
-    return places[0]
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -155,6 +95,33 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether it is transformers' plain gated form of experts: two 3-D tensors, an activation."""
+    """Whether it is transformers' plain gated form of experts: two 3-D tensors, a gate between.
+
+    Rows of gate and up lie one below the other, weights as a Linear has them, nothing is added.
+    """
     shapes = {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False)}
-    return shapes == {"gate_up_proj": 3, "down_proj": 3} and hasattr(module, "act_fn")
+    other_forms = ("is_transposed", "has_bias", "has_post_expert_norm")
+    return (
+        shapes == {"gate_up_proj": 3, "down_proj": 3}
+        and hasattr(module, "_apply_gate")
+        and getattr(module, "is_concatenated", True)
+        and not any(getattr(module, form, False) for form in other_forms)
+    )
+
+
+def _linear(
+    matrix: Matrix,
+    weights: Mapping[str, QuantizedTensor],
+    options: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> QuantizedLinear:
+    held = gather(weights, matrix)
+    linear = QuantizedLinear(held.shape, dtype=dtype, **options)
+    linear.hold(held)
+    return linear
+
+
+def _whole(path: str, expert: nn.Module, role: str) -> Tensor:
+    linear: QuantizedLinear = getattr(expert, role)
+    shape = (linear.out_features, linear.in_features)
+    return whole(f"{path}.{role}", shape, linear.dtype)

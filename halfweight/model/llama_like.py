@@ -1,7 +1,7 @@
-"""Which models have Llama's layers: those whose decode step our own kernels can take.
+"""Which models have Llama's layers: those that the engine runs by kernels of our own.
 
-RMS norms, rotary heads, full attention and a gated SiLU between linears in INT8. cpu_step.py and
-gpu_step.py build their steps from these modules; all other models run through transformers' own
+RMS norms, rotary heads, full attention and a gated SiLU between linears in INT8. The runners of
+GPUs and CPUs build their steps from these modules; all other models run through transformers' own
 forward.
 """
 

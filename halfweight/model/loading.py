@@ -1,26 +1,27 @@
 """The transformers model of a checkpoint, its weights in INT8.
 
-`load` builds the model that config.json names without memory, swaps in our modules for what the
-file holds in INT8, and lets transformers' own loader place all other tensors (its renamings, ties
-and buffers count). Weights in INT8 are on their way meanwhile (weight_streaming.py). The other
-tensors are views of the mapped file; for a GPU each is then read from the file to its place, once.
+`load` lets transformers' own loader place every tensor of the file in the model that config.json
+names (its renamings, merges, ties and buffers count), with a PackedWeight in place of each weight
+in INT8; our modules then take the places where those ended up. Weights in INT8 are on their way
+meanwhile (weight_streaming.py). The other tensors are views of the mapped file; for a GPU each is
+then read from the file to its place, once.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from halfweight.checkpoint.headers import (
     Checkpoint,
     StoredWeight,
+    own_dtype,
     quantized_modules,
     read_headers,
     resolve,
@@ -29,25 +30,19 @@ from halfweight.checkpoint.shard import StoredTensor, some
 from halfweight.errors import CheckpointError
 from halfweight.kernels.operations import choose_backend
 from halfweight.memory.device_memory import indexed, out_of_memory, require
-from halfweight.model.experts import (
-    AwaitedExperts,
-    QuantizedExperts,
-)
-from halfweight.model.loadability import PACKED_PARTS, quiet
-from halfweight.model.modules import (
-    QuantizedWeight,
-)
-from halfweight.model.saving import quantized_weights, saved_config
+from halfweight.model.building import build, model_class, parsed_config, turned_names
+from halfweight.model.loadability import PACKED_PARTS
+from halfweight.model.packed_weight import PackedWeight, whole
+from halfweight.model.placement import Options, misshapen, packed_names, place
+from halfweight.model.saving import saved_config, stored_state_dict
 from halfweight.model.transformers_quantizer import (
     METHOD,
     Activations,
     check_activations,
     request_backend,
-    share_table,
 )
 from halfweight.model.weight_reader import Progress, Tally, map_tensors, read_into
 from halfweight.model.weight_streaming import arriving
-from halfweight.quantization.numerics import QuantizedTensor
 
 log = logging.getLogger("halfweight")
 
@@ -75,12 +70,13 @@ def load(
     chosen = choose_backend(device, backend)
     check_activations(chosen, activations)
     stored = quantized_modules(checkpoint)
+    kind = _model_class(checkpoint)
     config = _model_config(checkpoint, dtype)
+    awaited = _awaited(kind, config, stored)
     config.quantization_config = {
         "quant_method": METHOD,
         "backend": chosen,
         "activations": activations,
-        "stored": {name: weight.packed.shard.name for name, weight in stored.items()},
     }
     what = f"loading {checkpoint.root.name}"
     require(checkpoint.num_bytes, device, what, hint=LOAD_HINT)
@@ -88,9 +84,10 @@ def load(
     tally = Tally(checkpoint.num_bytes, progress)
     with out_of_memory(device, what, hint=LOAD_HINT):
         with arriving(stored, mapped, device, tally) as weights:
-            loaded = _from_tensors(checkpoint, config, _other_tensors(mapped, stored, dtype))
-            _check_shapes(checkpoint, loaded, stored)
-            _fill(loaded, weights())
+            tensors = _other_tensors(mapped, stored, dtype) | awaited
+            loaded = _built(checkpoint, kind, config, tensors)
+            refused = place(loaded, weights, Options(chosen, activations == "int8"))
+            _raise_if_refused(checkpoint, refused)
             request_backend(loaded, backend)
         if device.type != "cpu":
             source = {t.data_ptr(): s for s in checkpoint.tensors if (t := mapped[s.name]).numel()}
@@ -99,20 +96,36 @@ def load(
     return loaded
 
 
+def _model_class(checkpoint: Checkpoint) -> Any:
+    kind = model_class(checkpoint.config)
+    if kind is None:
+        names = checkpoint.config.get("architectures")
+        raise CheckpointError(
+            f"{checkpoint.root / 'config.json'}: transformers has no class {names}",
+            hint="a newer transformers may know this architecture",
+        )
+    return kind
+
+
 def _model_config(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
-    content = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     try:
-        config = AutoConfig.for_model(**content)
+        config = parsed_config(checkpoint.config)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint.root / 'config.json'}: {str(error).partition(chr(10))[0]}",
             hint="a newer transformers may know this architecture",
         ) from error
-    if dtype is not None:
-        config.dtype = dtype
-    if not isinstance(config.dtype, torch.dtype):
-        config.dtype = torch.bfloat16
+    config.dtype = dtype or getattr(torch, own_dtype(checkpoint))
     return config
+
+
+def _awaited(kind: Any, config: Any, stored: Mapping[str, StoredWeight]) -> dict[str, Tensor]:
+    """What transformers gets in place of the weights in INT8."""
+    turned = turned_names(kind, config, list(stored))
+    return {
+        f"{name}.weight": whole(name, weight.shape, config.dtype, turned=name in turned)
+        for name, weight in stored.items()
+    }
 
 
 def _other_tensors(
@@ -130,60 +143,40 @@ def _other_tensors(
     }
 
 
-def _fill(model: PreTrainedModel, weights: Mapping[str, QuantizedTensor]) -> None:
-    """Give the modules that wait for a weight theirs."""
-    config = model.config.quantization_config
-    options = {
-        "backend_name": config.backend,
-        "int8_activations": config.activations == "int8",
+def _built(checkpoint: Checkpoint, kind: Any, config: Any, tensors: dict[str, Tensor]) -> Any:
+    """The model; raises CheckpointError where it needs other tensors than there are.
+
+    What the model does not use is left out: conversion said so and kept it.
+    """
+    loaded, found = build(kind, config, tensors, dtype=config.dtype, ignore_mismatched_sizes=True)
+    if found["unexpected_keys"]:
+        log.info("%s: not used: %s", checkpoint.root.name, some(found["unexpected_keys"]))
+    misfits = {
+        "missing": found["missing_keys"],
+        "of another shape": {key[0] for key in found["mismatched_keys"]} | misshapen(loaded),
     }
-    for name, module in list(model.named_modules()):
-        if isinstance(module, AwaitedExperts):
-            model.set_submodule(name, QuantizedExperts(module, weights, options))
-        elif isinstance(module, QuantizedWeight) and name in weights:
-            module.hold(weights[name])
-    share_table(model)
-
-
-def _check_shapes(
-    checkpoint: Checkpoint, model: PreTrainedModel, stored: Mapping[str, StoredWeight]
-) -> None:
-    """Raise CheckpointError where a packed weight is not of the shape that config.json says."""
-    for name, module in quantized_weights(model).items():
-        expected = (module.out_features, module.in_features)
-        if name in stored and stored[name].shape != expected:
-            raise _misfit(checkpoint, {"of another shape": {f"{name}.weight_packed"}})
-
-
-def _misfit(checkpoint: Checkpoint, words: Mapping[str, Collection[str]]) -> CheckpointError:
-    wrong = "; ".join(f"{what}: {some(keys)}" for what, keys in words.items() if keys)
-    return CheckpointError(
-        f"{checkpoint.root}: the files do not fit the model of config.json ({wrong})",
-        hint="download the checkpoint again, or quantize its source again",
-    )
-
-
-def _from_tensors(checkpoint: Checkpoint, config: Any, tensors: dict[str, Tensor]) -> Any:
-    names = config.architectures or []
-    model_class = getattr(transformers, names[0], None) if names else None
-    if model_class is None:
+    wrong = "; ".join(f"{what}: {some(keys)}" for what, keys in misfits.items() if keys)
+    if wrong:
         raise CheckpointError(
-            f"{checkpoint.root / 'config.json'}: transformers has no class {names}",
-            hint="a newer transformers may know this architecture",
+            f"{checkpoint.root}: the files do not fit the model of config.json ({wrong})",
+            hint="download the checkpoint again, or quantize its source again",
         )
-    with quiet():
-        loaded, found = model_class.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=config.dtype, output_loading_info=True
+    packed = [t for t in tensors.values() if isinstance(t, PackedWeight)]
+    unknown = {name for weight in packed for name in weight.names} - packed_names(loaded)
+    for name in sorted(unknown):
+        raise CheckpointError(
+            f"{checkpoint.root}: module {name} is not in the model of config.json",
+            hint="quantize the source again: what the model does not use is then kept in 16 bits",
         )
-    missing = set(found["missing_keys"]) - set(loaded.all_tied_weights_keys)
-    if missing or found["mismatched_keys"] or found["unexpected_keys"]:
-        words = {
-            "missing": missing,
-            "of another shape": {key[0] for key in found["mismatched_keys"]},
-            "not in the model": set(found["unexpected_keys"]),
-        }
-        raise _misfit(checkpoint, words)
     return loaded
+
+
+def _raise_if_refused(checkpoint: Checkpoint, refused: Mapping[str, str]) -> None:
+    for name, reason in refused.items():
+        raise CheckpointError(
+            f"{checkpoint.root}: module {name} is in INT8, but {reason}",
+            hint="quantize the source again: it is then kept in 16 bits",
+        )
 
 
 def _move(
@@ -221,7 +214,8 @@ def _tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def _finish(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    model.config.quantization_config = saved_config(model)
+    declared = checkpoint.config.get("quantization_config")
+    model.config.quantization_config = declared or saved_config(stored_state_dict(model))
     model.requires_grad_(False)
     model.eval()
     if (checkpoint.root / "generation_config.json").is_file():

@@ -6,6 +6,8 @@ A module holds a weight [N, K] as a plain set of tensors, in the file's own byte
     weight_scale     uint8 [N, K/G]   grid8 codes, or floats where the file's scales lie on no grid
     weight_exponent  int8 [N]         the rows' powers of two, None beside float scales
 
+`weight` answers shape, dtype and device, which is what other modules ask of a neighbour.
+
 They are parameters, not buffers, because tensor parallelism shards only those. A tied head is a
 QuantizedLinear that shares the embedding's tensors. Moved to a device of another type, a module
 takes a backend that runs there.
@@ -19,7 +21,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from halfweight.kernels.operations import backend_on
+from halfweight.kernels.operations import backend_on, embedding_function, linear_function
+from halfweight.model.packed_weight import PackedWeight, whole
 from halfweight.quantization.numerics import QuantizedTensor, scales_float32
 
 PARTS = ("weight_packed", "weight_scale", "weight_exponent")
@@ -32,13 +35,15 @@ class QuantizedWeight(nn.Module):
     weight_scale: nn.Parameter
     weight_exponent: nn.Parameter | None
 
-    def __init__(self, shape: tuple[int, int], backend_name: str) -> None:
+    def __init__(self, shape: tuple[int, int], backend_name: str, dtype: torch.dtype) -> None:
         """Without a weight, and no parameters for a loader to look for, until `hold`.
 
-        `requested_backend` is one that the user named: it stays wherever it runs.
+        `dtype` is that of the 16-bit weight it stands in for. `requested_backend` is one that the
+        user named: it stays wherever it runs.
         """
         super().__init__()
         self.out_features, self.in_features = shape
+        self.dtype = dtype
         self.backend_name = backend_name
         self.requested_backend: str | None = None
         self._chosen_for: str | None = None
@@ -49,6 +54,13 @@ class QuantizedWeight(nn.Module):
     def group_size(self) -> int:
         """Weights along K that share a scale."""
         return self.in_features // self.weight_scale.shape[1]
+
+    @property
+    def weight(self) -> PackedWeight:
+        """Shape [N, K], dtype and device of the weight; arithmetic with it raises."""
+        shape = (self.out_features, self.in_features)
+        device = "cpu" if self.weight_packed is None else self.weight_packed.device
+        return whole("", shape, self.dtype, device)
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -66,23 +78,13 @@ class QuantizedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         if self.weight_packed is not None:
             device = self.weight_packed.device
             if device.type not in (self._chosen_for, "meta"):
                 self.backend_name = backend_on(device, self.requested_backend)
                 self._chosen_for = device.type
         return self
-
-    def stored_tensors(self) -> dict[str, Tensor]:
-        """The weight as it lies on disk: int32 [N, K/4], scales [N, K/G] float, int64 [2]."""
-        scales: Tensor = self.weight_scale
-        if self.weight_exponent is not None:
-            scales = scales_float32(self.weight_scale, self.weight_exponent).to(torch.bfloat16)
-        return {
-            "weight_packed": self.weight_packed.contiguous().view(torch.int32),
-            "weight_scale": scales,
-            "weight_shape": torch.tensor(self.weight_packed.shape, dtype=torch.int64),
-        }
 
     def extra_repr(self) -> str:
         """Shape, groups and backend, for print(model)."""
@@ -96,15 +98,18 @@ class QuantizedWeight(nn.Module):
 class QuantizedLinear(QuantizedWeight):
     """y = x W^T + bias with W in INT8, dequantized inside the product."""
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         shape: tuple[int, int],
         backend_name: str,
         bias: nn.Parameter | None = None,
         int8_activations: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         """`bias` [N] in 16 bits or None; `int8_activations` rounds x to INT8 (opt-in)."""
-        super().__init__(shape, backend_name)
+        super().__init__(shape, backend_name, dtype)
         self.int8_activations = int8_activations
         self.register_parameter("bias", bias)
 
@@ -121,6 +126,16 @@ class QuantizedLinear(QuantizedWeight):
         )
         return y
 
+    def direct(self) -> Callable[[Tensor], Tensor]:
+        """`forward` with the weight and the backend of now, without torch's layers around it.
+
+        They take tens of microseconds a call. x must lie where the weight does.
+        """
+        packed, scales = self.weight_packed.detach(), self.weight_scale.detach()
+        exponents, bias = _detached(self.weight_exponent), _detached(self.bias)
+        function = linear_function(self.backend_name, packed.device, self.int8_activations)
+        return lambda x: function(x, packed, scales, exponents, bias)
+
 
 class QuantizedEmbedding(QuantizedWeight):
     """Rows of an INT8 table, dequantized as they are gathered; scaled where the model says so."""
@@ -133,11 +148,18 @@ class QuantizedEmbedding(QuantizedWeight):
         embed_scale: float | None = None,
     ) -> None:
         """`dtype` of the rows; `embed_scale` multiplies them, as Gemma's embedding does."""
-        super().__init__(shape, backend_name)
-        self.dtype = dtype
-        if embed_scale is not None:
-            embed_scale = float(torch.tensor(embed_scale, dtype=dtype, device="cpu"))
+        super().__init__(shape, backend_name, dtype)
         self.embed_scale = embed_scale
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the table, as nn.Embedding calls them."""
+        return self.out_features
+
+    @property
+    def embedding_dim(self) -> int:
+        """Columns of the table, as nn.Embedding calls them."""
+        return self.in_features
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> rows [..., K]."""
@@ -151,6 +173,18 @@ class QuantizedEmbedding(QuantizedWeight):
         )
         return rows if self.embed_scale is None else rows * self.embed_scale
 
+    def direct(self) -> Callable[[Tensor], Tensor]:
+        """`forward` with the table and the backend of now; see QuantizedLinear.direct."""
+        packed, scales = self.weight_packed.detach(), self.weight_scale.detach()
+        exponents, dtype, scale = _detached(self.weight_exponent), self.dtype, self.embed_scale
+        function = embedding_function(self.backend_name, packed.device)
+
+        def rows_of(ids: Tensor) -> Tensor:
+            rows = function(ids, packed, scales, exponents, dtype)
+            return rows if scale is None else rows * scale
+
+        return rows_of
+
 
 def stack(linears: Sequence[QuantizedLinear]) -> QuantizedLinear:
     """One linear with the rows of all, which become views of its memory; copies what lies apart.
@@ -159,34 +193,34 @@ def stack(linears: Sequence[QuantizedLinear]) -> QuantizedLinear:
     """
     first = linears[0]
     shape = (sum(linear.out_features for linear in linears), first.in_features)
-    whole = QuantizedLinear(shape, first.backend_name, int8_activations=first.int8_activations)
+    stacked = QuantizedLinear(
+        shape,
+        first.backend_name,
+        int8_activations=first.int8_activations,
+        dtype=first.dtype,
+    )
     heights = [linear.out_features for linear in linears]
     for name in (*PARTS, "bias"):
         parts = [getattr(linear, name) for linear in linears]
         if parts[0] is None:
             continue
         data = _whole(parts)
-        setattr(whole, name, _parameter(data))
+        setattr(stacked, name, _parameter(data))
         for linear, part in zip(linears, torch.split(data, heights), strict=True):
             setattr(linear, name, _parameter(part))
-    return whole
+    return stacked
 
 
-def stand_in(
-    module: nn.Module,
-    backend_name: str,
-    dtype: torch.dtype,
-    int8_activations: bool = False,
-) -> QuantizedWeight | None:
-    """A quantized module without a weight in place of a Linear or Embedding; None for any other."""
-    if isinstance(module, nn.Linear):
-        shape = (module.out_features, module.in_features)
-        return QuantizedLinear(shape, backend_name, module.bias, int8_activations)
-    if isinstance(module, nn.Embedding):
-        shape = (module.num_embeddings, module.embedding_dim)
-        scale = getattr(module, "scalar_embed_scale", None)
-        return QuantizedEmbedding(shape, backend_name, dtype, scale)
-    return None
+def disk_tensors(module: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
+    """A module's weight as it lies on disk: int32 [N, K/4], scales [N, K/G] float, int64 [2]."""
+    scales = quantized.scales
+    if quantized.exponents is not None:
+        scales = scales_float32(scales, quantized.exponents).to(torch.bfloat16)
+    return {
+        f"{module}.weight_packed": quantized.packed.contiguous().view(torch.int32),
+        f"{module}.weight_scale": scales,
+        f"{module}.weight_shape": torch.tensor(quantized.shape, dtype=torch.int64),
+    }
 
 
 def _whole(parts: Sequence[Tensor]) -> Tensor:
@@ -200,6 +234,10 @@ def _whole(parts: Sequence[Tensor]) -> Tensor:
         end += part.nbytes
     shape = (sum(len(part) for part in parts), *first.shape[1:])
     return first.detach().as_strided(shape, first.stride())
+
+
+def _detached(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.detach()
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

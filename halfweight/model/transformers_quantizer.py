@@ -7,12 +7,14 @@ Importing this module registers both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import (
     HfQuantizer,
     register_quantization_config,
@@ -20,22 +22,14 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from halfweight.errors import CheckpointError, UsageError
+from halfweight.errors import UsageError
 from halfweight.kernels.operations import backend, choose_backend
-from halfweight.model.experts import (
-    AwaitedExperts,
-    experts_place,
-    is_fused,
-    stored_experts,
-)
-from halfweight.model.modules import (
-    PARTS,
-    QuantizedEmbedding,
-    QuantizedLinear,
-    stand_in,
-)
+from halfweight.model.experts import is_fused
+from halfweight.model.packed_weight import whole
+from halfweight.model.placement import NoStandIn, Options, check_module, place
 from halfweight.model.saving import quantized_weights, saved_config, stored_state_dict
-from halfweight.quantization.numerics import quantize
+from halfweight.model.weights_read import weights_read
+from halfweight.quantization.numerics import QuantizedTensor, quantize
 from halfweight.quantization.scheme import Recipe, ScaleChoice, Scheme, TensorInfo
 
 METHOD = "halfweight"
@@ -47,8 +41,8 @@ class HalfweightConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How transformers quantizes a model while loading it, or what a loaded one holds.
 
     group_size, scale_format, scale_choice and keep (globs of tensors left in 16 bits) are those of
-    Recipe; backend and activations those of `load`, which alone passes `stored`: packed module ->
-    file. Strings only: transformers copies a config several times, deeply.
+    Recipe; backend and activations those of `load`. transformers copies a config several times,
+    deeply: no tensors in it.
     """
 
     def __init__(
@@ -59,11 +53,9 @@ class HalfweightConfig(QuantizationConfigMixin):  # type: ignore[misc]
         keep: tuple[str, ...] | list[str] = (),
         backend: str | None = None,
         activations: Activations = "exact",
-        stored: Mapping[str, str] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD
-        self.stored = stored
         self.group_size = group_size
         self.scale_format = scale_format
         self.scale_choice = scale_choice
@@ -84,30 +76,14 @@ class HalfweightQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = False
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        config = self.quantization_config
-        stored = config.stored or {}
-        layers = stored_experts(stored)
-        of_experts = {name for found in layers for name in found.names}
-        for name in (name for name in stored if name not in of_experts):
-            module = _submodule(model, name, stored[name])
-            int8 = config.activations == "int8"
-            replacement = stand_in(module, config.backend, model.dtype, int8)
-            if replacement is None:
-                raise CheckpointError(
-                    f"module {name} is packed in the file but a {type(module).__name__} in the "
-                    "model, expected a Linear or an Embedding",
-                    hint="quantize again with --keep for this module",
-                )
-            model.set_submodule(name, replacement)
-        for found in layers:
-            place = experts_place(model, found)
-            model.set_submodule(place, AwaitedExperts(found, model.get_submodule(place).act_fn))
-        _tie_head(model)
+    weight_conversions: list[Any] | None = None
+    """What transformers did to the file's names and tensors: saving takes it back."""
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
+        self.weight_conversions = model._weight_conversions
+        model._weight_conversions = []
         if not self.pre_quantized:
             _quantize_in_place(model, self.quantization_config)
         return model
@@ -120,8 +96,9 @@ class HalfweightQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         """The model in the form that `halfweight quantize` writes, and its description."""
-        model.config.quantization_config = saved_config(model)
-        return stored_state_dict(model), {}
+        tensors = stored_state_dict(model)
+        model.config.quantization_config = saved_config(tensors)
+        return tensors, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """`save_pretrained` writes the INT8 checkpoint."""
@@ -154,44 +131,6 @@ def _expert_of(name: str, module: nn.Module) -> TensorInfo:
     return TensorInfo(f"{name}.0.down_proj.weight", "BF16", shape)
 
 
-def _submodule(model: PreTrainedModel, name: str, file_name: str) -> nn.Module:
-    try:
-        found: nn.Module = model.get_submodule(name)
-    except AttributeError:
-        raise CheckpointError(
-            f"{file_name}: module {name} is not in the model of config.json",
-            hint="halfweight does not run this architecture yet, or config.json is another's",
-        ) from None
-    return found
-
-
-def _tie_head(model: PreTrainedModel) -> None:
-    """A head tied to a quantized embedding becomes a linear that waits for `share_table`."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(embedding, QuantizedEmbedding) or not isinstance(head, nn.Linear):
-        return
-    target = _name_of(model, head)
-    if model.all_tied_weights_keys.pop(f"{target}.weight", None) is None:
-        return
-    shape = (embedding.out_features, embedding.in_features)
-    model.set_submodule(target, QuantizedLinear(shape, embedding.backend_name, head.bias))
-
-
-def share_table(model: PreTrainedModel) -> None:
-    """Let a head that has no weight of its own hold the embedding's."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(head, QuantizedLinear) or head.weight_packed is not None:
-        return
-    head.hold(embedding.quantized)
-    source, target = _name_of(model, embedding), _name_of(model, head)
-    model.all_tied_weights_keys |= {f"{target}.{part}": f"{source}.{part}" for part in PARTS}
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    names: Iterator[str] = (name for name, found in model.named_modules() if found is module)
-    return next(names)
-
-
 def request_backend(model: nn.Module, backend_name: str | None) -> None:
     for module in quantized_weights(model).values():
         module.requested_backend = backend_name
@@ -206,24 +145,40 @@ def _quantize_in_place(model: PreTrainedModel, config: HalfweightConfig) -> None
                 hint="run `halfweight quantize` on the checkpoint, or keep '*experts*'",
             )
     device = next(model.parameters()).device
-    name_of_backend = choose_backend(device, config.backend)
-    check_activations(name_of_backend, config.activations)
-    tied = model.config.get_text_config().tie_word_embeddings
-    head = model.get_output_embeddings()
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear | nn.Embedding) or (tied and module is head):
-            continue
-        weight = module.weight
+    options = Options(choose_backend(device, config.backend), config.activations == "int8")
+    check_activations(options.backend_name, config.activations)
+    held: dict[str, QuantizedTensor] = {}
+    for name, holders in _shared_weights(model):
+        module = holders[0]
+        weight, turned = module.weight.data, isinstance(module, Conv1D)
+        weight = weight.t() if turned else weight
         dtype = {torch.float16: "F16", torch.bfloat16: "BF16"}.get(weight.dtype, "F32")
         decision = config.recipe.decide(TensorInfo(f"{name}.weight", dtype, tuple(weight.shape)))
         if decision.scheme is None:
             continue
-        held = quantize(weight.data, decision.scheme, name=f"{name}.weight")
-        int8 = config.activations == "int8"
-        replacement = stand_in(module, name_of_backend, model.dtype, int8)
-        assert replacement is not None
-        replacement.hold(held)
-        model.set_submodule(name, replacement)
-    _tie_head(model)
-    share_table(model)
+        held[name] = quantize(weight, decision.scheme, name=f"{name}.weight")
+        packed = whole(name, held[name].shape, weight.dtype, weight.device, turned=turned)
+        for holder in holders:
+            holder.weight = nn.Parameter(packed, requires_grad=False)
+    refused = place(model, lambda: held, options)
+    assert not refused
     request_backend(model, config.backend)
+
+
+def _shared_weights(model: PreTrainedModel) -> Iterator[tuple[str, list[Any]]]:
+    """Name and holders of each weight that modules of ours can hold in the place of all of them."""
+    read = weights_read(model)
+    holders: dict[int, list[tuple[str, str, nn.Module]]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                holders[id(parameter)].append((name, own, module))
+    for found in list(holders.values()):
+        try:
+            for name, own, module in found:
+                if own != "weight":
+                    raise NoStandIn(own)
+                check_module(name, module, read)
+        except NoStandIn:
+            continue
+        yield found[0][0], [module for _, _, module in found]

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -23,33 +22,25 @@ from starlette.exceptions import HTTPException
 from halfweight.engine.engine import Engine
 from halfweight.engine.loop import EngineStoppedError
 from halfweight.engine.request import Request as EngineRequest
-from halfweight.engine.streams import Completion, Piece
+from halfweight.engine.streams import Piece
 from halfweight.errors import HalfweightError, UsageError
 from halfweight.serve import schema
 from halfweight.serve.logprobs import TokenNames
 from halfweight.serve.metrics import Metrics
-from halfweight.serve.pieces import merged, unless_disconnected
 from halfweight.serve.schema import Answer, ChatRequest, CompletionRequest
+from halfweight.serve.writer import INTERNAL, Job, Writer, error_body
 
-R = TypeVar("R", bound=schema.Request)
 COMPLETION_TOKENS = 16
 """Default of /v1/completions, as OpenAI's."""
 MOST_REQUESTS = 1024
 SHORT_BYTES = 8192
 """Of a request, up to which its jobs are made in less time than a thread would take to begin."""
+T = TypeVar("T")
+R = TypeVar("R", bound=schema.Request)
 
 
 class OverloadedError(HalfweightError):
     """As many requests as the server takes are running or waiting: try again later."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One choice to generate: what the engine runs, and what the client asked to see of it."""
-
-    index: int
-    request: EngineRequest
-    echo: bool
 
 
 def build_app(
@@ -137,13 +128,13 @@ class _Service:
         if asked not in ("", self._name):
             raise HTTPException(404, f"model {asked!r} is not served; this is {self._name!r}")
 
-    def chat_jobs(self, body: ChatRequest) -> list[_Job]:
+    def chat_jobs(self, body: ChatRequest) -> list[Job]:
         """The choices of a chat, its prompt by the model's own template."""
         messages = [message.as_text for message in body.messages]
         prompt = self._engine.chat_prompt(messages, **body.template)
         return self._jobs(body, [prompt], body.max_completion_tokens or body.max_tokens)
 
-    def completion_jobs(self, body: CompletionRequest) -> list[_Job]:
+    def completion_jobs(self, body: CompletionRequest) -> list[Job]:
         """The choices of each prompt."""
         prompts = [
             self._engine.encode(prompt, add_special_tokens=body.add_special_tokens)
@@ -158,18 +149,18 @@ class _Service:
         prompts: Sequence[Sequence[int]],
         most: int | None,
         echo: bool = False,
-    ) -> list[_Job]:
+    ) -> list[Job]:
         self.check_model(body.model)
         if len(prompts) * body.n > self._max_requests:
             raise UsageError(
                 f"{len(prompts)} prompts with n={body.n} are more than {self._max_requests}",
                 hint="send fewer at a time",
             )
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         for prompt in prompts:
             request = self._request(body, prompt, most, echo)
             for i in range(body.n):
-                jobs.append(_Job(len(jobs), _with_seed(request, i), echo))
+                jobs.append(Job(len(jobs), _with_seed(request, i), echo))
         return jobs
 
     def _request(
@@ -194,140 +185,36 @@ class _Service:
         return request if most != 0 else replace(request, max_new_tokens=1)
 
     async def respond(
-        self, body: schema.Request, jobs: Sequence[_Job], answer: Answer, http: Request
+        self, body: schema.Request, jobs: Sequence[Job], answer: Answer, http: Request
     ) -> Response:
         """Generate every job's choice, as events or as one body."""
         running = self._engine.num_requests
         if running + len(jobs) > self._max_requests:
             raise OverloadedError(f"{running} requests are running", hint="retry later")
-        writer = _Writer(body, jobs, answer, self._names, self._tokenizer)
-        pieces = merged([self._pieces(job) for job in jobs])
+        writer = Writer(body, jobs, answer, self._names, self._tokenizer)
+        pieces = _merged([self._pieces(job) for job in jobs])
         if body.stream:
-            first = await anext(pieces)
+            reading = asyncio.ensure_future(anext(pieces))
+            first = await _unless_disconnected(reading, http)
             return StreamingResponse(writer.events(first, pieces), media_type="text/event-stream")
         collecting = asyncio.create_task(writer.collect(pieces))
-        return JSONResponse(await unless_disconnected(collecting, http))
+        return JSONResponse(await _unless_disconnected(collecting, http))
 
-    async def _pieces(self, job: _Job) -> AsyncGenerator[tuple[int, Piece]]:
+    async def _pieces(self, job: Job) -> AsyncGenerator[tuple[int, Piece]]:
         """One choice, as it comes."""
+        stream = self._engine.aopen(job.request)
         watch = self.metrics.watch(len(job.request.prompt))
-        async with aclosing(self._engine.aopen(job.request).pieces()) as pieces:
-            async for piece in pieces:
-                watch.see(piece)
-                if piece.error is not None:
-                    raise piece.error
-                if piece.finish_reason == "cancelled":
-                    raise EngineStoppedError("the engine was closed", hint="restart the server")
-                yield job.index, piece
-
-
-class _Writer:
-    """The answer to one request, from the pieces of its choices."""
-
-    def __init__(
-        self,
-        body: schema.Request,
-        jobs: Sequence[_Job],
-        answer: Answer,
-        names: TokenNames,
-        tokenizer: Any,
-    ) -> None:
-        self._body, self._jobs, self._answer = body, jobs, answer
-        self._names, self._tokenizer = names, tokenizer
-        self._wants_new = body.max_tokens != 0
-        self._begun: set[int] = set()
-        self._num_tokens = self._num_cached = 0
-
-    async def collect(self, pieces: AsyncGenerator[tuple[int, Piece]]) -> dict[str, Any]:
-        """The body of a response that is not streamed."""
-        found: dict[int, list[Piece]] = {job.index: [] for job in self._jobs}
-        async with aclosing(pieces):
-            async for index, piece in pieces:
-                found[index].append(piece)
-        wholes = {index: Completion.of(parts) for index, parts in found.items()}
-        choices = [self._choice(job, wholes[job.index]) for job in self._jobs]
-        counts = sum(_num_tokens(whole) for whole in wholes.values())
-        cached = sum(whole.num_shared_tokens for whole in wholes.values())
-        return self._answer.whole(choices, schema.usage(self._num_prompt_tokens, counts, cached))
-
-    async def events(
-        self, first: tuple[int, Piece], rest: AsyncGenerator[tuple[int, Piece]]
-    ) -> AsyncIterator[str]:
-        """Server-sent events: a delta a piece, then the usage if asked for, then [DONE]."""
-        async with aclosing(rest):
-            try:
-                yield self._events(*first)
-                async for index, piece in rest:
-                    text = self._events(index, piece)
-                    if text:
-                        yield text
-            except HalfweightError as error:
-                yield _event(_error_body(error.message, "server_error"))
-                return
-        if self._body.stream_options.include_usage:
-            total = schema.usage(self._num_prompt_tokens, self._num_tokens, self._num_cached)
-            yield _event(self._answer.chunk([], total))
-        yield "data: [DONE]\n\n"
-
-    def _events(self, index: int, piece: Piece) -> str:
-        """The events of a piece, often one; its tokens are counted."""
-        self._num_tokens += _num_tokens(piece)
-        self._num_cached += piece.num_shared_tokens
-        deltas = self._deltas(self._jobs[index], piece, first=index not in self._begun)
-        self._begun.add(index)
-        return "".join(_event(self._answer.chunk([delta])) for delta in deltas)
-
-    @property
-    def _num_prompt_tokens(self) -> int:
-        return sum(len(job.request.prompt) for job in self._jobs[:: self._body.n])
-
-    def _choice(self, job: _Job, whole: Piece) -> dict[str, Any]:
-        reason = whole.finish_reason if self._wants_new else "length"
-        text = whole.text if self._wants_new else ""
-        if job.echo:
-            text = self._prompt_text(job) + text
-        logprobs = self._logprobs(job, whole, first=True)
-        return self._answer.choice(job.index, text, str(reason), whole.stop, logprobs)
-
-    def _deltas(self, job: _Job, piece: Piece, *, first: bool) -> list[dict[str, Any]]:
-        """Text if there is some (or the role is due), then the reason by itself."""
-        found = []
-        text = piece.text if self._wants_new else ""
-        if job.echo and first:
-            text = self._prompt_text(job) + text
-        logprobs = self._logprobs(job, piece, first=first)
-        if text or first or logprobs is not None:
-            delta = self._answer.delta(job.index, text, None, logprobs, first=first)
-            found.append(delta)
-        if piece.finish_reason is not None:
-            reason = piece.finish_reason if self._wants_new else "length"
-            found.append(self._answer.delta(job.index, None, reason))
-        return found
-
-    def _logprobs(self, job: _Job, piece: Piece, *, first: bool) -> dict[str, Any] | None:
-        """Those of a piece's tokens, and before the first those of an echoed prompt."""
-        if self._body.num_logprobs is None:
-            return None
-        entries = list(piece.logprobs) if self._wants_new else []
-        if self._answer.is_chat:
-            return self._names.chat(entries) if entries else None
-        ids = [entry.token for entry in entries]
-        if job.echo and first:
-            return self._names.text_completion(
-                [*piece.prompt_logprobs, *entries], [*job.request.prompt, *ids]
-            )
-        return self._names.text_completion(entries, ids) if entries else None
-
-    def _prompt_text(self, job: _Job) -> str:
-        return str(self._tokenizer.decode(job.request.prompt, skip_special_tokens=True))
-
-
-async def _made(make: Callable[[R], list[_Job]], body: R, http: Request) -> list[_Job]:
-    """The jobs of a request; a long text or a grammar keeps no other stream waiting."""
-    num_bytes = int(http.headers.get("content-length", SHORT_BYTES + 1))
-    if num_bytes <= SHORT_BYTES and body.grammar is None:
-        return make(body)
-    return await asyncio.to_thread(make, body)
+        try:
+            async with aclosing(stream.pieces()) as pieces:
+                async for piece in pieces:
+                    watch.see(piece)
+                    if piece.error is not None:
+                        raise piece.error
+                    if piece.finish_reason == "cancelled":
+                        raise EngineStoppedError("the engine was closed", hint="restart the server")
+                    yield job.index, piece
+        finally:
+            watch.end()
 
 
 def _stated(sampling: Any) -> dict[str, Any]:
@@ -346,16 +233,64 @@ def _with_seed(request: EngineRequest, choice: int) -> EngineRequest:
     return replace(request, sampling=replace(request.sampling, seed=seed + choice))
 
 
-def _num_tokens(piece: Piece) -> int:
-    """New tokens, the stop token included."""
-    return len(piece.tokens) + isinstance(piece.stop, int)
+async def _made(make: Callable[[R], list[Job]], body: R, http: Request) -> list[Job]:
+    """The jobs of a request; a long text or a grammar keeps no other stream waiting."""
+    num_bytes = int(http.headers.get("content-length", SHORT_BYTES + 1))
+    if num_bytes <= SHORT_BYTES and body.grammar is None:
+        return make(body)
+    return await asyncio.to_thread(make, body)
 
 
-_encode = json.JSONEncoder(ensure_ascii=False).encode
+def _merged(
+    streams: Sequence[AsyncGenerator[tuple[int, Piece]]],
+) -> AsyncGenerator[tuple[int, Piece]]:
+    """Pieces of all streams as they come; closing it closes them, the first error ends all."""
+    return streams[0] if len(streams) == 1 else _interleaved(streams)
 
 
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {_encode(body)}\n\n"
+async def _interleaved(
+    streams: Sequence[AsyncGenerator[tuple[int, Piece]]],
+) -> AsyncGenerator[tuple[int, Piece]]:
+    queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
+
+    async def pump(stream: AsyncGenerator[tuple[int, Piece]]) -> None:
+        try:
+            async with aclosing(stream):
+                async for item in stream:
+                    queue.put_nowait(item)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    try:
+        num_left = len(tasks)
+        while num_left:
+            found = await queue.get()
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
+                num_left -= 1
+            else:
+                yield found
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _unless_disconnected(task: asyncio.Future[T], http: Request) -> T:
+    """The task's result; it is cancelled as soon as the client goes away."""
+    leaving = asyncio.ensure_future(http.receive())
+    try:
+        either: set[asyncio.Future[Any]] = {task, leaving}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HTTPException(499, "the client went away")
+        return task.result()
+    finally:
+        task.cancel()
+        leaving.cancel()
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -375,6 +310,10 @@ def _handle_errors(app: FastAPI) -> None:
         what = first["msg"].removeprefix("Value error, ")
         return _error(400, f"{where}: {what}" if where else what, "invalid_request_error")
 
+    @app.exception_handler(Exception)
+    async def unknown(_: Request, error: Exception) -> JSONResponse:
+        return _error(500, INTERNAL, "server_error")
+
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> JSONResponse:
         kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
@@ -384,8 +323,4 @@ def _handle_errors(app: FastAPI) -> None:
 def _error(
     status: int, message: str, kind: str, headers: dict[str, str] | None = None
 ) -> JSONResponse:
-    return JSONResponse(_error_body(message, kind), status, headers)
-
-
-def _error_body(message: str, kind: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return JSONResponse(error_body(message, kind), status, headers)

@@ -8,6 +8,9 @@ from typing import Any
 
 from halfweight.engine.request import TokenLogprob
 
+LEAST_LOGPROB = -9999.0
+"""Stands for that of a token that cannot come, as vLLM's: JSON has no -inf."""
+
 
 class TokenNames:
     """The text of single tokens, as far as a token has one by itself."""
@@ -36,9 +39,9 @@ class TokenNames:
             offsets.append(offsets[-1] + len(text))
         return {
             "tokens": texts,
-            "token_logprobs": [None if e is None else e.logprob for e in entries],
+            "token_logprobs": [None if e is None else _finite(e.logprob) for e in entries],
             "top_logprobs": [
-                None if e is None else {self.text(token): value for token, value in e.top}
+                None if e is None else {self.text(token): _finite(value) for token, value in e.top}
                 for e in entries
             ],
             "text_offset": offsets[:-1],
@@ -46,4 +49,8 @@ class TokenNames:
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)

@@ -47,6 +47,10 @@ class Metrics:
         self._running.set(num_running)
         return generate_latest(self._registry), 200, None, CONTENT_TYPE_LATEST
 
+    def count_left(self) -> None:
+        """A request that ended without a reason: its client went away, or the engine failed."""
+        self._finished.labels("cancelled").inc()
+
     def count(self, piece: Piece, seconds: float, *, is_first: bool) -> None:
         """One piece of a request, `seconds` after what came before it."""
         (self._first if is_first else self._between).observe(seconds)
@@ -61,7 +65,7 @@ class Watch:
     """The clock of one request."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self._metrics, self._is_first = metrics, True
+        self._metrics, self._is_first, self._has_ended = metrics, True, False
         self._last = time.perf_counter()
 
     def see(self, piece: Piece) -> None:
@@ -69,3 +73,9 @@ class Watch:
         now = time.perf_counter()
         self._metrics.count(piece, now - self._last, is_first=self._is_first)
         self._last, self._is_first = now, False
+        self._has_ended = piece.finish_reason is not None
+
+    def end(self) -> None:
+        """No more pieces will come."""
+        if not self._has_ended:
+            self._metrics.count_left()

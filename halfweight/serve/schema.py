@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from halfweight.engine.grammar import Grammar
 from halfweight.errors import UsageError
@@ -34,6 +34,15 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
 }
 """Fields that are not implemented, with the values that ask for nothing."""
+NOT_OF_A_TEMPLATE = frozenset(
+    (
+        *("chat_template", "conversation", "max_length", "messages", "padding", "return_dict"),
+        *("return_assistant_tokens_mask", "return_tensors", "self", "tokenize"),
+        *("tokenizer_kwargs", "truncation"),
+    )
+)
+"""Names that `chat_template_kwargs` may not have: arguments of transformers' call that no template
+reads, and `chat_template` itself, which is a program that the client would have the server run."""
 SAMPLING_FIELDS = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "logit_bias", "seed"),
@@ -118,16 +127,27 @@ class StructuredOutputs(Strict):
     def grammars(self) -> Iterable[Grammar]:
         """Each that is asked for."""
         if self.json_ is not None:
-            schema = json.loads(self.json_) if isinstance(self.json_, str) else self.json_
-            yield Grammar.json_schema(schema)
+            yield Grammar.json_schema(_parsed(self.json_))
         if self.regex is not None:
             yield Grammar.regex(self.regex)
         if self.choice is not None:
+            if not self.choice:
+                raise UsageError("a choice of nothing", hint="give one text or more")
             yield Grammar.regex("|".join(map(re.escape, self.choice)))
         if self.grammar is not None:
             yield Grammar.ebnf(self.grammar)
         if self.json_object:
             yield Grammar.json_object()
+
+
+def _parsed(schema: dict[str, Any] | str) -> dict[str, Any]:
+    if not isinstance(schema, str):
+        return schema
+    try:
+        found: dict[str, Any] = json.loads(schema)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the schema is not JSON: {error}", hint="send it as an object") from error
+    return found
 
 
 class Request(Strict):
@@ -224,6 +244,13 @@ class ChatRequest(Request):
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _of_a_template(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given.keys() & NOT_OF_A_TEMPLATE:
+            raise ValueError(f"{name!r} is not supported")
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

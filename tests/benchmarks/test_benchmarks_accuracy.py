@@ -40,7 +40,8 @@ def test_a_row_is_what_evaluate_finds_of_the_same_folder(short, pair, tmp_path):
     halfweight.quantize(
         source, out, halfweight.Recipe(halfweight.Scheme(64, "grid8", "least_squares"))
     )
-    expected = halfweight.evaluate(out, reference=source, text=text, context=64, tokens=3 * 64)
+    options = {"context": 64, "tokens": 3 * 64, "dtype": torch.float32}
+    expected = halfweight.evaluate(out, reference=source, text=text, **options)
     run(source, text, tmp_path / "work", windows=3, only=[PLAIN])
     (file,) = (tmp_path / "work").glob("*.scores")
     found = summarize(np.fromfile(file, TokenScores))

@@ -36,6 +36,8 @@ def test_the_plan_of_today_meets_the_goal_on_what_was_measured():
     """Within 3 % in the mean and 6 % at worst, and short of no card by more than 2 %."""
     found = json.loads(RESULT.read_text())
     rows, card = found["results"]["rows"], found["ceiling"]["device_bytes"]
+    if found["results"].get("runs_by") != "engine":
+        pytest.skip(f"measured before the engine, at {found['commit']}")
     model = planned_model(found["results"]["shape"])
     pairs = [(planned(model, row["workload"]), row["measured_total"]) for row in rows]
     errors = [abs(predicted / measured - 1) for predicted, measured in pairs]

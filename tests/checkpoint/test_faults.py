@@ -105,8 +105,8 @@ def test_broken_index(source):
         ("{", "cannot be read as JSON"),
         ("[" * 100_000, "cannot be read as JSON"),
         ("[]", "expected a JSON object, found list"),
-        ("{}", "has no weight_map"),
-        ('{"weight_map": {"a": 1}}', "puts a in 1, expected a file name"),
+        ("{}", "missing required field `weight_map`"),
+        ('{"weight_map": {"a": 1}}', r"Expected `str`, got `int` - at `\$.weight_map\[...\]`"),
     ):
         index.write_text(text)
         refused(source, match)

@@ -7,14 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_files import TYPES, make_gguf
+from gguf_files import TYPES, gguf, make_gguf
 from tiny import HIDDEN, VOCAB, tensors_of
 
+import halfweight
+from halfweight.checkpoint.gguf_header import file_dtype
 from halfweight.checkpoint.sources import gguf as gguf_source
 from halfweight.checkpoint.sources import open_source
 from halfweight.conversion import convert
 from halfweight.conversion.verification import verify
 from halfweight.errors import CheckpointError, UsageError
+from halfweight.evaluation.comparison import load_model
+from halfweight.memory.named_model import planned_model
 from halfweight.quantization import numerics
 from halfweight.quantization.scheme import Scheme
 
@@ -60,7 +64,12 @@ def test_smollm2_end_to_end(tmp_path, caplog):
     report = convert.quantize(path, tmp_path / "out")
     assert "decoded from F32, Q4_1, Q8_0 to F16" in caplog.text
     assert (report.num_quantized, report.num_kept) == (211, 61)
-    assert report.source_bytes == 2 * 134_515_008
+    assert (
+        report.source_bytes
+        == open_source(path).stored_bytes
+        < path.stat().st_size
+        < report.disk_bytes
+    )
     assert report.resident_bytes == 136_648_704
     found = verify(tmp_path / "out")
     assert (found.problems, found.notes) == ((), ())
@@ -118,3 +127,43 @@ def test_gguf_without_its_package(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="needs a package that is not here") as caught:
         convert.quantize(path, tmp_path / "out")
     assert caught.value.hint == "pip install 'halfweight[gguf]'"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "dtype"),
+    [
+        ("gemma3", TYPES.Q8_0, "bfloat16"),
+        ("gemma3", TYPES.F16, "bfloat16"),
+        ("qwen2", TYPES.Q4_1, "bfloat16"),
+        ("gemma3", TYPES.F32, "float32"),
+        ("llama", TYPES.Q8_0, "float16"),
+        ("llama", TYPES.BF16, "bfloat16"),
+    ],
+)
+def test_what_float16_may_not_hold_is_decoded_to_bfloat16(tmp_path, architecture, kind, dtype):
+    path = make_gguf(tmp_path / "tiny.gguf", kind, architecture=architecture)
+    assert file_dtype(path) == dtype
+
+
+def test_the_report_compares_with_the_file_as_it_lies(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_source.GgufSource, "write_companions", lambda self, folder: None)
+    path = make_gguf(tmp_path / "tiny.gguf", TYPES.Q4_1)
+    report = convert.quantize(path, tmp_path / "out")
+    stored = sum(t.n_bytes for t in gguf.GGUFReader(path).tensors)
+    assert report.source_bytes == stored < report.disk_bytes
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| source tensors | {stored:,} | |" in card
+
+
+def test_a_part_of_a_split_file_is_refused_as_such_everywhere(tmp_path):
+    path = make_gguf(tmp_path / "m-00001-of-00002.gguf", parts=2)
+    (tmp_path / "text.txt").write_text("some text")
+    for read in (
+        lambda: open_source(path),
+        lambda: planned_model(str(path)),
+        lambda: load_model(path, "cpu", None),
+        lambda: halfweight.evaluate(path, text=tmp_path / "text.txt"),
+    ):
+        with pytest.raises(CheckpointError, match=r"m-00001-of-00002.gguf: one of 2 files") as one:
+            read()
+        assert "--merge" in one.value.hint

@@ -135,7 +135,7 @@ def test_ctrl_c_finishes_the_shard_and_exits_130(capsys, llama, tmp_path, monkey
         patch.setattr(convert, "write_shard", interrupted)
         code, _, err = run(capsys, "quantize", str(llama), out)
     assert code == 130
-    assert "finishing this shard; Ctrl-C again stops now" in err
+    assert "finishing this step; Ctrl-C again stops now" in err
     assert "error: interrupted; 2 of " in err
     assert "hint: run the same command again" in err
     assert not (tmp_path / "out").exists()

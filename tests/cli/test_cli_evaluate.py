@@ -16,7 +16,7 @@ def test_evaluate_prints_every_figure(capsys, pair, tmp_path):
     )  # fmt: skip
     assert code == 0, err
     assert "496 tokens in 8 windows" in err
-    assert "states take 126.98 kB" in err
+    assert "states take 63.49 kB" in err
     for what in ("perplexity", "change (paired)", "KL mean", "KL 99.9 %", "same top token", "±"):
         assert what in output
     assert "\x1b" not in output + err

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from command_line import run
 from transformers import PreTrainedTokenizerFast
@@ -101,3 +102,72 @@ def test_chat_without_a_template_is_refused(capsys, int8_folder, monkeypatch):
     code, _, err = run(capsys, "chat", int8_folder)
     assert code == 2
     assert "no chat template" in err
+
+
+TEMPLATES = {
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}": (
+        2,
+        "its chat template refuses these messages (no system here)",
+    ),
+    "{% for m in messages %}{{ m.content }": (4, "its chat template has a syntax error in line 1"),
+    "{{ messages[0].content + 1 }}": (2, "its chat template cannot be used"),
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_chat_template_that_cannot_be_used_is_one_line(capsys, int8_folder, tmp_path, template):
+    folder = shutil.copytree(int8_folder, tmp_path / "m")
+    (folder / "chat_template.jinja").write_text(template)
+    code, _, err = run(capsys, "chat", str(folder), "--system", "be brief")
+    expected, message = TEMPLATES[template]
+    assert code == expected
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_several_templates_without_a_default_are_named(capsys, int8_folder, tmp_path):
+    folder = shutil.copytree(int8_folder, tmp_path / "m")
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = [
+        {"name": name, "template": "{{ messages[0].content }}"} for name in ("rag", "tool_use")
+    ]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    code, _, err = run(capsys, "chat", str(folder))
+    assert code == 2
+    assert "it has several (rag, tool_use) and none is called default" in err
+
+
+def test_the_template_of_a_processor_is_used(capsys, int8_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(int8_folder, tmp_path / "m")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    monkeypatch.setattr("builtins.input", lambda _: "/quit")
+    code, _, err = run(capsys, "chat", str(folder))
+    assert code == 0, err
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": [1]}))
+    code, _, err = run(capsys, "chat", str(folder))
+    assert code == 4
+    assert "chat_template.json: chat_template is list, expected text" in err
+
+
+def test_an_encoder_does_not_generate(capsys, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    for command in (("generate", str(tmp_path / "bert"), "x"), ("chat", str(tmp_path / "bert"))):
+        code, _, err = run(capsys, *command)
+        assert code == 2
+        assert "bert: BertModel does not continue a text" in err
+
+
+def test_a_broken_tokenizer_is_one_line_with_its_file(capsys, int8_folder, tmp_path):
+    folder = shutil.copytree(int8_folder, tmp_path / "m")
+    (folder / "tokenizer.json").write_text("[1")
+    code, _, err = run(capsys, "generate", str(folder), "w1")
+    assert code == 4
+    assert "tokenizer.json: cannot be read as JSON" in err

@@ -2,6 +2,7 @@
 
 import builtins
 import shutil
+import sys
 
 import pytest
 from byte_tokenizer import make_tokenizer
@@ -10,7 +11,8 @@ from tiny import make_llama
 import halfweight
 from halfweight.cli import main
 
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
+import halfweight.serve.listen
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +26,13 @@ def folder(tmp_path_factory):
 
 
 def run(monkeypatch, *arguments):
-    """The application and options that uvicorn was given."""
+    """The application, and where it was to listen."""
     given = {}
-    monkeypatch.setattr(uvicorn, "run", lambda app, **options: given.update(options, app=app))
+
+    def listen(app, engine, host, port):
+        given.update(app=app, host=host, port=port)
+
+    monkeypatch.setattr(halfweight.serve.listen, "listen", listen)
     with pytest.raises(SystemExit) as left:
         main(["serve", *map(str, arguments)])
     return left.value.code, given
@@ -69,6 +75,7 @@ def test_without_the_extra(folder, monkeypatch, capsys):
             raise ImportError("no", name="uvicorn")
         return import_module(name, *arguments, **options)
 
+    monkeypatch.delitem(sys.modules, "halfweight.serve.listen")
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(SystemExit) as left:
         main(["serve", str(folder)])

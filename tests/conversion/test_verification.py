@@ -11,6 +11,7 @@ from llama_sizes import LLAMA_8B, llama_tensors
 from safetensors.torch import save_file
 from tiny import HIDDEN, VOCAB, edit_json, make_llama, tensors_of
 
+import halfweight
 from halfweight.checkpoint.headers import read_headers
 from halfweight.checkpoint.inspection import inspect
 from halfweight.checkpoint.layout import header
@@ -76,11 +77,31 @@ def test_no_manifest_or_a_broken_one(out):
     edit_json(manifest, files={"../x": {"bytes": 1, "sha256": "0"}})
     assert "'../x' is not a plain file name" in only_problem(out)
     edit_json(manifest, files={"x": {"bytes": "1"}})
-    assert "lists no files with bytes and sha256" in only_problem(out)
+    assert "halfweight.json: Expected `int`, got `str` - at `$.files[...].bytes`" in only_problem(
+        out
+    )
     manifest.write_text("{")
     assert "cannot be read as JSON" in only_problem(out)
     manifest.unlink()
-    assert "no halfweight.json, expected a folder made by halfweight" in only_problem(out)
+    found = verify(out)
+    assert found.problems == ()
+    assert "no halfweight.json: files are not compared" in found.notes[0]
+
+
+def test_what_save_pretrained_wrote_is_sound_not_damaged(out, tmp_path, capsys):
+    from command_line import run
+
+    saved = tmp_path / "saved"
+    halfweight.load(out).save_pretrained(saved)
+    code, text, err = run(capsys, "verify", str(saved))
+    assert code == 0, err
+    assert "sound, and the model loads" in text
+    assert "not compared" in err
+    spoil = next(saved.glob("*.safetensors"))
+    os.truncate(spoil, 50_000)
+    code, _, err = run(capsys, "verify", str(saved))
+    assert code == 5
+    assert "truncated" in err
 
 
 def replace_tensors(out, change):

@@ -1,7 +1,11 @@
 """The CPU runner against transformers' forward, and against itself in other company."""
 
+import os
 import random
+import subprocess
+import sys
 
+import llvmlite.binding as llvm
 import pytest
 import torch
 from transformers import (
@@ -297,6 +301,33 @@ def test_models_without_a_compiled_step_are_unfit(models):
     assert unsupported(narrow) is None
 
 
+def test_what_is_not_in_int8_has_no_compiled_step(tmp_path):
+    plain = AutoModelForCausalLM.from_config(FAMILY["llama-bias"])
+    assert unsupported(plain) == "not every linear of its layers is in INT8"
+    plain.save_pretrained(tmp_path / "source")
+    halfweight.quantize(tmp_path / "source", tmp_path / "int8")
+    model = halfweight.load(tmp_path / "int8")
+    embedding = model.model.embed_tokens
+    model.model.embed_tokens = torch.nn.Embedding(VOCAB, 64)
+    assert unsupported(model) == "its embedding is not in INT8"
+    model.model.embed_tokens = embedding
+    model.lm_head = torch.nn.Linear(64, VOCAB)
+    assert unsupported(model) == "not every linear is in INT8 on the backend 'cpu'"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden_act": "gelu"}, "its activation is gelu, not silu"),
+        ({"sliding_window": 8}, "its layers attend to a sliding window"),
+    ],
+    ids=str,
+)
+def test_variants_that_differ_have_no_compiled_step(change, reason):
+    config = MistralConfig(**{**SIZES, "sliding_window": None, **change})
+    assert unsupported(AutoModelForCausalLM.from_config(config)) == reason
+
+
 def test_pages_for_what_is_asked_or_what_memory_allows(models, monkeypatch):
     model = models("llama-tied", torch.bfloat16)
     sizes = {"max_sequences": 3, "max_context": 100}
@@ -313,15 +344,37 @@ def test_pages_for_what_is_asked_or_what_memory_allows(models, monkeypatch):
     device.free_bytes = 2 * 3 * page
     with pytest.raises(DoesNotFitError, match="a sequence of 100 tokens needs"):
         CpuRunner(model, **sizes)
+    shorter = CpuRunner(model, **sizes, shortens=True)
+    assert (shorter.num_pages, shorter.max_context, shorter.table.shape) == (4, 96, (4, 97))
+    device.free_bytes = page
+    with pytest.raises(DoesNotFitError, match="a sequence of 100 tokens needs"):
+        CpuRunner(model, **sizes, shortens=True)
 
 
-def test_a_step_is_cut_into_calls_of_32_tokens():
+def test_a_step_is_cut_into_calls():
     chunks = [Chunk(0, 5, 1, 1, [1]), Chunk(1, 0, 60, 31, [2, 3]), Chunk(2, 0, 3, 0, [4])]
     found = [
-        [(c.slot, c.start, c.num_tokens, c.num_logits) for c in pieces] for pieces in cut(chunks)
+        [(c.slot, c.start, c.num_tokens, c.num_logits) for c in pieces]
+        for pieces in cut(chunks, 32)
     ]
     assert found == [
         [(0, 5, 1, 1), (1, 0, 31, 2)],
         [(1, 31, 29, 29), (2, 0, 3, 0)],
     ]
-    assert list(cut([])) == []
+    assert list(cut([], 32)) == []
+
+
+def test_a_cpu_without_vnni_gives_the_same_bits_too():
+    """Some of these tests on AVX2 alone, in a process of its own."""
+    if not llvm.get_host_cpu_features().get("avx2"):
+        pytest.skip("needs a CPU with AVX2")
+    environment = os.environ | {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c",
+    }
+    wanted = "(odd_chunks and (groups or qwen2)) or (beside and 5 and llama) or leak"
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", wanted]
+    command += ["-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("." * 7), done.stdout

@@ -19,8 +19,8 @@ from transformers import (
 
 import halfweight
 from halfweight.engine.kv_cache import quantize_heads
-from halfweight.engine.runners import gpu_attention
-from halfweight.engine.runners.gpu import GpuRunner
+from halfweight.engine.runners import gpu_attention, gpu_steps
+from halfweight.engine.runners.gpu import GpuRunner, unfit
 from halfweight.engine.runners.gpu_attention import (
     PAGE_TOKENS,
     PagedAttention,
@@ -31,7 +31,9 @@ from halfweight.engine.runners.gpu_attention import (
 )
 from halfweight.engine.runners.gpu_inputs import Queries, cut, tiles
 from halfweight.engine.runners.gpu_layers import Layer
+from halfweight.engine.runners.gpu_read import READ_STEP, READ_TOKENS, ReadStep
 from halfweight.engine.step import Chunk
+from halfweight.model.modules import stack
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 MAX_PAGES = 40
@@ -347,6 +349,83 @@ def test_the_runner_equals_the_models_forward(tmp_path, family, kv_cache):
         assert error(found, expected) < (5e-6 if kv_cache == "16bit" else 3e-2)
 
 
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_padded_read_equals_the_models_forward_and_the_mixed_step(
+    tmp_path, in_parts, monkeypatch
+):
+    if in_parts:
+        monkeypatch.setattr(gpu_steps, "LEAST_PAGES_OF_A_PART", 1)
+        monkeypatch.setattr(PagedAttention, "num_tiles_at_once", 6)
+    model = quantized(tmp_path, MODELS["llama-bias"], torch.float32)
+    texts = Texts(model, [190, 12, 90])
+    runner = texts.runner
+    poison(runner._parts.attention._pool)
+    mixed, runner._mixed = runner._mixed, None
+    steps = [
+        [(0, 107, 1)],
+        [(0, 33, 1), (1, 9, 0), (2, 33, 2)],
+        [(1, 1, 1), (0, 50, 1), (2, 57, 0)],
+    ]
+    for chunks in steps:
+        step = [Chunk(s, texts.read[s], count, n, texts.pages[s]) for s, count, n in chunks]
+        found, expected = texts.step(*chunks)
+        assert error(found, expected) < 5e-6
+        with torch.inference_mode():
+            assert error(mixed(step), found) < 2e-6
+    assert (runner._parts.prompt_work(step, 128).num_parts > 0) == in_parts
+
+
+def test_which_steps_are_recorded_reads(tmp_path):
+    model = quantized(tmp_path, MODELS["llama-bias"], torch.float32)
+    parts = GpuRunner(model, **LIMITS)._parts
+    assert ReadStep.takes(parts, [Chunk(i, 0, READ_TOKENS // 8, 1, ()) for i in range(8)])
+    assert not ReadStep.takes(parts, [Chunk(i, 0, 9, 1, ()) for i in range(9)])
+    assert not ReadStep.takes(parts, [Chunk(0, 0, READ_TOKENS + 1, 1, ())])
+    assert not ReadStep.takes(parts, [Chunk(0, 0, 20, 9, ())])
+    parts = GpuRunner(model, **LIMITS, kv_cache="int8")._parts
+    assert not ReadStep.takes(parts, [Chunk(0, 0, 20, 1, ())])
+
+
+def test_a_nan_in_the_pages_reaches_its_own_sequence_only(tmp_path):
+    texts = Texts(quantized(tmp_path, MODELS["llama-bias"], torch.float32), [12, 12, 12])
+    texts.step(*((slot, 10, 1) for slot in range(3)))
+    texts.runner._parts.attention._pool.values[0, texts.pages[1][0], :, 5] = float("nan")
+    for count, wanted in ((1, 1), (1, 1)):
+        found, _ = texts.step(*((slot, count, wanted) for slot in range(3)))
+        assert found.isnan().any(dim=1).tolist() == [False, True, False]
+
+
+def test_stacked_projections_share_memory_and_still_save(tmp_path):
+    model = quantized(tmp_path, MODELS["qwen2-tied"], torch.float32)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    x = torch.randn(2, parts[0].in_features, device=DEVICE)
+    apart = torch.cat([part(x) for part in parts], dim=1)
+    whole = stack(parts)
+    assert torch.equal(whole(x), apart)
+    assert torch.equal(torch.cat([part(x) for part in parts], dim=1), apart)
+    assert stack(parts).weight_packed.data_ptr() == whole.weight_packed.data_ptr()
+    stack([mlp.gate_proj, mlp.up_proj])
+    model.save_pretrained(tmp_path / "saved")
+    again = halfweight.load(tmp_path / "saved", dtype=torch.float32).to(DEVICE)
+    ids = torch.tensor([[5, 3, 17, 9]], device=DEVICE)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_what_has_no_step_says_why(tmp_path):
+    model = quantized(tmp_path, MODELS["llama-bias"], torch.float32)
+    assert unfit(model) is None
+    layer = model.model.layers[0]
+    layer.self_attn.head_dim = 96
+    assert unfit(model) == "its heads have 96 numbers, expected a power of two from 32"
+    layer.self_attn.head_dim = 32
+    up = layer.mlp.up_proj
+    up.bias = torch.nn.Parameter(torch.zeros(up.out_features))
+    assert unfit(model) == "projections that share their input differ in group size, scales or bias"
+    plain = LlamaForCausalLM(MODELS["llama-bias"])
+    assert unfit(plain) == "not every linear of its layers is in INT8"
+
+
 MIDDLE = LlamaConfig(
     hidden_size=1024,
     intermediate_size=2816,
@@ -379,6 +458,25 @@ def test_recorded_and_mixed_steps(tmp_path, batch, dtype, kv_cache):
     for chunks in steps:
         found, expected = texts.step(*chunks)
         assert error(found, expected) < WHOLE[dtype] + 2e-2 * (kv_cache == "int8")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_reads_of_every_bucket_plain_recorded_and_replayed(tmp_path, dtype):
+    texts = Texts(quantized(tmp_path, MIDDLE, dtype), [2000] * 3, **COMPILED)
+    runner = texts.runner
+    for slot in range(3):
+        found, expected = texts.step((slot, 2000, 1))
+        assert error(found, expected) < WHOLE[dtype]
+    mixed, runner._mixed = runner._mixed, None
+    for tokens in [*range(READ_STEP - 29, READ_TOKENS, READ_STEP), READ_TOKENS]:
+        for turn in range(3):
+            counts = tokens - tokens // 2 - tokens // 3, tokens // 3, tokens // 2
+            starts = 0, 800 * turn, 37 * turn
+            step = [Chunk(i, starts[i], counts[i], 1, texts.pages[i]) for i in range(3)]
+            found = runner.run(step).clone()
+            with torch.inference_mode():
+                assert error(found, mixed(step)) < WHOLE[dtype]
 
 
 @pytest.mark.gpu

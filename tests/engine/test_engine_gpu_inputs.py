@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from halfweight.engine.runners.gpu import bucket
 from halfweight.engine.runners.gpu_inputs import PageTables, Queries, Sections, cut, tiles
+from halfweight.memory.engine_memory import bucket
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from halfweight.engine.loop import EngineStoppedError, Loop, NanLogitsError
 from halfweight.engine.request import Request, Sampling
 from halfweight.errors import UsageError
 
-SECONDS = 20
+SECONDS = 5
 BASES = [[(7 * i * i + b) % 38 + 1 for i in range(40)] for b in range(3)]
 
 

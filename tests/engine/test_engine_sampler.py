@@ -21,6 +21,7 @@ from halfweight.engine.sampler import Sampler
 from halfweight.engine.step import Chunk
 from halfweight.errors import UsageError
 from halfweight.kernels.triton import sampling as sampling_kernels
+from halfweight.kernels.triton.penalties import Penalizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = float("inf")
@@ -136,21 +137,33 @@ def test_a_wide_nucleus_is_found(top_p):
     assert np.count_nonzero(wanted) > 300
 
 
-def test_penalties_are_transformers_and_openais():
+@pytest.mark.parametrize("way", ["definition", "kernel"])
+def test_penalties_are_transformers_and_openais(way):
     vocab, prompt, text = 40, [3, 3, 5, 8], [8, 9, 9, 9]
     table = make_table(2)
     table[1, :8] = torch.tensor(prompt + text)
     table[1, 8:] = 11
-    before = scores_of(2, vocab)
-    scores = before.clone()
-    places = np.array([[1], [1], [8], [len(prompt)]])
-    edits.penalize(scores, places, np.array([[1.7, 0.25, 0.5]], np.float32), table)
-    history = torch.tensor([prompt + text], device=DEVICE)
-    wanted = RepetitionPenaltyLogitsProcessor(1.7)(history, before[1:].clone())[0]
-    wanted[8] -= 0.25 + 0.5
-    wanted[9] -= 0.25 + 0.5 * 3
-    torch.testing.assert_close(scores[1], wanted)
-    assert torch.equal(scores[0], before[0])
+    table[0] = 12
+    before = scores_of(3, vocab)
+    places = np.array([[1, 2], [1, 0], [8, 1], [len(prompt), 1]])
+    penalties = np.array([[1.7, 0.25, 0.5], [2.0, 9.0, 9.0]], np.float32)
+    packed = np.concatenate([places.T.astype(np.int32), penalties.view(np.int32)], axis=1)
+    on_device, kernel = torch.from_numpy(packed).to(DEVICE), Penalizer(table.device)
+    for _ in range(2):  # what a call leaves behind is nothing
+        scores = before.clone()
+        if way == "definition":
+            edits.penalize(scores, places, penalties, table)
+        else:
+            kernel(scores, on_device, table)
+        history = torch.tensor([prompt + text], device=DEVICE)
+        wanted = RepetitionPenaltyLogitsProcessor(1.7)(history, before[1:2].clone())[0]
+        wanted[8] -= 0.25 + 0.5
+        wanted[9] -= 0.25 + 0.5 * 3
+        torch.testing.assert_close(scores[1], wanted)
+        first = torch.tensor([[12]], device=DEVICE)
+        wanted = RepetitionPenaltyLogitsProcessor(2.0)(first, before[2:].clone())[0]
+        torch.testing.assert_close(scores[2], wanted)
+        assert torch.equal(scores[0], before[0])
 
 
 def test_bias_and_held_stop_tokens():
@@ -325,20 +338,23 @@ def test_drafts_and_preemption_change_nothing_but_the_number_of_steps(sampling):
 
 
 def test_gained_tokens_are_the_longest_run_of_right_drafts_and_one_more():
-    table = make_table(2)
+    table = make_table(3)
     sampler = Sampler(table, 20)
-    logits = torch.full((7, 20), -1.0, device=DEVICE)
-    for row, token in enumerate([5, 6, 7, 8, 5, 6, 9]):
-        logits[row, token] = 1
+    likeliest = [5, 6, 7, 8, 5, 6, 9, 2, 3, 4]
+    logits = torch.full((10, 20), -1.0, device=DEVICE)
+    logits[range(10), likeliest] = 1
     table[0, 1:4] = torch.tensor([5, 6, 3])
     table[1, 4:6] = torch.tensor([1, 6])
-    sampler.set(0, Sampling(), [1])
-    sampler.set(1, Sampling(num_logprobs=0), [1])
-    found = sampler.sample(logits, [decoding(0, 4, 4), decoding(1, 6, 3)]).wait()
-    assert [gained.tokens for gained in found] == [[5, 6, 7], [5]]
-    assert table[0, 3] == 7
+    table[2, 7:9] = torch.tensor([2, 3])
+    for slot in range(3):
+        sampler.set(slot, Sampling(num_logprobs=0 if slot == 1 else None), [1])
+    chunks = [decoding(0, 4, 4), decoding(1, 6, 3), decoding(2, 9, 3)]
+    found = sampler.sample(logits, chunks).wait()
+    assert [gained.tokens for gained in found] == [[5, 6, 7], [5], [2, 3, 4]]
+    assert table[0, 1:4].tolist() == [5, 6, 7]
     assert table[1, 4] == 5
-    assert [len(gained.logprobs) for gained in found] == [0, 1]
+    assert table[2, 7:10].tolist() == [2, 3, 4]
+    assert [len(gained.logprobs) for gained in found] == [0, 1, 0]
 
 
 def test_logprobs_are_the_models_own():
@@ -389,6 +405,13 @@ ROWS = [
 ]
 
 
+def by_kernel(scores, rows, table):
+    out = torch.empty(len(rows), 2, dtype=torch.int32, device=DEVICE)
+    on_device = torch.from_numpy(rows).to(DEVICE)
+    sampling_kernels.Chooser(table.device)(scores, on_device, table, out)
+    return out
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernel_chooses_what_the_definition_chooses(dtype):
     vocab = 9000
@@ -400,9 +423,8 @@ def test_the_kernel_chooses_what_the_definition_chooses(dtype):
     scores[-1, 17] = INF
     table = make_table(len(rows))
     expected_table = table.cpu().clone()
-    expected = choice.choose(scores.cpu(), rows, expected_table)
-    found = sampling_kernels.Chooser(table.device)(scores, torch.from_numpy(rows).to(DEVICE), table)
-    assert found.tolist() == expected.tolist()
+    expected = choice.choose(scores.cpu(), rows, expected_table).on_device
+    assert by_kernel(scores, rows, table).tolist() == expected.tolist()
     assert torch.equal(table.cpu(), expected_table)
 
 
@@ -418,8 +440,7 @@ def test_the_kernel_keeps_what_the_definition_keeps(dtype, top_k, top_p):
     middles = (weights.cumsum() - weights / 2)[kept]
     rows = np.stack([row_of(1.0, top_k, top_p, uniform=middle) for middle in middles[::7]])
     many = scores.expand(len(rows), -1).contiguous()
-    on_device, table = torch.from_numpy(rows).to(DEVICE), make_table(1)
-    found = sampling_kernels.Chooser(table.device)(many, on_device, table)[:, 0]
+    found = by_kernel(many, rows, make_table(1))[:, 0]
     assert found.tolist() == kept[::7].tolist()
 
 
@@ -435,12 +456,10 @@ def test_a_row_gets_the_same_token_from_any_number_of_programs(dtype):
     rows.view(np.float32)[:, choice.UNIFORM] = generator.random(num_rows, np.float32)
     table = make_table(1)
     rows[:, choice.SLOT], rows[:, choice.POSITION] = 0, 3
-    chooser = sampling_kernels.Chooser(table.device)
-    on_device = torch.from_numpy(rows).to(DEVICE)
-    together = chooser(scores, on_device, table)[:, 0].tolist()
+    together = by_kernel(scores, rows, table)[:, 0].tolist()
     for count in (1, 3, 7, 100):
         for begin in range(0, num_rows, count * 5):
             part = slice(begin, begin + count)
-            found = chooser(scores[part], on_device[part], table)[:, 0].tolist()
+            found = by_kernel(scores[part], rows[part], table)[:, 0].tolist()
             assert found == together[part]
     assert together[11] == choice.NAN

@@ -189,6 +189,41 @@ def test_cleaned_text_waits_for_what_may_come_and_no_longer():
     assert max(late) <= 3
 
 
+class Parts:
+    """A detokenizer whose token i is a part of a text, cut at some places."""
+
+    special_tokens = byte_tokens = frozenset()
+
+    def __init__(self, text, cuts, cleans=False):
+        places = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
+        self.parts = [text[a:b] for a, b in pairwise(places)]
+        self.cleans = cleans
+
+    def raw(self, ids):
+        return "".join(self.parts[i] for i in ids)
+
+    def cleaned(self, text):
+        return KINDS["word_piece"].clean_up_tokenization(text)
+
+    def whole(self, ids):
+        return self.cleaned(self.raw(ids)) if self.cleans else self.raw(ids)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    text=st.lists(st.sampled_from([*" .,'nst", " n", " '", " 've", "'re", " ' "])).map("".join),
+    cuts=st.lists(st.integers(0, 40)),
+)
+@example(text="x n ' t", cuts=range(9))
+@example(text="x ' s n't 've", cuts=range(20))
+def test_text_cleaned_in_parts_is_the_text_cleaned_as_a_whole(text, cuts):
+    parts = Parts(text, cuts, cleans=True)
+    stream = TextStream(parts)
+    pieces = [stream.add(i) for i in range(len(parts.parts))]
+    assert parts.cleaned(text).startswith("".join(pieces))
+    assert "".join(pieces) + stream.finish() == parts.cleaned(text)
+
+
 stop_lists = st.lists(st.sampled_from(["ab", "abc", "b", "cab", "aab", ". ", "zz"]), max_size=3)
 
 
@@ -202,20 +237,9 @@ stop_lists = st.lists(st.sampled_from(["ab", "abc", "b", "cab", "aab", ". ", "zz
 def test_text_ends_before_the_first_complete_stop_string(text, cuts, stops, include_stop):
     """However the text is parted into tokens; `finish` is part of the text."""
 
-    places = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
-    parts = [text[a:b] for a, b in pairwise(places)]
-
-    class Parts:
-        special_tokens = byte_tokens = frozenset()
-        cleans = False
-
-        def raw(self, ids):
-            return "".join(parts[i] for i in ids)
-
-        whole = raw
-
-    stream = TextStream(Parts(), stops, include_stop=include_stop)
-    found = "".join([stream.add(i) for i in range(len(parts))]) + stream.finish()
+    parts = Parts(text, cuts)
+    stream = TextStream(parts, stops, include_stop=include_stop)
+    found = "".join([stream.add(i) for i in range(len(parts.parts))]) + stream.finish()
     ends = [
         (end, end - len(stop))
         for stop in stops

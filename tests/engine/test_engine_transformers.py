@@ -21,6 +21,7 @@ from halfweight.engine.runners.paged_attention import (
 from halfweight.engine.runners.probe import plain_logits
 from halfweight.engine.runners.static import StaticRunner
 from halfweight.engine.runners.transformers_paged import TransformersRunner
+from halfweight.errors import UsageError
 
 PAGED = [
     *("llama", "gemma2", "gemma3_text", "gemma3n_text", "gpt_oss", "mistral", "qwen2_moe"),
@@ -165,7 +166,7 @@ def test_int8_pages_are_near_the_16_bit_ones():
 def test_a_quantized_model_runs(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from halfweight.model.loading import HalfweightConfig
+    from halfweight import HalfweightConfig
 
     tiny("gemma2").save_pretrained(tmp_path)
     options = {"quantization_config": HalfweightConfig(), "dtype": torch.float32}
@@ -204,6 +205,21 @@ def test_the_choice_is_logged_with_its_reason(caplog):
     assert "one sequence after the other, with the model's own cache" in second
 
 
+def test_a_context_too_short_for_the_trial_is_refused():
+    with pytest.raises(UsageError, match="max_context is 8, expected at least 16"):
+        make_runner(tiny("llama"), max_sequences=2, max_context=8)
+
+
+def test_a_state_cannot_be_in_int8():
+    with pytest.raises(UsageError, match="BloomForCausalLM keeps a state of its own"):
+        make_runner(tiny("bloom"), **SIZES, kv_cache="int8")
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    with pytest.raises(UsageError, match="XLNetLMHeadModel does not generate token by token"):
+        make_runner(tiny("xlnet"), **SIZES)
+
+
 def test_static_states_are_let_go():
     model = tiny("mamba")
     runner = StaticRunner(model, **SIZES)
@@ -223,7 +239,8 @@ def by_kernel(q, pool, places, span, manner):
 
     parts = [paged_attention._decode_by_kernel(q[:1], pool, places, span, manner)]
     for piece in places.pieces:
-        parts.append(paged_attention._read_by_kernel(q[1:], pool, piece, span, manner))
+        where = (places.positions[1:], pool, piece)
+        parts.append(paged_attention._read_by_kernel(q[1:], *where, span, manner))
     return torch.cat(parts)
 
 

@@ -1,6 +1,8 @@
 """Error-compensating rounding: better outputs on the same grid, in the same file."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from tiny import tensors_of
 
 import halfweight
 from halfweight.checkpoint.headers import quantized_modules, read_headers
-from halfweight.evaluation import calibration
+from halfweight.evaluation import calibration, comparison
 from halfweight.evaluation.calibration import compensate
 from halfweight.quantization.numerics import dequantize, quantize, scales_float32
 from halfweight.quantization.scheme import Scheme
@@ -113,3 +115,29 @@ def test_a_short_text_is_refused(capsys, pair, tmp_path):
     code, _, err = run(capsys, *arguments)
     assert code == 2
     assert "504 tokens, calibration needs 1024" in err
+
+
+@pytest.mark.parametrize("option", ["--calibrate", "--check"])
+def test_ctrl_c_ends_what_follows_the_shards_and_the_same_command_goes_on(
+    capsys, pair, text, tmp_path, monkeypatch, option
+):
+    place, name = (calibration, "compensate") if option == "--calibrate" else (comparison, "score")
+    whole = getattr(place, name)
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(name)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole(*arguments)
+
+    monkeypatch.setattr(place, name, interrupted)
+    command = ("quantize", str(pair[0]), str(tmp_path / "out"), option, str(text))
+    code, _, err = run(capsys, *command)
+    assert code == 130
+    assert "error: interrupted; all shards are kept" in err
+    assert len(calls) == 1
+    assert not (tmp_path / "out").exists()
+    code, _, err = run(capsys, *command)
+    assert code == 0, err
+    assert halfweight.verify(tmp_path / "out").problems == ()

@@ -1,17 +1,19 @@
 """Evaluation of real (tiny) models: exact against transformers' logits, resumable, frugal."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import make_llama
+from safetensors.torch import save_file
+from tiny import make_llama, tensors_of
 
 from halfweight.errors import CheckpointError, DiskFullError, UsageError
-from halfweight.evaluation import comparison
+from halfweight.evaluation import calibration, comparison
 from halfweight.evaluation.comparison import compare, evaluate, load_model, split
-from halfweight.evaluation.scoring import sample, summarize
+from halfweight.evaluation.scoring import Text, sample, summarize
 
 IDS = torch.randint(0, 320, (200,), generator=torch.Generator().manual_seed(1))
 
@@ -42,7 +44,7 @@ def run_both(folder, tmp_path, run, **changes):
 
 
 def test_perplexity_is_that_of_transformers_own_loss(folder, tmp_path):
-    run = sample(IDS[:64], context=64)
+    run = sample(Text(IDS[:64]), context=64)
     scores = run_both(folder, tmp_path, run)
     with torch.no_grad():
         for noise, name in ((0.0, "reference_nll"), (0.01, "nll")):
@@ -52,7 +54,7 @@ def test_perplexity_is_that_of_transformers_own_loss(folder, tmp_path):
 
 @pytest.mark.parametrize(("stride", "batch_size"), [(32, 1), (8, 3)])
 def test_scores_equal_those_of_whole_logits(folder, tmp_path, stride, batch_size):
-    run = sample(IDS, context=32, stride=stride, batch_size=batch_size)
+    run = sample(Text(IDS), context=32, stride=stride, batch_size=batch_size)
     scores = run_both(folder, tmp_path, run)
     reference, model = load(folder), load(folder, 0.01)
     at = 0
@@ -93,7 +95,7 @@ def test_a_model_without_a_body_is_refused():
 
 
 def test_a_killed_run_goes_on_with_the_same_scores(folder, tmp_path):
-    run = sample(IDS, context=16, batch_size=2)
+    run = sample(Text(IDS), context=16, batch_size=2)
     whole = run_both(folder, tmp_path, run)
     states = (tmp_path / "states").read_bytes()
     for name in ("states", "scores"):
@@ -104,7 +106,7 @@ def test_a_killed_run_goes_on_with_the_same_scores(folder, tmp_path):
 
 
 def test_what_is_done_is_not_done_again(folder, tmp_path):
-    run = sample(IDS, context=16)
+    run = sample(Text(IDS), context=16)
     run_both(folder, tmp_path, run)
     seen = []
     bodies = {name: split(load(folder)) for name in ("model", "reference")}
@@ -139,7 +141,9 @@ def test_the_reference_is_dropped_before_the_model_is_loaded(folder, tmp_path):
         assert alive[0]() is None
         return split(load(folder))
 
-    run_both(folder, tmp_path, sample(IDS, context=16), load_reference=reference, load_model=model)
+    run_both(
+        folder, tmp_path, sample(Text(IDS), context=16), load_reference=reference, load_model=model
+    )
     assert alive
 
 
@@ -210,7 +214,7 @@ def test_faults_are_named(folder, text, tmp_path, monkeypatch):
 
 
 def test_figures_of_a_noisy_model_are_those_of_its_scores(folder, tmp_path):
-    found = summarize(run_both(folder, tmp_path, sample(IDS, context=50)))
+    found = summarize(run_both(folder, tmp_path, sample(Text(IDS), context=50)))
     assert 0 < found.comparison.kl_mean.value < 0.5
     assert found.comparison.kl_mean.error > 0
     assert found.comparison.kl_median < found.comparison.kl_99 <= found.comparison.kl_max
@@ -223,10 +227,82 @@ def test_smollm2_agrees_with_transformers_own_logits(tmp_path):
     (gguf,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
     text = tmp_path / "text.txt"
     text.write_text((Path(__file__).parents[2] / "LICENSE").read_text())
-    found = evaluate(gguf, text=text, context=128, tokens=256)
-    ids = comparison.tokenize(gguf, text)[:256].reshape(2, 128)
+    found = evaluate(gguf, text=text, context=128, tokens=256, dtype=torch.float32)
+    ids = comparison.tokenize(gguf, text).windows(128, 2)
     model = load_model(gguf, "cpu", torch.float32)
     with torch.no_grad():
         log_probabilities = model(ids).logits[:, :-1].double().log_softmax(-1)
     nll = -log_probabilities.gather(-1, ids[:, 1:, None]).mean()
     assert found.perplexity.value == pytest.approx(float(nll.exp()), rel=1e-4)
+
+
+@pytest.fixture
+def begins(pair, tmp_path):
+    """A model whose tokenizer begins a text with token 9."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    folder = tmp_path / "begins"
+    shutil.copytree(pair[0], folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    begin = tokenizer.id_to_token(9)
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A {begin}", special_tokens=[(begin, 9)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_every_window_begins_as_the_tokenizer_begins_a_text(begins, pair):
+    text = pair[2]
+    found = evaluate(begins, text=text, context=32, tokens=93, dtype=torch.float32)
+    plain = comparison.tokenize(pair[0], text)
+    assert not len(plain.start)
+    windows = torch.cat([torch.full((3, 1), 9), plain.ids[:93].reshape(3, 31)], dim=1)
+    with torch.no_grad():
+        logits = load_model(begins, "cpu", torch.float32)(windows).logits
+    chances = logits[:, 1:-1].double().log_softmax(-1)
+    nll = -chances.gather(-1, windows[:, 2:, None]).mean()
+    assert found.num_tokens == 90
+    assert found.perplexity.value == pytest.approx(float(nll.exp()), rel=1e-5)
+
+
+def test_calibration_windows_begin_as_the_tokenizer_begins_a_text(begins, pair, monkeypatch):
+    monkeypatch.setattr(calibration, "CONTEXT", 64)
+    seen = []
+    monkeypatch.setattr(calibration, "_apply", lambda *arguments: seen.append(arguments[2]))
+    calibration.calibration(begins, pair[2]).apply(begins)
+    assert seen[0].shape[1] == 64
+    assert (seen[0][:, 0] == 9).all()
+    assert not (seen[0][:, 1:] == 9).any()
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_a_model_without_a_weight_is_refused_not_made_up(pair, tmp_path, is_quantized):
+    folder = tmp_path / "model"
+    shutil.copytree(pair[is_quantized], folder)
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    tensors = tensors_of(folder)
+    for shard in folder.glob("*.safetensors"):
+        shard.unlink()
+    gone = "model.layers.1.mlp.down_proj.weight"
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing: tensor model.layers.1.mlp.down_proj"):
+        evaluate(folder, text=pair[2], context=32, tokens=64)
+    with pytest.raises(CheckpointError, match=r"missing: tensor model.layers.1.mlp.down_proj"):
+        evaluate(pair[1], reference=folder, text=pair[2], context=32, tokens=64)
+
+
+def test_a_model_is_evaluated_in_the_dtype_in_which_it_generates(pair, monkeypatch):
+    seen = []
+
+    def stop(model):
+        seen.append(next(model.parameters()).dtype)
+        raise UsageError("seen")
+
+    monkeypatch.setattr(comparison, "split", stop)
+    with pytest.raises(UsageError, match="seen"):
+        evaluate(pair[0], text=pair[2], context=32, tokens=64)
+    assert seen == [torch.bfloat16]

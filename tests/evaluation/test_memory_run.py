@@ -13,7 +13,7 @@ from halfweight.memory.architecture import architecture
 from halfweight.memory.devices import Device
 from halfweight.memory.measurements import Key, Record, add_record, calibrated_overhead, records_for
 from halfweight.memory.named_model import planned_model
-from halfweight.memory.plan import footprint
+from halfweight.memory.plan import Model, footprint
 from halfweight.memory.presets import preset
 from halfweight.memory.workload import ASSUMED_OVERHEAD, MIB, Range, Workload
 
@@ -76,37 +76,31 @@ def test_a_gpus_memory_is_taken_apart(folder, capsys):
     assert found["measured_total"] == pytest.approx(found["predicted_total"], abs=400 * MIB)
 
 
-@pytest.mark.parametrize(
-    ("free_after_steps", "grown"),
-    [((7_000, 7_900, 7_900), 0), ((6_990, 6_800, 6_850), 200)],
-    ids=["prefill is given back", "the graph takes more"],
-)
-def test_the_total_on_a_gpu_is_the_most_that_was_taken(monkeypatch, free_after_steps, grown):
-    """10,000 MiB free before; 3,000 taken after prefill, of which the first case gives back 900."""
+@pytest.mark.parametrize("given_back", [0, 900], ids=["all is kept", "some is given back"])
+def test_the_total_on_a_gpu_is_the_most_that_was_taken(monkeypatch, given_back):
+    """10,000 MiB free before and 7,000 after, of which torch had reserved more meanwhile."""
     from halfweight.evaluation import memory_run
     from halfweight.model import loading
 
-    smi, driver = iter((10_000, 7_000)), iter((7_000, *free_after_steps))
-    monkeypatch.setattr(memory_run, "_free_bytes", lambda: next(smi) * MIB)
+    free = iter((10_000, 7_000))
+    monkeypatch.setattr(memory_run, "_free_bytes", lambda: next(free) * MIB)
     monkeypatch.setattr(loading, "load", lambda *_, **__: None)
-    monkeypatch.setattr(memory_run, "_prefill", lambda *_: (None, None))
-    monkeypatch.setattr(memory_run, "_cache_bytes", lambda _: 100 * MIB)
-    monkeypatch.setattr(memory_run, "_decode", lambda *_: iter(range(3)))
+    monkeypatch.setattr(memory_run, "_generate", lambda *_: 100 * MIB)
     for name, found in (
         ("synchronize", None),
         ("reset_peak_memory_stats", None),
         ("memory_allocated", 1_000 * MIB),
         ("max_memory_allocated", 1_700 * MIB),
+        ("memory_reserved", 1_200 * MIB),
+        ("max_memory_reserved", (1_200 + given_back) * MIB),
     ):
         monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(driver) * MIB, 0))
-    (seen,) = memory_run.run_once("FOLDER", Workload())
-    assert seen.total == (3_000 + grown) * MIB
+    (seen,) = memory_run.run_once("FOLDER", Workload(), 4096)
+    assert seen.total == (3_000 + given_back) * MIB
     assert seen.components == {
         "weights": 1_000 * MIB,
         "KV cache": 100 * MIB,
         "activations": 600 * MIB,
-        "decode step": grown * MIB,
     }
 
 
@@ -145,8 +139,9 @@ def test_a_failed_process_is_one_error(monkeypatch):
         raise RuntimeError("the process ended without a result (killed for memory?)")
 
     monkeypatch.setattr(memory_run, "from_fresh_process", fail)
+    llama = Model.from_recipe(architecture(preset("llama-3-8b")))
     with pytest.raises(HalfweightError, match="measuring FOLDER: the process ended") as caught:
-        memory_run.measure("FOLDER", None, Workload(device="cpu"), "int8")
+        memory_run.measure("FOLDER", llama, Workload(device="cpu"), "int8")
     assert "halfweight plan" in caught.value.hint
 
 

@@ -10,6 +10,7 @@ from halfweight.errors import UsageError
 from halfweight.evaluation.scoring import (
     CHUNK_TOKENS,
     Estimate,
+    Text,
     TokenScores,
     cut,
     sample,
@@ -141,13 +142,36 @@ def test_sizes_out_of_range_are_refused(arguments, message):
 
 
 def test_batches_hold_windows_of_one_shape():
-    run = sample(torch.arange(100), context=16, stride=8, batch_size=4)
+    run = sample(Text(torch.arange(100)), context=16, stride=8, batch_size=4)
     shapes = [run.inputs(batch).shape for batch in run.batches()]
     assert shapes[0] == (1, 16)
     assert max(shape[0] for shape in shapes) == 4
     assert sum(len(run.targets(batch)) for batch in run.batches()) == run.num_scored == 99
     with pytest.raises(UsageError, match="batch size 0 is not positive"):
-        sample(torch.arange(100), batch_size=0)
+        sample(Text(torch.arange(100)), batch_size=0)
+
+
+@pytest.mark.parametrize("stride", [None, 16, 15, 4])
+def test_every_window_begins_with_the_start_and_scores_the_same_tokens(stride):
+    text = Text(torch.arange(100, 160), torch.tensor([7]))
+    run = sample(text, context=16, stride=stride)
+    bare = sample(Text(text.ids), context=15, stride=min(stride or 15, 15))
+    assert run.windows == bare.windows
+    for batch in run.batches():
+        inputs = run.inputs(batch)
+        assert inputs[:, 0].tolist() == [7] * len(batch)
+        assert inputs.shape[1] <= 16
+        assert torch.equal(inputs[:, 1:], bare.inputs(batch))
+        states = run.scored_states(lambda ids: ids.unsqueeze(-1), batch)
+        assert torch.equal(states, bare.scored_states(lambda ids: ids.unsqueeze(-1), batch))
+
+
+def test_whole_windows_each_begin_with_the_start():
+    text = Text(torch.arange(100, 131), torch.tensor([7]))
+    expected = [[7, *range(100, 110)], [7, *range(110, 120)]]
+    assert text.windows(11, 2).tolist() == expected
+    assert len(text.windows(11, 16)) == 3
+    assert len(text.windows(33, 16)) == 0
 
 
 def test_one_sample_has_no_error():

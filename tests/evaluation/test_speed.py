@@ -13,6 +13,7 @@ from fresh_rows import count_to, die, fail_after_one, here, slow_to_end
 from tiny import make_llama
 
 import halfweight
+from halfweight.engine.request import Output
 from halfweight.evaluation.speed import generate, load
 from halfweight.evaluation.speed.generate import DecodeTime, FirstTokenTime, Workload
 from halfweight.evaluation.speed.process import HostMemory, from_fresh_process
@@ -130,6 +131,9 @@ def test_generation_is_measured_and_errors_are_reported(folders, monkeypatch):
     measured = [row for _, row in told if not isinstance(row, str)]
     assert measured == rows
     assert [type(row) for row in rows[:3]] == [FirstTokenTime, DecodeTime, DecodeTime]
+    decoding = [row for row in rows if isinstance(row, DecodeTime)]
+    assert [row.step for row in decoding if row.rival == SIXTEEN_BIT] == ["eager", "eager"]
+    assert [row.step for row in decoding if row.rival == HALFWEIGHT] == ["engine", "engine"]
     for row in rows:
         if isinstance(row, DecodeTime):
             rate = row.batch_size / row.step_milliseconds * 1e3
@@ -139,6 +143,21 @@ def test_generation_is_measured_and_errors_are_reported(folders, monkeypatch):
             )
     if told[-1][0] == rivals[-1] and isinstance(told[-1][1], str):
         assert "torchao" in told[-1][1]
+
+
+def test_a_step_is_timed_while_all_requests_decode(monkeypatch):
+    """Two requests, of which the second starts late and the first ends early."""
+    now = iter([0.0, 1.0, 2.0, 5.0, 6.0, 7.0, 8.0, 9.0])
+    monkeypatch.setattr(generate.time, "perf_counter", lambda: next(now))
+    arrivals, first, second = generate.Arrivals(2), [], []
+    for seen, reason in (
+        *((first, None), (first, None), (second, None), (first, None)),
+        *((second, None), (first, "length"), (second, "length")),
+    ):
+        arrivals._take(seen, Output((1,), reason))
+    assert arrivals.first_token_seconds == 5.0
+    assert arrivals.step_seconds == pytest.approx((8.0 - 5.0) * 2 / 3)
+    assert arrivals._done.is_set()
 
 
 def test_speedups_are_of_each_rivals_best_step():

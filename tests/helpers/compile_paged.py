@@ -1,4 +1,4 @@
-"""Compiles attention over pages for GPUs that need not be there; run by test_engine_gpu_inputs.py.
+"""Compiles the kernels of a paged step for GPUs that need not be there: test_engine_gpu_inputs.py.
 
 Prints as JSON, for each compute capability given: kernel -> bytes of [shared memory, stack].
 """
@@ -15,7 +15,7 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from halfweight.kernels.triton import paged
+from halfweight.kernels.triton import between_products, paged
 
 SIZES = {"HEADS": 32, "KV_HEADS": 8, "HEAD_SIZE": 128, "PAGE": 64, "SMALLEST": 6e-5, "ASM": True}
 DECODE = {"ROWS": 16, "IS_NEW": True, "IS_LONG": False, "num_warps": 4, "num_stages": 3}
@@ -31,6 +31,8 @@ KERNELS = {
     "merge_parts": {"ROWS": 16, "BLOCK": 32},
     "read_pages int8": {},
     "write_page_table": {"BLOCK": 256},
+    "add_norm": {"SIZE": 4096, "BLOCK": 4096, "HAS_DELTA": True, "num_warps": 8},
+    "gated_silu": {"SIZE": 14336, "BLOCK": 1024},
 }
 TYPES = {
     **dict.fromkeys(("B", "T", "N"), "i32"),
@@ -42,7 +44,8 @@ TYPES = {
 
 
 def compiled(kernel, capability, dtype):
-    function = getattr(paged, kernel.split()[0])
+    name = kernel.split()[0]
+    function = getattr(between_products if hasattr(between_products, name) else paged, name)
     options = {"num_warps": 4, "num_stages": 2} | KERNELS[kernel]
     constants = {"INT8": False, "HAS_NORM": False, "PDL": capability >= 90} | SIZES | options
     absent = ["steps"] if "int8" not in kernel else []

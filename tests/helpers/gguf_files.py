@@ -10,8 +10,8 @@ HEADS, KV_HEADS = 4, 2
 TYPES = gguf.GGMLQuantizationType
 
 
-def make_gguf(path, kind=TYPES.Q8_0, *, architecture="llama", tied=True, extra=None):
-    """A one-layer Llama in GGUF with random weights, norms in F32."""
+def make_gguf(path, kind=TYPES.Q8_0, *, architecture="llama", tied=True, extra=None, parts=1):
+    """A one-layer Llama in GGUF with random weights, norms in F32; or the first of `parts`."""
     random = np.random.default_rng(0)
     kv = HIDDEN // HEADS * KV_HEADS
     shapes = {"attn_q": (HIDDEN, HIDDEN), "attn_k": (kv, HIDDEN), "attn_v": (kv, HIDDEN)}
@@ -28,6 +28,8 @@ def make_gguf(path, kind=TYPES.Q8_0, *, architecture="llama", tied=True, extra=N
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(VOCAB)
+    if parts > 1:
+        writer.add_uint16("split.count", parts)
     for name, shape in shapes.items():
         weight = random.normal(size=shape).astype(np.float32)
         writer.add_tensor(f"{name}.weight", gguf.quantize(weight, kind), raw_dtype=kind)

@@ -7,7 +7,7 @@ from halfweight.memory.workload import MIB
 
 
 def test_an_nvidia_gpu_is_what_nvidia_smi_prints(monkeypatch):
-    line = "NVIDIA H100 80GB HBM3, 580.95.05, 81559, 81004\nNVIDIA H100, 580, 1, 1\n"
+    line = "NVIDIA H100 80GB HBM3, 580.95.05, 81559, 81004, 9.0\nNVIDIA H100, 580, 1, 1\n"
     monkeypatch.setattr(devices.shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(
         devices.subprocess,
@@ -16,7 +16,7 @@ def test_an_nvidia_gpu_is_what_nvidia_smi_prints(monkeypatch):
     )
     found = devices.local_device()
     assert found == devices.Device(
-        "cuda", "NVIDIA H100 80GB HBM3", "580.95.05", 81559 * MIB, 81004 * MIB
+        "cuda", "NVIDIA H100 80GB HBM3", "580.95.05", 81559 * MIB, 81004 * MIB, 9.0
     )
 
 

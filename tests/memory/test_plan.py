@@ -1,6 +1,6 @@
 """The planner against checkpoints, loaded models, and the bytes alive in real forward passes."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,24 +8,27 @@ from families import FAMILIES, save_family
 from live_memory import LiveMemory
 
 import halfweight
-from halfweight.engine import decoder as decoding
-from halfweight.engine import gpu_step
-from halfweight.engine.decoder import Decoder
+from halfweight.engine.runners import gpu, gpu_attention, gpu_layers, gpu_memory
+from halfweight.engine.runners.cpu import CpuRunner
+from halfweight.engine.runners.gpu import GpuRunner
+from halfweight.engine.runners.transformers_paged import TransformersRunner
+from halfweight.engine.step import Chunk
 from halfweight.errors import CheckpointError, DoesNotFitError, UsageError
+from halfweight.evaluation.speed.static_decoder import StaticDecoder
+from halfweight.kernels.cpu.llvm_vectors import LANES
 from halfweight.kernels.hopper import backend as hopper
 from halfweight.memory import architecture as architectures
-from halfweight.memory import plan, transient
+from halfweight.memory import engine_memory, plan, transient
 from halfweight.memory.architecture import architecture
 from halfweight.memory.cards import GIB, parse_bytes, parse_gpus
 from halfweight.memory.named_model import planned_model
 from halfweight.memory.plan import Model, footprint, kv_parts, legal_ranks
 from halfweight.memory.presets import preset
-from halfweight.memory.what_fits import advice, require_fit, solve
+from halfweight.memory.what_fits import advice, notes, require_fit, solve
 from halfweight.memory.workload import ASSUMED_OVERHEAD, ENGINE_OVERHEAD, MIB, Range, Workload
 from halfweight.model import llama_like
 from halfweight.quantization.scheme import Recipe, Scheme, TensorInfo
 
-CPU = torch.device("cpu")
 LLAMA_70B = Model.from_recipe(architecture(preset("llama-3-70b")))
 LLAMA_8B = Model.from_recipe(architecture(preset("llama-3-8b")))
 WEIGHTS = ("16bit", "int8")
@@ -61,12 +64,6 @@ def test_sizes_of_the_design():
         assert round(100 * (model.resident_bytes / model.sixteen_bit_bytes - 1), 1) == -49.6
 
 
-def test_what_generation_and_its_kernels_allocate_by():
-    assert transient.CHUNK_TOKENS == decoding.CHUNK_TOKENS
-    assert transient.SPLIT_TOKENS == gpu_step.SPLIT_TOKENS
-    assert transient.PROGRAMS_A_PROCESSOR == gpu_step.PROGRAMS_A_PROCESSOR
-
-
 def test_the_partial_sums_are_those_of_the_hopper_kernels(monkeypatch):
     meta = torch.device("meta")
     monkeypatch.setattr(hopper, "_num_multiprocessors", lambda _: transient.MULTIPROCESSORS)
@@ -76,21 +73,8 @@ def test_the_partial_sums_are_those_of_the_hopper_kernels(monkeypatch):
     assert flags.nbytes < 1 << 10
 
 
-def test_the_tokens_of_prompts_are_counted_as_the_decoder_holds_them():
-    decoder = Decoder(small_model()[0], 4, 96)
-    ids, mask = decoding._pad_left([[1] * 96] * 4, CPU)
-    positions = mask.cumsum(dim=1)
-    held = sum(tensor.nbytes for tensor in (ids, mask, positions, decoder._mask))
-    assert held == transient.TOKEN_BYTES * 4 * 96
-    work = Workload(96, 4)
-    of_model = LLAMA_8B.architecture
-    assert transient.prefill_bytes(of_model, work) == (
-        transient.prefill_moments(of_model, work).peak + held
-    )
-
-
-def kv_bytes(found, work):
-    return sum(part.num_bytes for part in kv_parts(found, work))
+def kv_bytes(model, work, weights="int8"):
+    return sum(part.num_bytes for part in kv_parts(model, work, weights))
 
 
 def small_model(kind="llama", **changes):
@@ -116,11 +100,172 @@ def small_model(kind="llama", **changes):
     return model, architecture(parsed.to_dict(), kind, tensors)
 
 
-def prefill_peak(model, batch, context, kv_cache="16bit", chunks=1):
-    """Most bytes of tensors alive in a real prefill of some chunks, cache included."""
-    decoder = Decoder(model, batch, context, kv_cache=kv_cache)
+@pytest.fixture(scope="module")
+def quantized_model(tmp_path_factory):
+    """`small_model` in INT8, and the plan's model of it."""
+    place = tmp_path_factory.mktemp("step")
+    small_model()[0].save_pretrained(place / "source")
+    halfweight.quantize(place / "source", place / "int8")
+    return halfweight.load(place / "int8"), planned_model(str(place / "int8"))
+
+
+def runner_of(kind, model, work):
+    """The engine's runner for a workload on this CPU, its pages those of the plan."""
+    make = {"gpu": GpuRunner, "cpu": CpuRunner, "transformers": TransformersRunner}[kind]
+    size = engine_memory.PAGE_TOKENS[kind]
+    return make(
+        model,
+        max_context=work.context,
+        max_sequences=work.batch,
+        cache_tokens=plan.page_slots(work, kind) - size,
+        kv_cache=work.kv_dtype,
+    )
+
+
+@pytest.mark.parametrize("kv_dtype", ["16bit", "int8"])
+@pytest.mark.parametrize("kind", engine_memory.PAGE_TOKENS)
+def test_pages_are_those_that_the_runner_allocates(quantized_model, kind, kv_dtype):
+    """To the byte, page 0 included."""
+    model, found = quantized_model
+    work = Workload(100, 3, kv_dtype, device="cuda" if kind == "gpu" else "cpu")
+    weights = "16bit" if kind == "transformers" else "int8"
+    assert found.runner(work, weights) == kind
+    runner = runner_of(kind, model, work)
+    assert runner.cache_bytes == kv_bytes(found, work, weights)
+    assert runner.num_pages == 1 + 3 * -(-100 // runner.page_tokens)
+
+
+class Steps:
+    """Prompts of a workload in a runner, and the most bytes alive in a step."""
+
+    def __init__(self, runner):
+        self.runner = runner
+        runner.table.fill_(1)
+
+    def peak(self, *chunks):
+        """Of a step of (slot, start, tokens)."""
+        each = (self.runner.num_pages - 1) // self.runner.max_sequences
+        step = [
+            Chunk(slot, start, count, 1, range(1 + slot * each, 1 + (slot + 1) * each))
+            for slot, start, count in chunks
+        ]
+        with LiveMemory() as memory:
+            self.runner.run(step)
+        return memory.peak_bytes
+
+
+@pytest.fixture
+def gpu_launches(monkeypatch):
+    """The GPU runner on a CPU, its launches left out: what remains is what it allocates."""
+    for module in (gpu, gpu_attention, gpu_layers):
+        monkeypatch.setattr(module, "launch", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize("kv_dtype", ["16bit", "int8"])
+@pytest.mark.parametrize(("batch", "context"), [(1, 1024), (4, 4096)])
+def test_the_gpus_largest_step_is_predicted_from_what_it_allocates(
+    quantized_model, gpu_launches, batch, context, kv_dtype
+):
+    model, found = quantized_model
+    work = Workload(context, batch, kv_dtype)
+    steps = Steps(runner_of("gpu", model, work))
+    tokens = min(steps.runner.max_step_tokens, batch * context)
+    chunks = [(slot, 0, tokens // batch) for slot in range(batch)]
+    peak = steps.peak(*chunks)
+    sizes = gpu_memory.sizes_of(model)
+    assert peak == pytest.approx(engine_memory.activation_bytes(sizes, tokens), rel=0.02)
+    planned = footprint(found, work, "int8")
+    assert peak <= planned.bytes_of("step activations")
+
+
+@pytest.mark.parametrize("batch", [1, 24])
+def test_a_decode_step_is_no_more_than_predicted(quantized_model, gpu_launches, batch):
+    model, found = quantized_model
+    work = Workload(256, batch)
+    steps = Steps(runner_of("gpu", model, work))
+    peak = steps.peak(*((slot, 200, 1) for slot in range(batch)))
+    planned = footprint(found, work, "int8")
+    logits = steps.runner._logits.nbytes
+    assert peak <= planned.bytes_of("recorded steps", "logits") - logits
+    rows = engine_memory.recorded_rows(batch)
+    assert logits == 2 * rows * model.config.vocab_size
+
+
+@pytest.mark.parametrize("kv_dtype", ["16bit", "int8"])
+def test_tables_and_scratch_are_those_that_the_gpu_runner_allocates(
+    quantized_model, gpu_launches, kv_dtype
+):
+    model, found = quantized_model
+    work = Workload(1000, 3, kv_dtype)
+    runner = runner_of("gpu", model, work)
+    attention, tables = runner._parts.attention, runner._page_tables.device_table
+    held = (runner.table, tables, attention._cos, attention._sin)
+    planned = footprint(found, work, "int8")
+    assert planned.bytes_of("tables") == sum(tensor.nbytes for tensor in held)
+    scratch = attention._scratch
+    pages = 0 if scratch is None else scratch.keys.nbytes + scratch.values.nbytes
+    assert planned.bytes_of("scratch pages") == pages
+
+
+def test_sizes_of_a_loaded_model_are_those_of_its_plan(quantized_model):
+    """So that the runner sizes its pool by the very numbers that the planner counts."""
+    model, found = quantized_model
+    assert gpu_memory.sizes_of(model) == plan.sizes_of(found.architecture)
+
+
+def test_the_cpus_step_is_predicted_from_what_it_allocates(quantized_model):
+    model, found = quantized_model
+    work = Workload(200, 5, device="cpu")
+    runner = runner_of("cpu", model, work)
+    runner._step.rotary.reach(work.context)
+    planned = footprint(found, work, "int8")
+    rows = runner._step.max_tokens
+    widths = (found.architecture.hidden, 12 * 32, 8 * 32, found.architecture.intermediate)
+    buffers = [
+        t for t in runner._step._kept if getattr(t, "shape", None) in [(rows, w) for w in widths]
+    ]
+    assert planned.bytes_of("step activations") == sum(t.nbytes for t in buffers)
+    assert planned.bytes_of("logits") == runner._logits.nbytes
+    rotary = runner._step.rotary
+    at_most = runner.table.nbytes + rotary.cos.nbytes + rotary.sin.nbytes
+    assert planned.bytes_of("tables") <= at_most < planned.bytes_of("tables") * 1.4
+
+
+SLIDING = {"sliding_window": 512}
+MIXED = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("qwen3", {}),
+        ("gemma3_text", MIXED),
+        ("mistral", SLIDING),
+        ("mixtral", {}),
+        ("phi3", {}),
+    ],
+    ids=["llama", "qwen3", "gemma3", "mistral", "mixtral", "phi3"],
+)
+@pytest.mark.parametrize("kv_dtype", ["16bit", "int8"])
+def test_a_step_by_transformers_is_predicted_from_the_ops_that_run(kind, changes, kv_dtype):
+    """Head norms, windows, experts, fused projections; a prompt's second chunk is the worst."""
+    model, found = small_model(kind, **changes)
+    work = Workload(4096, 1, kv_dtype, device="cpu")
+    runner = runner_of("transformers", model, work)
+    tokens = runner.max_step_tokens
+    steps = Steps(runner)
+    steps.peak((0, 0, tokens))
+    peak = steps.peak((0, tokens, tokens))
+    predicted = transient.row_bytes(found, tokens, work)
+    assert peak == pytest.approx(predicted, rel=0.05)
+
+
+def prefill_peak(model, batch, context):
+    """Most bytes of tensors alive in transformers' own prefill of a chunk, cache included."""
+    decoder = StaticDecoder(model, batch, context)
     with LiveMemory() as memory:
-        length = min(context - 8, chunks * (transient.CHUNK_TOKENS // batch))
+        length = min(context - 8, transient.CHUNK_TOKENS // batch)
         decoder.prefill([[1] * length] * batch)
     return memory.peak_bytes
 
@@ -134,171 +279,83 @@ def visible(found, work):
         "attention": moments.attention - moments.inside_attention,
     }
     worst = max(seen, key=seen.get)
-    return worst, seen[worst] + kv_bytes(found, work)
+    cache = sum(2 * layer.numbers * layer.tokens(work.context) for layer in found.cache_layers)
+    return worst, seen[worst] + work.batch * cache
 
 
 @pytest.mark.parametrize(
     ("batch", "context", "worst"),
     [(1, 1024, "mlp"), (1, 3000, "mlp"), (4, 3000, "attention"), (16, 1024, "attention")],
 )
-def test_prefill_is_predicted_from_the_ops_that_run(batch, context, worst):
+def test_prefill_with_masks_is_predicted_from_the_ops_that_run(batch, context, worst):
+    """As transformers' tensor parallelism reads prompts."""
     model, found = small_model()
-    moment, predicted = visible(found, Workload(context, batch))
+    moment, predicted = visible(found, Workload(context, batch, runtime="transformers-tp"))
     assert moment == worst
     assert prefill_peak(model, batch, context) == pytest.approx(predicted, rel=0.02)
 
 
-SLIDING = {"sliding_window": 512}
-MIXED = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
+def test_what_is_allocated_is_the_sum_of_the_parts():
+    found = footprint(LLAMA_8B, Workload(4096, 8, "int8"), "int8")
+    passing = found.bytes_of(*plan.PASSING_PARTS)
+    assert found.allocated == found.weight_bytes + found.kv_bytes + passing
+    assert all(found.bytes_of(name) > 0 for name in plan.PASSING_PARTS)
 
 
-@pytest.mark.parametrize(
-    ("kind", "batch", "changes"),
-    [
-        ("qwen3", 8, {}),
-        ("gemma3_text", 1, MIXED),
-        ("mistral", 1, SLIDING),
-        ("mixtral", 1, {}),
-        ("phi3", 8, {}),
-    ],
-    ids=["qwen3", "gemma3", "mistral", "mixtral", "phi3"],
-)
-def test_prefill_of_other_architectures(kind, batch, changes):
-    """Head norms, two masks, a window in all layers, experts, fused projections. The second
-    chunk, which sees the window of the first, is the worst.
-    """
-    model, found = small_model(kind, num_attention_heads=4, num_key_value_heads=1, **changes)
-    context = 2 * transient.CHUNK_TOKENS // batch + 40
-    _, predicted = visible(found, Workload(context, batch, "int8"))
-    peak = prefill_peak(model, batch, context, "int8", chunks=2)
-    assert peak == pytest.approx(predicted, rel=0.03)
+def test_the_runner_leaves_room_for_all_that_the_plan_counts():
+    """Of what is free, pages take what the plan's own parts and an allowance leave."""
+    sizes = plan.sizes_of(LLAMA_8B.architecture)
+    limits = engine_memory.Limits(8192, 64, 8192, "16bit", transient.MULTIPROCESSORS)
+    pages = gpu_memory.pages_that_fit(sizes, limits, 24 * GIB)
+    page = engine_memory.page_bytes(sizes, "16bit") * sizes.layers
+    work = Workload(8192, 64)
+    passing = footprint(LLAMA_8B, work, "int8").bytes_of(*plan.PASSING_PARTS)
+    assert pages * page + passing < 24 * GIB - 256 * MIB
+    assert (pages + 1) * page + gpu_memory.step_bytes(sizes, limits) > 24 * GIB
+    with pytest.raises(DoesNotFitError, match=r"8192 tokens needs 1\.01 GiB"):
+        gpu_memory.pages_that_fit(sizes, limits, 3 * GIB)
 
 
-def test_decode_is_predicted_from_the_ops_that_run():
-    """With an int8 cache, one layer's keys and values are dequantized at a time."""
-    model, found = small_model()
-    decoder = Decoder(model, 8, 2048, kv_cache="int8")
-    logits = decoder.prefill([[1] * 64] * 8)
-    with LiveMemory() as memory:
-        decoder.advance(logits.argmax(-1))
-    work = Workload(2048, 8, kv_dtype="int8")
-    step = transient.forward_moments(found, 1, work)
-    assert memory.peak_bytes == pytest.approx(step.attention - step.inside_attention, rel=0.02)
-
-
-@pytest.mark.parametrize(
-    ("batch", "context", "kv_cache"),
-    [(1, 512, "16bit"), (8, 2048, "int8"), (64, 128, "16bit")],
-    ids=["split cache", "int8 cache", "logits"],
-)
-def test_our_own_step_is_predicted_from_what_it_allocates(
-    quantized_model, monkeypatch, batch, context, kv_cache
-):
-    """engine/gpu_step.py itself, its launches left out: what remains is what it allocates."""
-    processors = SimpleNamespace(num_processors=transient.MULTIPROCESSORS)
-    monkeypatch.setattr(gpu_step, "launch", lambda *_, **__: None)
-    monkeypatch.setattr(gpu_step, "device_info", lambda _: processors)
-    model, found = quantized_model
-    decoder = Decoder(model, batch, context, kv_cache=kv_cache)
-    decoder.prefill([[1] * 8] * batch)
-    step = decoder._gpu_step()
-    assert isinstance(step, gpu_step.GpuStep)
-    step()
-    with LiveMemory() as memory:
-        step()
-    work = Workload(context, batch, kv_cache)
-    assert memory.peak_bytes == pytest.approx(transient.step_bytes(found, work), rel=0.01)
-    tables = step._cos.nbytes + step._sin.nbytes
-    decode = transient.decode_bytes(found, work, "int8", own_step=True)
-    partial_sums = 4 * transient.MULTIPROCESSORS * transient.PARTIAL_SUMS
-    assert decode == tables + partial_sums + transient.step_bytes(found, work)
-
-
-@pytest.mark.parametrize("context", [96, 6000])
-def test_our_own_prefill_is_predicted_from_what_it_allocates(quantized_model, monkeypatch, context):
-    """The same for the prompt of a sequence alone, in chunks."""
-    monkeypatch.setattr(gpu_step, "launch", lambda *_, **__: None)
-    model, found = quantized_model
-    decoder = Decoder(model, 1, context, step="kernel")
-    step = decoder._gpu_step()
-    monkeypatch.setattr(decoder, "_prompt_reader", lambda: step)
-    monkeypatch.setattr(gpu_step, "scaled_dot_product_attention", attended)
-    monkeypatch.setattr(gpu_step, "causal_lower_right", lambda *_: None)
-    with LiveMemory() as memory:
-        decoder.prefill([[1] * context])
-    work = Workload(context)
-    predicted = transient.prefill_bytes(found, work, own_step=True)
-    tables, mask = transient.step_tables_bytes(found, work), decoder._mask.nbytes
-    logits = transient.logits_bytes(found, 1)
-    assert memory.peak_bytes == pytest.approx(predicted - tables - mask, rel=0.05, abs=logits)
-    theirs = transient.prefill_bytes(found, work)
-    assert predicted < theirs
-
-
-def attended(queries, keys, values, **_):
-    """What flash attention returns, its layout too."""
-    return torch.empty_like(queries)
-
-
-@pytest.fixture(scope="module")
-def quantized_model(tmp_path_factory):
-    """`small_model` in INT8, and its architecture."""
-    place = tmp_path_factory.mktemp("step")
-    model, found = small_model()
-    model.save_pretrained(place / "source")
-    halfweight.quantize(place / "source", place / "int8")
-    return halfweight.load(place / "int8"), found
-
-
-def test_the_peak_holds_prefill_or_the_decode_step_never_both():
-    """What prefill took is given back before the step is recorded."""
-    for weights in ("16bit", "int8"):
-        for context, more in ((4096, "prefill"), (16, "decode")):
-            work = Workload(context)
-            found = footprint(LLAMA_8B, work, weights)
-            own = weights == "int8"
-            prefill = transient.prefill_bytes(LLAMA_8B.architecture, work, own)
-            decode = transient.decode_bytes(LLAMA_8B.architecture, work, weights, own)
-            assert ("prefill" if prefill > decode else "decode") == more
-            assert found.bytes_of("prefill activations") == prefill
-            both = found.bytes_of("prefill activations", "decode step")
-            assert both == max(prefill, decode)
-    assert found.allocated == found.weight_bytes + found.kv_bytes + found.bytes_of(
-        *plan.PASSING_PARTS
-    )
-
-
-def test_a_step_of_our_own_needs_no_cublas_and_dequantizes_no_cache():
-    """Through transformers each layer's cache is dequantized, and the graph has a workspace."""
-    a, work = LLAMA_8B.architecture, Workload(8192, 16, "int8")
-    ours, theirs = (transient.decode_bytes(a, work, "int8", own_step=o) for o in (True, False))
-    layer = 2 * 2 * 16 * 8192 * a.kv_heads * a.head_dim
-    assert theirs - ours > layer + transient.CUBLAS_WORKSPACE_BYTES - 16 * MIB
-    sixteen = transient.decode_bytes(a, Workload(), "16bit", own_step=False)
-    assert sixteen > transient.CUBLAS_WORKSPACE_BYTES
+def test_a_context_that_is_not_given_is_what_fits():
+    sizes = plan.sizes_of(LLAMA_8B.architecture)
+    limits = engine_memory.Limits(131072, 256, 8192, "16bit", transient.MULTIPROCESSORS)
+    assert gpu_memory.longest_context(sizes, limits, 60 * GIB) == 131072
+    context = gpu_memory.longest_context(sizes, limits, 10 * GIB)
+    assert context % 64 == 0
+    for tokens, fits in ((context, True), (context + 64, False)):
+        some = replace(limits, max_context=tokens)
+        needed = gpu_memory.step_bytes(sizes, some) + (tokens // 64 + 1) * 8 * MIB
+        assert (needed <= 10 * GIB) == fits
 
 
 def test_the_workspaces_of_products():
     """cuBLAS's for any weights, our partial sums for INT8, none on a CPU."""
     found = {w: footprint(LLAMA_8B, Workload(), w).bytes_of("kernel workspace") for w in WEIGHTS}
     assert found == {"16bit": 32 * MIB, "int8": 32 * MIB + 132 * 128 * 256 * 4}
-    assert footprint(LLAMA_8B, Workload(device="cpu"), "int8").bytes_of("kernel", "decode") == 0
+    assert footprint(LLAMA_8B, Workload(device="cpu"), "int8").bytes_of("kernel", "recorded") == 0
 
 
-def test_which_models_take_our_own_step():
-    """As engine/gpu_step.py decides of the loaded model."""
+def test_which_runner_takes_which_model():
+    """As runners/gpu.py and runners/cpu.py decide of the loaded model."""
     classes = {f"{kind.capitalize()}ForCausalLM" for kind in plan.OWN_STEP_KINDS}
     assert classes == set(llama_like.FAMILY)
-    assert plan.LEAST_OWN_HEAD == gpu_step.LEAST_HEAD_SIZE
+    assert (plan.LEAST_OWN_HEAD, plan.CPU_LANES) == (gpu.LEAST_HEAD_SIZE, LANES)
+
+    def runners(found, recipe=None):
+        model = Model.from_recipe(found, recipe)
+        return [model.runner(Workload(device=kind), "int8") for kind in ("cuda", "cpu")]
+
     for name in ("llama-3-8b", "smollm2-135m", "qwen3-0.6b"):
-        assert Model.from_recipe(architecture(preset(name))).has_own_step, name
+        assert runners(architecture(preset(name))) == ["gpu", "cpu"], name
     for name in ("gemma-3-1b", "mixtral-8x7b", "mistral-7b-v0.1"):
-        assert not Model.from_recipe(architecture(preset(name))).has_own_step, name
+        assert runners(architecture(preset(name))) == ["transformers", "transformers"], name
     odd = architecture({**preset("llama-3-8b"), "head_dim": 80})
-    assert not Model.from_recipe(odd).has_own_step
+    assert runners(odd) == ["transformers", "cpu"]
     llama = LLAMA_8B.architecture
-    for keep, expected in (("lm_head*", True), ("*layers.3.mlp.up_proj*", False)):
-        assert Model.from_recipe(llama, Recipe(keep=(keep,))).has_own_step == expected
+    assert runners(llama, Recipe(keep=("lm_head*",))) == ["gpu", "transformers"]
+    assert runners(llama, Recipe(keep=("*layers.3.mlp.up_proj*",))) == ["transformers"] * 2
+    assert LLAMA_8B.runner(Workload(), "16bit") == "transformers"
+    assert LLAMA_8B.runner(Workload(ranks=4, runtime="vllm"), "int8") is None
 
 
 def test_the_allocators_slack_is_a_fifth_of_what_comes_and_goes():
@@ -407,12 +464,14 @@ def test_refusal_names_what_would_fit():
     assert "no batch fits" in e.value.hint
 
 
-def test_int8_cache_layers_with_windows_stay_in_16_bits():
+def test_windows_limit_another_engines_cache_and_not_the_engines_pages():
     model = Model.from_recipe(architecture(preset("gemma-3-1b")))
     one = model.architecture.cache_layers
     full = sum(layer.window is None for layer in one)
-    found = kv_bytes(model.architecture, Workload(2048, kv_dtype="int8"))
+    elsewhere = Workload(2048, kv_dtype="int8", runtime="transformers-tp")
+    found = kv_bytes(model, elsewhere)
     assert found == full * 2048 * 2 * (256 + 2) + (26 - full) * 512 * 2 * 256 * 2
+    assert kv_bytes(model, Workload(2048, kv_dtype="int8")) == 26 * 2064 * 2 * (256 + 2)
 
 
 def test_sizes_and_cards():
@@ -451,3 +510,40 @@ def test_a_measured_overhead_replaces_the_assumption():
 def test_no_such_model():
     with pytest.raises(CheckpointError, match="no such file, folder or preset"):
         planned_model("llama-9")
+
+
+def test_a_context_beyond_the_models_own_is_said_and_solved_for_all_the_same():
+    budget = parse_gpus("24GB").num_bytes
+    work = Workload(131072)
+    found = plan.plan(LLAMA_8B, work, budget)
+    assert notes(found) == ["llama has positions for 8,192 tokens, not for 131,072"]
+    context = solve(LLAMA_8B, work, budget, "context")
+    assert context > 8192
+    assert plan.plan(LLAMA_8B, Workload(context), budget).verdict == "fits"
+    assert plan.plan(LLAMA_8B, Workload(context + 1), budget).verdict != "fits"
+    assert f"context {context} instead of 131072 fits" in advice(found)
+    assert solve(LLAMA_8B, Workload(4096), budget, "context") == 8192
+    assert notes(plan.plan(LLAMA_8B, Workload(8192), budget)) == []
+
+
+def test_more_gpus_than_one_are_advised_with_who_runs_on_them():
+    budget = parse_gpus("24GB").num_bytes
+    lines = advice(plan.plan(LLAMA_70B, Workload(4096), budget))
+    assert "GPUs 4 instead of 1 fits, with --runtime vllm" in lines
+    lines = advice(plan.plan(LLAMA_70B, Workload(4096, ranks=2, runtime="vllm"), budget))
+    assert "GPUs 4 instead of 2 fits" in lines
+
+
+@pytest.mark.parametrize("name", ["v100", "v100-32gb", "2xv100-16gb", "p100"])
+def test_cards_that_no_kernel_runs_on_are_refused(name):
+    with pytest.raises(UsageError, match=r"compute capability [67].*, the INT8 kernels need 7.5"):
+        parse_gpus(name)
+
+
+def test_an_encoder_is_planned_without_a_cache():
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 99}
+    tensor = TensorInfo("encoder.layer.0.attention.self.query.weight", "F32", (64, 64))
+    found = architecture(sizes | {"model_type": "bert"}, "minilm", [tensor])
+    made = plan.plan(plan.Model.from_recipe(found), Workload(512), parse_gpus("24GB").num_bytes)
+    assert made.int8.kv_bytes == 0
+    assert notes(made) == ["minilm reads and does not write: it keeps no KV cache"]

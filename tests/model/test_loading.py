@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -177,22 +178,20 @@ def test_unknown_activations_and_backends_are_refused(folders):
 def test_a_packed_weight_of_another_shape_is_named(folders, tmp_path):
     shutil.copytree(folders[1], tmp_path / "int8")
     edit_json(tmp_path / "int8" / "config.json", intermediate_size=96)
-    with pytest.raises(CheckpointError, match=r"of another shape: .*proj\.weight_packed"):
+    with pytest.raises(CheckpointError, match=r"of another shape: .*proj\.weight"):
         load(tmp_path / "int8")
 
 
 def test_the_config_that_transformers_copies_holds_no_weights(folders, monkeypatch):
     seen = []
-    build = loading._from_tensors
+    build = loading.build
     monkeypatch.setattr(
-        loading,
-        "_from_tensors",
-        lambda c, config, t: seen.append((config, t)) or build(c, config, t),
+        loading, "build", lambda *args, **kw: seen.append(args) or build(*args, **kw)
     )
     load(folders[1])
-    ((config, tensors),) = seen
-    stored = config.to_dict()["quantization_config"]["stored"]
-    assert {type(value) for value in stored.values()} == {str}
+    ((_, config, tensors),) = seen
+    assert set(config.to_dict()["quantization_config"]) >= {"quant_method", "backend"}
+    assert not [v for v in config.to_dict()["quantization_config"].values() if torch.is_tensor(v)]
     assert not [name for name in tensors if "weight_" in name]
 
 
@@ -261,3 +260,19 @@ def test_a_model_moved_to_a_gpu_and_back(folders):
     torch.testing.assert_close(model(IDS.cuda()).logits.cpu(), expected, rtol=1e-3, atol=1e-4)
     assert backends(model.to("cpu")) == {"cpu"}
     torch.testing.assert_close(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stated", [True, False])
+def test_the_dtype_is_the_checkpoints_own(tmp_path, dtype, stated):
+    source = make_llama(tmp_path / "source", dtype=dtype)
+    if not stated:
+        config = json.loads((source / "config.json").read_text())
+        del config["dtype"]
+        (source / "config.json").write_text(json.dumps(config))
+    halfweight.quantize(source, tmp_path / "int8", Recipe(Scheme(32)))
+    for folder in (source, tmp_path / "int8"):
+        model = load(folder)
+        assert {p.dtype for p in model.parameters() if p.is_floating_point()} <= {dtype}
+        assert model.dtype == model.config.dtype == dtype
+        assert model(IDS).logits.dtype == dtype

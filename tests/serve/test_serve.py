@@ -15,13 +15,12 @@ import torch
 from byte_tokenizer import EOS, make_tokenizer
 from tiny import small_llama
 
-from halfweight.engine.engine import Engine
 from halfweight.engine.loop import NanLogitsError
 from halfweight.engine.streams import Piece
 
 openai = pytest.importorskip("openai")
-uvicorn = pytest.importorskip("uvicorn")
-from halfweight.serve.app import build_app  # noqa: E402
+pytest.importorskip("uvicorn")
+from live_server import Server  # noqa: E402
 
 KEY = "secret"
 NAN_TOKEN = 300
@@ -40,40 +39,6 @@ def model():
     model.lm_head.weight.data[257:] = 0
     model.model.embed_tokens.weight.data[NAN_TOKEN] = float("nan")
     return model
-
-
-class Server:
-    def __init__(self, model, tokenizer, **options):
-        served = {
-            name: options.pop(name) for name in ("api_key", "max_requests") if name in options
-        }
-        options = {"tokenizer": tokenizer, "speculates": False} | options
-        self.engine = Engine(model, **options)
-        app = build_app(self.engine, tokenizer, "tiny", **served)
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-        self._thread = threading.Thread(target=self._server.run)
-
-    def __enter__(self):
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
-        self.port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        return self
-
-    def __exit__(self, *_):
-        self._server.should_exit = True
-        self._thread.join()
-
-    def client(self, **options):
-        options = {"api_key": "none", "max_retries": 0} | options
-        return openai.OpenAI(base_url=f"{self.url}/v1", **options)
-
-    def wait_until_idle(self):
-        limit = time.monotonic() + 10
-        while self.engine.num_requests:
-            assert time.monotonic() < limit
-            time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +213,26 @@ TEXT = {"model": "tiny", "prompt": "hello"}
         ("completions", {"max_tokens": 0}, "max_tokens: 0 asks for nothing without echo"),
         ("completions", {"logit_bias": {"400": 1}}, "logit_bias"),
         ("completions", {"guided_regex": "("}, "regex"),
+        ("completions", {"guided_regex": "[^\\x00-\\u{10FFFF}]"}, "regex: no text matches it"),
+        ("completions", {"guided_json": "not json"}, "the schema is not JSON"),
+        ("completions", {"structured_outputs": {"json": "{"}}, "the schema is not JSON"),
+        ("completions", {"guided_choice": []}, "a choice of nothing"),
+        ("completions", {"stop_token_ids": [9999], "min_tokens": 2}, "token id 9999"),
+        ("completions", {"logit_bias": {"5": float("inf")}}, "logit_bias of token 5 is inf"),
+        ("completions", {"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
+        ("completions", {"temperature": float("nan")}, "temperature: "),
+        ("completions", {"prompt": "\ud800"}, "the tokenizer cannot read the prompt"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]},
+            "the tokenizer cannot read the prompt",
+        ),
+        (
+            "chat/completions",
+            {"chat_template_kwargs": {"chat_template": "{% for i in range(99999) %}{% endfor %}"}},
+            "'chat_template' is not supported",
+        ),
+        ("chat/completions", {"chat_template_kwargs": {"self": 1}}, "'self' is not supported"),
         (
             "completions",
             {"guided_regex": "a", "response_format": {"type": "json_object"}},
@@ -276,13 +261,9 @@ def test_bad_requests_get_400_before_anything_runs(server, kind, changes, messag
 
 
 def post(server, kind, body):
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(
-        f"{server.url}/v1/{kind}", data, {"Content-Type": "application/json"}
-    )
-    with pytest.raises(urllib.error.HTTPError) as raised:
-        urllib.request.urlopen(request)
-    return raised.value.code, json.load(raised.value)["error"]
+    """Status and error of a request that is refused."""
+    status, answer = server.post(kind, body)
+    return status, answer["error"]
 
 
 def test_not_json_and_no_such_route(server):

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfweight.checkpoint.headers import Checkpoint, check_inside, read_headers
-from halfweight.checkpoint.shard import Shard, broken, read_json
+from halfweight.checkpoint.headers import LEGAL_PREFIXES, Checkpoint, check_inside, read_headers
+from halfweight.checkpoint.json_files import read_json
+from halfweight.checkpoint.shard import Shard, broken
 from halfweight.checkpoint.sources.source import CODE_KEYS, is_tied, publishable
 from halfweight.errors import CheckpointError
 from halfweight.quantization.scheme import FLOAT_DTYPE_BYTES, TensorInfo
 
 COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-COMPANION_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
 NOT_COMPANIONS = ("config.json", "quantize_config.json", "quant_config.json", "halfweight.json")
 
 
@@ -42,6 +42,7 @@ class FolderSource:
         self._checkpoint = checkpoint
         self._stored = {tensor.name: tensor for tensor in checkpoint.tensors}
         self.tensors = tuple(t.info for t in checkpoint.tensors if not self._is_tied_head(t.info))
+        self.stored_bytes = sum(tensor.num_bytes for tensor in self.tensors)
 
     def read(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) of a tensor; raises CheckpointError if the file got shorter."""
@@ -58,16 +59,14 @@ class FolderSource:
         return block
 
     def _is_tied_head(self, head: TensorInfo) -> bool:
-        """Whether this is a head stored beside the embedding that it shares its values with."""
+        """Whether this is a head stored beside the embedding that it shares its values with.
+
+        One that differs is a weight of its own: transformers does not tie it either.
+        """
         if not (head.name.endswith("lm_head.weight") and is_tied(self.config)):
             return False
         twins = (t.info for t in self._checkpoint.tensors if t.name != head.name)
-        if any(_same_form(head, twin) and self._same_bytes(head, twin) for twin in twins):
-            return True
-        raise CheckpointError(
-            f"tensor {head.name}: config.json ties it to the embedding, but it differs from it",
-            hint="set tie_word_embeddings to false in config.json if the head is its own",
-        )
+        return any(_same_form(head, twin) and self._same_bytes(head, twin) for twin in twins)
 
     def _same_bytes(self, a: TensorInfo, b: TensorInfo) -> bool:
         spans = ((i, min(i + SPAN, a.num_bytes)) for i in range(0, a.num_bytes, SPAN))
@@ -131,7 +130,7 @@ def _is_companion(path: Path) -> bool:
     name = path.name
     if name.startswith(".") or name in NOT_COMPANIONS or name.endswith(".index.json"):
         return False
-    named = path.suffix in COMPANION_SUFFIXES or name.startswith(COMPANION_PREFIXES)
+    named = path.suffix in COMPANION_SUFFIXES or name.startswith(LEGAL_PREFIXES)
     return named and path.is_file()
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from halfweight.checkpoint.gguf_header import TORCH_DTYPES, decoded_dtype, refuse_split
 from halfweight.checkpoint.sources.source import publishable
 from halfweight.errors import CheckpointError, HalfweightError, UsageError
 from halfweight.quantization.scheme import TensorInfo
@@ -29,17 +30,17 @@ DECODE_WEIGHTS = 16_000_000
 """Weights decoded at a time: gguf-py makes several float32 copies."""
 CACHED_TENSORS = 2
 """Blocks of two neighbouring tensors can be asked for at the same time."""
-TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class GgufSource:
-    """A .gguf file. Weights are given as F32 or BF16 where the file's matrices are, else as F16."""
+    """A .gguf file. Weights are given in the dtype that gguf_header.decoded_dtype says."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
         self.path = path
         self._lock = Lock()
         self._decoded: OrderedDict[str, NDArray[np.uint8]] = OrderedDict()
+        refuse_split(path)
         with _named(path):
             self._open()
 
@@ -88,15 +89,16 @@ class GgufSource:
         )
 
         self._reader = GGUFReader(self.path)
-        self._dtype = _common_dtype({t.tensor_type.name for t in self._reader.tensors if _is_2d(t)})
+        field = self._reader.get_field("general.architecture")
+        architecture = field.contents() if field else ""
+        kinds = {t.tensor_type.name for t in self._reader.tensors if _is_2d(t)}
+        self._dtype = decoded_dtype(architecture, kinds)
         config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
         config.dtype = TORCH_DTYPES[self._dtype]
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         config.architectures = [type(model).__name__]
         self.config: dict[str, Any] = publishable(config.to_diff_dict())
-        field = self._reader.get_field("general.architecture")
-        architecture = field.contents() if field else ""
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(
             config=config.to_dict()
         )
@@ -104,6 +106,7 @@ class GgufSource:
         shapes = {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
         self._stored = {names[t.name]: t for t in self._reader.tensors if t.name in names}
         self.tensors = tuple(self._info(name, shapes) for name in self._stored)
+        self.stored_bytes = sum(int(t.n_bytes) for t in self._stored.values())
         log.warning("%s: decoded from %s to %s", self.path, self._kinds(), self._dtype)
 
     def _kinds(self) -> str:
@@ -139,13 +142,6 @@ class GgufSource:
 
 def _is_2d(tensor: Any) -> bool:
     return len(tensor.shape) == 2
-
-
-def _common_dtype(kinds: set[str]) -> str:
-    """The narrowest of our dtypes that holds what the file's matrices were made from."""
-    if "BF16" in kinds:
-        return "BF16"
-    return "F32" if kinds == {"F32"} else "F16"
 
 
 @contextmanager

@@ -18,13 +18,15 @@ CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
 class Source(Protocol):
     """A checkpoint to convert: `name` is what the user called it, `path` where it lies.
 
-    `read` may be called from several threads.
+    `stored_bytes` are those of its tensors where it lies, before anything is decoded. `read` may be
+    called from several threads.
     """
 
     name: str
     path: Path
     config: dict[str, Any]
     tensors: tuple[TensorInfo, ...]
+    stored_bytes: int
 
     def read(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) of a tensor, in the dtype that `tensors` states."""

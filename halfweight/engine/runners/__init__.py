@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.stops import context_tokens
+from halfweight.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +31,8 @@ MOST_SEQUENCES = {"cuda": 256, "cpu": 32}
 tokens come of it."""
 UNLIMITED_CONTEXT = 32_768
 """For models that set no limit."""
+LEAST_CONTEXT = 16
+"""Tokens that a runner must hold of a sequence."""
 
 
 def make_runner(
@@ -42,13 +45,18 @@ def make_runner(
 ) -> Runner:
     """The quickest runner that gives this model's logits; one log line names it and why.
 
-    `max_context` is by default the model's own; `cache_tokens`, the size of the pool of pages, what
-    the device has room for. Raises UsageError where no runner can, DoesNotFitError where memory is
-    short.
+    `max_context` is by default the model's own, or less where memory is short; `cache_tokens`, the
+    size of the pool of pages, what the device has room for. Raises UsageError where no runner can,
+    DoesNotFitError where memory is short.
     """
-    kind = model.device.type
+    kind, shortens = model.device.type, max_context is None
     max_sequences = max_sequences or MOST_SEQUENCES.get(kind, MOST_SEQUENCES["cpu"])
     max_context = max_context or context_tokens(model.config) or UNLIMITED_CONTEXT
+    if max_context < LEAST_CONTEXT:
+        raise UsageError(
+            f"max_context is {max_context}, expected at least {LEAST_CONTEXT}",
+            hint="runners try a model with a short text before they take it",
+        )
     reasons: list[str] = []
     for name, make in _runners(kind):
         try:
@@ -58,6 +66,7 @@ def make_runner(
                 max_context=max_context,
                 cache_tokens=cache_tokens,
                 kv_cache=kv_cache,
+                **({"shortens": shortens} if name in ("gpu", "cpu") else {}),
             )
         except UnfitError as error:
             reasons.append(f"not {name}: {error.message}")
@@ -72,7 +81,10 @@ def describe(runner: Runner) -> str:
     """What a user should know of a runner: sequences, cache, and what it cannot."""
     own = getattr(runner, "description", "")
     tokens = (runner.num_pages - 1) * runner.page_tokens
-    found = [f"up to {runner.max_sequences} sequences, {tokens} tokens of cache"]
+    longest = min(runner.max_context, tokens)
+    found = [
+        f"up to {runner.max_sequences} sequences of {longest} tokens, {tokens} tokens of cache"
+    ]
     if not runner.shares_prefixes:
         found.append("no shared prefixes")
     return ", ".join([*found, own] if own else found)

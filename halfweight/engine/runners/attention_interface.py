@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any, Protocol
 
 import torch
@@ -73,6 +74,8 @@ class Call:
 
 
 _attention: ContextVar[Attention] = ContextVar("attention")
+_one_at_a_time = RLock()
+"""Two engines may run one model, whose configuration can name one attention at a time."""
 
 
 def configs_of(model: nn.Module) -> list[Any]:
@@ -87,16 +90,17 @@ def using(configs: list[Any], name: str, attention: Attention | None = None) -> 
     """Inside the block models of `configs` use the attention of this name, ours by `attention`."""
     AttentionInterface.register(PAGED, _call)
     AttentionInterface.register(NOTES, _call)
-    before = [config._attn_implementation for config in configs]
-    for config in configs:
-        config._attn_implementation_internal = name
-    token = _attention.set(attention or _no_attention)
-    try:
-        yield
-    finally:
-        _attention.reset(token)
-        for config, old in zip(configs, before, strict=True):
-            config._attn_implementation_internal = old
+    with _one_at_a_time:
+        before = [config._attn_implementation for config in configs]
+        for config in configs:
+            config._attn_implementation_internal = name
+        token = _attention.set(attention or _no_attention)
+        try:
+            yield
+        finally:
+            _attention.reset(token)
+            for config, old in zip(configs, before, strict=True):
+                config._attn_implementation_internal = old
 
 
 def learn(
@@ -107,8 +111,8 @@ def learn(
     Raises UnfitError where a call is of a kind that pages have no answer for.
     """
     notes = _Notes(num_tokens, max_context)
-    AttentionMaskInterface.register(NOTES, notes.make_mask)
     with using(configs_of(model), NOTES, notes), _Counting(num_tokens) as counting:
+        AttentionMaskInterface.register(NOTES, notes.make_mask)
         found = forward()
     if not notes.calls:
         raise UnfitError("its attention does not go through transformers' interface")

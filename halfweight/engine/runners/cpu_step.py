@@ -1,4 +1,4 @@
-"""A step of up to 32 tokens of a Llama-like model on the CPU, by one kernel call.
+"""A step of some tokens of a Llama-like model on the CPU, by one kernel call.
 
 Holds what the kernel of batch_step.py is told once (weights, norms, pages) and tells it
 at each call which tokens of which sequences run.
@@ -18,18 +18,28 @@ from transformers import PreTrainedModel
 from halfweight.engine.step import Chunk
 from halfweight.kernels.cpu import attention_products as products
 from halfweight.kernels.cpu import batch_cells as names
+from halfweight.kernels.cpu import batch_loops as loops
 from halfweight.kernels.cpu.backend import FORMATS, exact_parts, has_matrix_unit, linear_cells
-from halfweight.kernels.cpu.batch_loops import batch_product, matrix_product
-from halfweight.kernels.cpu.batch_step import batch_work_bytes, run_batch_step
-from halfweight.kernels.cpu.decode_products import PRODUCT
+from halfweight.kernels.cpu.batch_step import (
+    all_turned_bytes,
+    prepare_one,
+    run_batch_step,
+    work_bytes,
+)
+from halfweight.kernels.cpu.decode_products import PARTS, PRODUCT
 from halfweight.kernels.cpu.threads import Arguments, CFunction, Kernel, num_threads
+from halfweight.memory.engine_memory import STEP_TOKENS
 from halfweight.model.llama_like import layer_linears
 from halfweight.model.modules import QuantizedWeight
 
-MAX_TOKENS = 32
-"""Tokens of one call, of all its sequences."""
+MIN_CALL_TOKENS, MAX_CALL_TOKENS = 32, STEP_TOKENS["cpu"]
+"""Tokens of one call, at most: the larger number where a core's cache holds them."""
+CACHE_BYTES = 1 << 20
+"""Half of a usual L2 cache."""
 
-_product, _by_matrix = CFunction(batch_product), CFunction(matrix_product)
+_by_floats, _prepare = CFunction(loops.batch_float), CFunction(prepare_one)
+_by_digits = {2: CFunction(loops.batch_digits_2), 3: CFunction(loops.batch_digits_3)}
+_by_matrix = {2: CFunction(loops.batch_matrix_2), 3: CFunction(loops.batch_matrix_3)}
 _attention = {
     dtype: (CFunction(score), CFunction(add))
     for dtype, score, add in (
@@ -63,6 +73,11 @@ class Pages:
         self.keys = [torch.empty(num_pages, heads, *keys, dtype=self.dtype) for _ in layers]
         self.values = [torch.empty(num_pages, heads, *values, dtype=self.dtype) for _ in layers]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
 
 def token_bytes(model: PreTrainedModel, int8: bool) -> int:
     """Bytes of a token's keys and values in all layers."""
@@ -87,7 +102,7 @@ class Rotary:
 
 
 class BatchStep:
-    """Chunks of several sequences, at most MAX_TOKENS tokens together, through all layers."""
+    """Chunks of several sequences, at most `max_tokens` together, through all layers."""
 
     def __init__(self, model: PreTrainedModel, pages: Pages, max_context: int) -> None:
         """Takes addresses of the model's tensors and the pages; keeps both alive."""
@@ -145,12 +160,12 @@ class BatchStep:
         self._counters = self._array(
             names.COUNTERS, names.COUNTERS_A_STEP + names.COUNTERS_A_LAYER * num_layers
         )
-        self._ids = self._array(names.IDS, MAX_TOKENS)
-        self._positions = self._array(names.POSITIONS, MAX_TOKENS)
-        self._wanted = self._array(names.LOGIT_TOKENS, MAX_TOKENS)
-        self._tables = np.zeros((MAX_TOKENS, max_pages), np.int64)
-        self._sequences = self._array(names.SEQUENCES, MAX_TOKENS, names.SEQUENCE_CELLS)
-        rows = self._tables.ctypes.data + 8 * max_pages * np.arange(MAX_TOKENS)
+        self._ids = self._array(names.IDS, self.max_tokens)
+        self._positions = self._array(names.POSITIONS, self.max_tokens)
+        self._wanted = self._array(names.LOGIT_TOKENS, self.max_tokens)
+        self._tables = np.zeros((self.max_tokens, max_pages), np.int64)
+        self._sequences = self._array(names.SEQUENCES, self.max_tokens, names.SEQUENCE_CELLS)
+        rows = self._tables.ctypes.data + 8 * max_pages * np.arange(self.max_tokens)
         self._sequences[:, names.TABLE] = rows
 
     def _array(self, cell: int, *shape: int) -> np.ndarray[Any, Any]:
@@ -168,15 +183,19 @@ class BatchStep:
         attended, inner = attention.o_proj.in_features, config.intermediate_size
         widest = max(config.hidden_size, inner, attended)
         qkv = sum(getattr(attention, f"{name}_proj").out_features for name in "qkv")
-        sizes = batch_work_bytes(widest, digits, attention.head_dim, pages.page_tokens, MAX_TOKENS)
+        size, page_tokens = attention.head_dim, pages.page_tokens
+        self.max_tokens = MAX_CALL_TOKENS
+        if all_turned_bytes(widest, digits, self.max_tokens) > CACHE_BYTES:
+            self.max_tokens = MIN_CALL_TOKENS
+        sizes = work_bytes(widest, digits, size, page_tokens, self.max_tokens)
         score, add = _attention[pages.dtype]
         values = {
             names.NUM_LAYERS: len(layers),
             names.LAYERS: self._address(layers),
             names.HEADS: config.num_attention_heads,
             names.KV_HEADS: config.num_key_value_heads,
-            names.HEAD_SIZE: attention.head_dim,
-            names.PAGE_TOKENS: pages.page_tokens,
+            names.HEAD_SIZE: size,
+            names.PAGE_TOKENS: page_tokens,
             names.CACHE_FORMAT: FORMATS.get(pages.dtype, names.INT8),
             names.SCORE: score.address,
             names.SUM_VALUES: add.address,
@@ -191,9 +210,11 @@ class BatchStep:
             names.FINAL_NORM: self._norm(body.norm),
             names.HEAD: self._linear_address(model.get_output_embeddings()),
             names.WIDEST: widest,
-            names.PREPARED: self._address(torch.zeros(sizes[1], dtype=torch.uint8)),
-            names.WORK_BYTES: sizes[0],
-            names.MATRIX: _by_matrix.address if digits and has_matrix_unit() else 0,
+            names.PREPARED: self._address(torch.zeros(sizes.prepared, dtype=torch.uint8)),
+            names.WORK_BYTES: sizes.own,
+            names.TURNED: sizes.turned_at,
+            names.MATRIX: _by_matrix[digits].address if digits and has_matrix_unit() else 0,
+            names.PREPARE: _prepare.address,
         }
         for cell, value in values.items():
             self._arguments.cells[cell] = value
@@ -218,7 +239,8 @@ class BatchStep:
             self._kept.append(bias)
         stored = (module.weight_packed, module.weight_scale, module.weight_exponent)
         cells = list(linear_cells(*stored, bias, self._parts))
-        cells[PRODUCT] = _product.address
+        product = _by_digits[self._parts] if cells[PARTS] else _by_floats
+        cells[PRODUCT] = product.address
         return cells
 
     def _linear_address(self, module: QuantizedWeight) -> int:
@@ -232,7 +254,7 @@ class BatchStep:
         return self._address(weight.detach().float().contiguous())
 
     def _floats(self, width: int) -> int:
-        return self._address(torch.empty(MAX_TOKENS, width))
+        return self._address(torch.empty(self.max_tokens, width))
 
     def _address(self, tensor: Tensor) -> int:
         self._kept.append(tensor)

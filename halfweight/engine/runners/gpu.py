@@ -1,9 +1,10 @@
 """Llama-like models on a GPU: our own kernels over pages, a step as few launches.
 
-A step takes one of three ways (gpu_steps.py):
+A step takes one of four ways (gpu_steps.py, gpu_read.py):
 
     decode   one token a sequence: a CUDA graph, recorded for each bucket of batch sizes
     verify   a few tokens of a few sequences (drafts to verify): a CUDA graph as well
+    read     few prompts of up to a thousand tokens together: a CUDA graph for each bucket of them
     mixed    anything else: decoding sequences and chunks of prompts share the products, launched
              one by one
 
@@ -15,13 +16,13 @@ products, gpu_attention.py attention over the pages, gpu_memory.py how many of t
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halfweight.engine.gpu_step import unsupported
 from halfweight.engine.runners.gpu_attention import (
     PAGE_TOKENS,
     PagedAttention,
@@ -31,23 +32,33 @@ from halfweight.engine.runners.gpu_attention import (
 )
 from halfweight.engine.runners.gpu_inputs import Inputs, PageTables
 from halfweight.engine.runners.gpu_layers import Layers
-from halfweight.engine.runners.gpu_memory import GIB, Limits, pages_that_fit, scratch_pages
+from halfweight.engine.runners.gpu_memory import (
+    GIB,
+    longest_context,
+    pages_that_fit,
+    sizes_of,
+)
+from halfweight.engine.runners.gpu_read import READ_STEP, ReadStep, read_bucket
 from halfweight.engine.runners.gpu_steps import FewTokens, MixedStep, Parts, Recordings
 from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.step import KvCache, Step
 from halfweight.kernels.triton.launch import device_info, launch
 from halfweight.memory.device_memory import available_bytes
+from halfweight.memory.engine_memory import (
+    FEW_SEQUENCES,
+    FEW_TOKENS,
+    READ_TOKENS,
+    STEP_TOKENS,
+    Limits,
+    bucket,
+    recorded_rows,
+)
+from halfweight.model.llama_like import difference, layer_linears
 
 log = logging.getLogger("halfweight")
 
-FEW_TOKENS = 8
-"""Tokens a sequence of a recorded step that verifies drafts."""
-FEW_SEQUENCES = 8
-"""Sequences of such a step at most."""
-SMALL_BUCKETS = (1, 2, 4)
-BUCKET_STEP = 8
-"""Between the larger buckets."""
 UPDATE_BLOCK = 256
+LEAST_HEAD_SIZE = 32
 LEAST_CAPABILITY = (8, 0)
 """Before, Triton has no products of tiles on the tensor cores."""
 
@@ -57,6 +68,7 @@ class GpuRunner:
 
     page_tokens = PAGE_TOKENS
     shares_prefixes = True
+    most_drafts = FEW_TOKENS - 1
 
     def __init__(
         self,
@@ -64,11 +76,14 @@ class GpuRunner:
         *,
         max_context: int | None = None,
         max_sequences: int = 256,
-        max_step_tokens: int = 8192,
+        max_step_tokens: int = STEP_TOKENS["gpu"],
         kv_cache: KvCache = "16bit",
         cache_tokens: int | None = None,
+        shortens: bool = False,
     ) -> None:
         """`cache_tokens` of pages, by default what fits; `max_context` is by default the model's.
+
+        With `shortens` it becomes less where one sequence of it does not fit.
 
         Raises UnfitError for a model that has no such step, DoesNotFitError where the pages of one
         sequence do not fit.
@@ -77,15 +92,14 @@ class GpuRunner:
         if reason is not None:
             raise UnfitError(reason)
         self.device, self.kv_cache = model.device, kv_cache
-        self.max_context = int(max_context or model.config.max_position_embeddings)
         self.max_sequences, self.max_step_tokens = max_sequences, max_step_tokens
         self.vocab_size = int(model.config.vocab_size)
         layers, shape = Layers(model), Shape.of(model)
-        limits = self._limits(shape)
-        self.num_pages = self._num_pages(cache_tokens) or self._pages_that_fit(model, limits)
+        limits = self._choose_pages(model, max_context, cache_tokens, shortens=shortens)
         pool = Pool(shape, model.config.num_hidden_layers, self.num_pages, kv_cache, self.device)
+        self.cache_bytes = pool.nbytes
         self._page_tables = PageTables(max_sequences + 1, limits.max_pages, self.device)
-        room = scratch_pages(limits)
+        room = limits.scratch_pages
         scratch = Scratch.make(shape, room, self.device) if room else None
         table = self._page_tables.device_table
         attention = PagedAttention(model, pool, table, self.max_context, scratch)
@@ -94,10 +108,6 @@ class GpuRunner:
         self._parts = Parts(layers, attention, self.table, limits.max_pages, room)
         self._make_steps(shape.dtype)
         log.info("KV cache: %s", self._sizes(pool))
-
-    def _num_pages(self, cache_tokens: int | None) -> int | None:
-        """Pages that hold so many tokens, and nobody's page 0."""
-        return None if cache_tokens is None else -(-cache_tokens // self.page_tokens) + 1
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
@@ -113,45 +123,69 @@ class GpuRunner:
         if most <= FEW_TOKENS and len(step) <= FEW_SEQUENCES:
             logits = self._few(len(step), FEW_TOKENS)(step)
             return logits[: sum(chunk.num_logits for chunk in step)]
+        if ReadStep.takes(self._parts, step):
+            logits = self._read(sum(chunk.num_tokens for chunk in step))(step)
+            return logits[: sum(chunk.num_logits for chunk in step)]
         return self._mixed(step)
 
     @torch.inference_mode()
     def record(self, batch_sizes: list[int]) -> None:
-        """Record the graphs of these batch sizes now, not when first met."""
+        """Record the graphs of these batch sizes, and of prompts, now, not when first met."""
         for tokens, most in ((1, self.max_sequences), (FEW_TOKENS, FEW_SEQUENCES)):
             for batch in {bucket(b) for b in batch_sizes if b <= most}:
                 for _ in range(2):
                     self._few(batch, tokens)([])
+        if ReadStep.takes(self._parts, []):
+            for tokens in range(READ_STEP, self._most_read() + 1, READ_STEP):
+                for _ in range(2):
+                    self._read(tokens)([])
 
     def close(self) -> None:
         """Free pages, graphs and buffers; the runner is of no use after."""
         for name in ("_parts", "_page_tables", "_inputs", "_logits", "_recordings", "_steps"):
             self.__dict__.pop(name, None)
-        self.__dict__.pop("_mixed", None)
+        for name in ("_reads", "_mixed"):
+            self.__dict__.pop(name, None)
         self.table = self.table[:0]
 
-    def _limits(self, shape: Shape) -> Limits:
-        return Limits(
-            *(self.max_context, self.max_sequences, self.max_step_tokens, self.kv_cache),
+    def _choose_pages(
+        self,
+        model: PreTrainedModel,
+        max_context: int | None,
+        cache_tokens: int | None,
+        *,
+        shortens: bool,
+    ) -> Limits:
+        """Set the context and the number of pages: as asked, else what the device has room for."""
+        sizes, free = sizes_of(model), available_bytes(self.device)
+        limits = Limits(
+            int(max_context or model.config.max_position_embeddings),
+            *(self.max_sequences, self.max_step_tokens, self.kv_cache),
             device_info(self.device).num_processors,
         )
-
-    def _pages_that_fit(self, model: PreTrainedModel, limits: Limits) -> int:
-        free = available_bytes(self.device)
-        if free is None:
-            return limits.most_pages
-        return pages_that_fit(model, limits, free)
+        if shortens and cache_tokens is None and free is not None:
+            limits = replace(limits, max_context=longest_context(sizes, limits, free))
+        self.max_context = limits.max_context
+        if cache_tokens is not None:
+            self.num_pages = -(-cache_tokens // self.page_tokens) + 1
+        elif free is None:
+            self.num_pages = limits.most_pages
+        else:
+            self.num_pages = pages_that_fit(sizes, limits, free)
+        return limits
 
     def _make_steps(self, dtype: torch.dtype) -> None:
         """Buffers that recorded steps share, and the mixed step."""
         largest = ((bucket(self.max_sequences), 1), (FEW_SEQUENCES, FEW_TOKENS))
         size = max(FewTokens.sections(self._parts, *sizes).total for sizes in largest)
+        size = max(size, ReadStep.sections(self._parts, self._most_read()).total)
         self._inputs = Inputs(size, self.device)
         self._updates = Inputs(2 * self._page_tables.max_pages, self.device)
-        rows = max(batch * tokens for batch, tokens in largest)
+        rows = recorded_rows(self.max_sequences)
         self._logits = torch.empty(rows, self.vocab_size, dtype=dtype, device=self.device)
         self._recordings = Recordings(self.device)
         self._steps: dict[tuple[int, int], FewTokens] = {}
+        self._reads: dict[int, ReadStep] = {}
         self._mixed = MixedStep(self._parts)
 
     def _few(self, batch: int, tokens: int) -> FewTokens:
@@ -161,6 +195,17 @@ class GpuRunner:
                 self._parts, *key, self._inputs, self._logits, self._recordings
             )
         return self._steps[key]
+
+    def _most_read(self) -> int:
+        """Tokens of the largest recorded step that reads prompts."""
+        return read_bucket(min(READ_TOKENS, self.max_step_tokens))
+
+    def _read(self, num_tokens: int) -> ReadStep:
+        tokens = read_bucket(num_tokens)
+        if tokens not in self._reads:
+            shared = self._inputs, self._logits, self._recordings
+            self._reads[tokens] = ReadStep(self._parts, tokens, *shared)
+        return self._reads[tokens]
 
     def _send_pages(self, step: Step) -> None:
         """Tell the device's page tables what is new."""
@@ -188,12 +233,18 @@ def unfit(model: PreTrainedModel) -> str | None:
         found = torch.cuda.get_device_capability(model.device)
         if found < LEAST_CAPABILITY:
             return f"needs compute capability 8.0, this GPU has {found[0]}.{found[1]}"
-    return unsupported(model)
-
-
-def bucket(batch: int) -> int:
-    """The size of the recorded step that takes `batch` sequences: 1, 2, 4, 8, 16, 24, ..."""
-    for size in SMALL_BUCKETS:
-        if batch <= size:
-            return size
-    return -(-batch // BUCKET_STEP) * BUCKET_STEP
+    reason = difference(model)
+    if reason is not None:
+        return reason
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "its weights lie on several devices"
+    head_size = model.model.layers[0].self_attn.head_dim
+    if head_size < LEAST_HEAD_SIZE or head_size.bit_count() != 1:
+        return f"its heads have {head_size} numbers, expected a power of two from {LEAST_HEAD_SIZE}"
+    for layer in model.model.layers:
+        q, k, v, _, gate, up, _ = layer_linears(layer)
+        for linears in ([q, k, v], [gate, up]):
+            kinds = {(x.group_size, x.weight_scale.dtype, x.bias is None) for x in linears}
+            if len(kinds) > 1:
+                return "projections that share their input differ in group size, scales or bias"
+    return None

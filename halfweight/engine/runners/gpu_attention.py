@@ -21,18 +21,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halfweight.engine.runners.gpu_layers import Layer, power_of_two
+from halfweight.engine.runners.gpu_layers import Layer
 from halfweight.kernels.triton.launch import device_info, launch
+from halfweight.memory import engine_memory
+from halfweight.memory.engine_memory import (
+    DECODE_PROGRAMS,
+    MIN_DOT_ROWS,
+    TILE_ROWS,
+    power_of_two,
+)
 
-PAGE_TOKENS = 64
+PAGE_TOKENS = engine_memory.PAGE_TOKENS["gpu"]
 """Tokens a page, which is what a program loads at a time."""
-MIN_DOT_ROWS = 16
-TILE_ROWS = 128
-"""Queries times heads of a tile of a prompt."""
 MERGE_BLOCK = 32
 """Parts that are loaded together to be merged."""
-DECODE_PROGRAMS = {"16bit": 3, "int8": 5}
-"""Programs of decode's attention that a multiprocessor of Hopper holds at once."""
 DECODE_WARPS = 4
 DECODE_STAGES = 3
 TILE_WARPS = 8
@@ -79,12 +81,6 @@ class Shape:
     def tile_rows(self) -> int:
         """Rows of a prompt's tile: fewer where the sums of a row are many."""
         return TILE_ROWS if self.head_size * self.dtype.itemsize <= 256 else TILE_ROWS // 2
-
-    def page_bytes(self, kv_cache: str) -> int:
-        """Bytes of a page of one layer, keys and values."""
-        size = self.dtype.itemsize
-        width = self.head_size + size if kv_cache == "int8" else self.head_size * size
-        return 2 * PAGE_TOKENS * self.kv_heads * width
 
 
 class Pool:

@@ -11,15 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfweight.kernels.triton.launch import launch
+from halfweight.memory.engine_memory import power_of_two
 from halfweight.model.llama_like import layer_linears
-from halfweight.model.modules import QuantizedLinear, stack
+from halfweight.model.modules import QuantizedEmbedding, QuantizedLinear, stack
 
 COLUMNS = 1024
 """Of the gated activation, to a program."""
+
+
+Product = Callable[[Tensor], Tensor]
+"""A linear's: x [T, K] -> y [T, N]."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +33,13 @@ class Layer:
 
     index: int
     input_norm: Tensor
-    qkv: QuantizedLinear
+    qkv: Product
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: QuantizedLinear
+    o: Product
     post_norm: Tensor
-    gate_up: QuantizedLinear
-    down: QuantizedLinear
+    gate_up: Product
+    down: Product
 
 
 Attend = Callable[[Layer, Tensor], Tensor]
@@ -49,13 +54,14 @@ class Layers:
         body = model.model
         with torch.inference_mode(False):
             self._layers = [_layer(i, layer) for i, layer in enumerate(body.layers)]
-        self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
-        self._final_norm: Tensor = body.norm.weight
+        self._embedding = _direct(model.get_input_embeddings())
+        self._head = _direct(model.get_output_embeddings())
+        self._final_norm: Tensor = body.norm.weight.detach()
         self.epsilon = float(body.norm.variance_epsilon)
 
     def hidden(self, ids: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """Hidden states [T, H] of token ids [T] before the last sum: the two that are added."""
-        hidden: Tensor = self._embedding(ids).view(len(ids), -1)
+        hidden = self._embedding(ids).view(len(ids), -1)
         delta = None
         for layer in self._layers:
             normed = self._norm(hidden, delta, layer.input_norm)
@@ -67,8 +73,7 @@ class Layers:
 
     def logits(self, hidden: Tensor, delta: Tensor) -> Tensor:
         """Logits [rows, V] in the model's dtype of what `hidden` gives; adds in place."""
-        logits: Tensor = self._head(self._norm(hidden, delta, self._final_norm))
-        return logits
+        return self._head(self._norm(hidden, delta, self._final_norm))
 
     def _norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
         """The norm of hidden + delta, which becomes hidden."""
@@ -92,15 +97,22 @@ def _layer(index: int, layer: Any) -> Layer:
     attention = layer.self_attn
     return Layer(
         index,
-        layer.input_layernorm.weight,
-        stack([q, k, v]),
-        *(attention.q_norm.weight if hasattr(attention, "q_norm") else None,),
-        *(attention.k_norm.weight if hasattr(attention, "k_norm") else None,),
-        o,
-        layer.post_attention_layernorm.weight,
-        stack([gate, up]),
-        down,
+        layer.input_layernorm.weight.detach(),
+        stack([q, k, v]).direct(),
+        *(attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,),
+        *(attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,),
+        o.direct(),
+        layer.post_attention_layernorm.weight.detach(),
+        stack([gate, up]).direct(),
+        down.direct(),
     )
+
+
+def _direct(module: nn.Module) -> Product:
+    """What an embedding or a head computes; one kept in 16 bits is called as it is."""
+    if isinstance(module, (QuantizedEmbedding, QuantizedLinear)):
+        return module.direct()
+    return module
 
 
 def _gated(gate_up: Tensor) -> Tensor:
@@ -110,8 +122,3 @@ def _gated(gate_up: Tensor) -> Tensor:
     grid = (-(-size // COLUMNS), tokens)
     launch("gated_silu", grid, tokens, (gate_up, out), SIZE=size, BLOCK=COLUMNS)
     return out
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()

@@ -1,18 +1,14 @@
-"""How many pages fit beside the model: what a step allocates is counted, the rest is pages."""
+"""How many pages fit beside the model, by the planner's arithmetic (memory/engine_memory.py)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from halfweight.engine.runners.gpu_attention import (
-    DECODE_PROGRAMS,
-    PAGE_TOKENS,
-    TILE_ROWS,
-    Shape,
-)
+from halfweight.engine.runners.gpu_attention import PAGE_TOKENS, Shape
 from halfweight.errors import DoesNotFitError
+from halfweight.memory.engine_memory import Limits, Sizes, gpu_parts, page_bytes
 
 GIB = 1 << 30
 FIXED_BYTES = 768 << 20
@@ -21,79 +17,33 @@ LOGIT_ROWS = 2048
 """Rows of logits of a mixed step that are counted: prompts whose own log chances are wanted."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a runner has to have room for."""
-
-    max_context: int
-    max_sequences: int
-    max_step_tokens: int
-    kv_cache: str
-    num_processors: int
-
-    @property
-    def most_pages(self) -> int:
-        """Pages that all slots can use, and page 0."""
-        return self.max_sequences * self.max_pages + 1
-
-    @property
-    def max_pages(self) -> int:
-        """Pages of the longest sequence."""
-        return -(-self.max_context // PAGE_TOKENS)
-
-
-def activation_bytes(model: PreTrainedModel, num_tokens: int) -> int:
-    """The most that the layers' intermediate results take at once for so many tokens."""
+def sizes_of(model: PreTrainedModel) -> Sizes:
+    """Those of a Llama-like model."""
     config, shape = model.config, Shape.of(model)
-    hidden, inner = int(config.hidden_size), int(config.intermediate_size)
-    width = shape.heads * shape.head_size
-    qkv = width + 2 * shape.kv_heads * shape.head_size
-    attention = 2 * hidden + qkv + 2 * width
-    mlp = 3 * hidden + 3 * inner
-    return int(num_tokens * (hidden + max(attention, mlp)) * shape.dtype.itemsize)
-
-
-def step_bytes(model: PreTrainedModel, limits: Limits) -> int:
-    """Bytes beside weights and pages: tables, the largest mixed step, recorded steps, logits."""
-    shape, config = Shape.of(model), model.config
-    size = shape.dtype.itemsize
-    slots = limits.max_sequences + 1
-    tables = slots * (limits.max_context + 1 + limits.max_pages) * 4
-    rotary = 2 * limits.max_context * shape.head_size * 2
-    row = (shape.head_size + 2) * 4
-    programs = limits.num_processors
-    parts = row * 2 * programs * TILE_ROWS
-    parts += row * (
-        max(DECODE_PROGRAMS.values()) * programs + limits.max_sequences * shape.kv_heads
+    return Sizes(
+        int(config.num_hidden_layers),
+        int(config.hidden_size),
+        int(config.intermediate_size),
+        shape.heads,
+        shape.kv_heads,
+        shape.head_size,
+        int(config.vocab_size),
+        shape.dtype.itemsize,
     )
-    logits = (LOGIT_ROWS + 2 * limits.max_sequences) * int(config.vocab_size) * size
-    steps = activation_bytes(model, limits.max_step_tokens)
-    steps += activation_bytes(model, limits.max_sequences)
-    return FIXED_BYTES + tables + rotary + parts + logits + steps + scratch_bytes(model, limits)
 
 
-def scratch_pages(limits: Limits) -> int:
-    """Pages of one layer in 16 bits that INT8 pages of prompts are turned to: the longest
-    sequence's, or those of a step of many short ones.
-    """
-    if limits.kv_cache != "int8":
-        return 0
-    return max(limits.max_pages, 2 * -(-limits.max_step_tokens // PAGE_TOKENS))
+def step_bytes(sizes: Sizes, limits: Limits) -> int:
+    """Bytes beside weights and pages, with what cannot be counted."""
+    prompts = LOGIT_ROWS * sizes.vocabulary * sizes.number_bytes
+    return FIXED_BYTES + prompts + sum(gpu_parts(sizes, limits).values())
 
 
-def scratch_bytes(model: PreTrainedModel, limits: Limits) -> int:
-    """Bytes of the scratch pages."""
-    return scratch_pages(limits) * Shape.of(model).page_bytes("16bit")
-
-
-def pages_that_fit(model: PreTrainedModel, limits: Limits, free_bytes: int) -> int:
+def pages_that_fit(sizes: Sizes, limits: Limits, free_bytes: int) -> int:
     """Pages, page 0 included, no more than all slots can use; raises DoesNotFitError below one
     sequence of `max_context` tokens.
     """
-    needed = step_bytes(model, limits)
-    page = Shape.of(model).page_bytes(limits.kv_cache) * int(model.config.num_hidden_layers)
-    found = max(0, free_bytes - needed) // page
-    least = limits.max_pages + 1
+    needed, page = step_bytes(sizes, limits), _page_bytes(sizes, limits)
+    found, least = max(0, free_bytes - needed) // page, limits.max_pages + 1
     if found < least:
         raise DoesNotFitError(
             f"a KV cache of {limits.max_context} tokens needs {least * page / GIB:.2f} GiB and a "
@@ -101,3 +51,25 @@ def pages_that_fit(model: PreTrainedModel, limits: Limits, free_bytes: int) -> i
             hint="lower max_context, max_sequences or max_step_tokens, or take kv_cache='int8'",
         )
     return min(found, limits.most_pages)
+
+
+def longest_context(sizes: Sizes, limits: Limits, free_bytes: int) -> int:
+    """The longest context up to that of `limits`, in whole pages below it, of which one sequence
+    fits; a page's where none does.
+    """
+
+    def fits(pages: int) -> bool:
+        some = replace(limits, max_context=pages * PAGE_TOKENS)
+        needed = step_bytes(sizes, some) + (pages + 1) * _page_bytes(sizes, some)
+        return needed <= free_bytes
+
+    good, bad = 1, limits.max_pages + 1
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return min(limits.max_context, good * PAGE_TOKENS)
+
+
+def _page_bytes(sizes: Sizes, limits: Limits) -> int:
+    """Of a page of all layers."""
+    return page_bytes(sizes, limits.kv_cache) * sizes.layers

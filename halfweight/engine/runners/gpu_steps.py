@@ -67,6 +67,22 @@ class Parts:
         counts[: len(step)] = [chunk.num_tokens for chunk in step]
         return slots, starts, counts
 
+    def places(self, step: Step) -> tuple[Ints, Ints, Ints]:
+        """Of each token of a step: where its id is, where its pages begin, and its position."""
+        slots, starts, counts = self.columns(step, len(step))
+        slot = np.repeat(slots, counts)
+        position = np.repeat(starts, counts) + places_within(counts)
+        return self.ids_at(slot, position), slot * self.max_pages, position
+
+    def prompt_work(self, step: Step, num_rows: int, table: Ints | None = None) -> Work:
+        """Tiles of a step's chunks; `table` says where pages begin, if not the page table."""
+        slots, starts, counts = self.columns(step, len(step))
+        first = (np.cumsum(counts) - counts).astype(np.int32)
+        table = slots * self.max_pages if table is None else table
+        size = self.attention.shape.tile_queries
+        queries = tiles(first, counts, starts, table, size, PAGE_TOKENS)
+        return cut(queries, num_rows, self.attention.num_tiles_at_once, LEAST_PAGES_OF_A_PART)
+
 
 class Recordings:
     """Calls without arguments as CUDA graphs that share one pool of memory.
@@ -241,7 +257,7 @@ class MixedStep:
         """Logits [sum of num_logits, V]."""
         groups = list(self._groups(step))
         num_tokens = sum(chunk.num_tokens for chunk in step)
-        wanted = list(self._wanted_rows(step))
+        wanted = list(wanted_rows(step))
         sections = _sections(num_tokens, len(wanted), groups)
         if sections.total > self._inputs.size:
             self._inputs = Inputs(1 << sections.total.bit_length(), self._parts.table.device)
@@ -265,16 +281,11 @@ class MixedStep:
             queries = Queries(first, counts[:num], starts[:num], tables[:num], pages)
             yield _Group(0, num, cut(queries, num, attention.num_decoding_at_once), True)
         for begin, end in self._fitting(step, num):
-            some = slice(begin, end)
-            first_row = int(ends[begin] - counts[begin])
-            rows = (ends[some] - counts[some] - first_row).astype(np.int32)
-            table, sources = tables[some], None
+            first_row, num_rows = int(ends[begin] - counts[begin]), int(counts[begin:end].sum())
+            table, sources = None, None
             if self._parts.scratch_pages:
                 table, sources = _sources(step[begin:end])
-            size = attention.shape.tile_queries
-            queries = tiles(rows, counts[some], starts[some], table, size, PAGE_TOKENS)
-            num_rows = int(counts[some].sum())
-            work = cut(queries, num_rows, attention.num_tiles_at_once, LEAST_PAGES_OF_A_PART)
+            work = self._parts.prompt_work(step[begin:end], num_rows, table)
             yield _Group(first_row, first_row + num_rows, work, False, sources)
 
     def _fitting(self, step: Step, begin: int) -> Iterator[tuple[int, int]]:
@@ -289,23 +300,13 @@ class MixedStep:
         if begin < len(step):
             yield begin, len(step)
 
-    @staticmethod
-    def _wanted_rows(step: Step) -> Iterator[int]:
-        row = 0
-        for chunk in step:
-            yield from _wanted(chunk, row)
-            row += chunk.num_tokens
-
     def _pack(
         self, step: Step, sections: Sections, groups: list[_Group], wanted: list[int]
     ) -> None:
-        host, of, parts = self._inputs.host_array(), sections.of, self._parts
-        slots, starts, counts = parts.columns(step, len(step))
-        chunk = np.repeat(np.arange(len(step)), counts)
-        position = starts[chunk] + places_within(counts)
-        of(host, "ids")[:] = parts.ids_at(slots[chunk], position)
-        of(host, "tables")[:] = slots[chunk] * parts.max_pages
-        of(host, "positions")[:], of(host, "rows")[:] = position, wanted
+        host, of = self._inputs.host_array(), sections.of
+        ids, tables, positions = self._parts.places(step)
+        of(host, "ids")[:], of(host, "tables")[:] = ids, tables
+        of(host, "positions")[:], of(host, "rows")[:] = positions, wanted
         for i, group in enumerate(groups):
             of(host, f"work{i}")[:] = group.work.items.reshape(-1)
             of(host, f"row_parts{i}")[:] = group.work.row_parts.reshape(-1)
@@ -354,6 +355,14 @@ def _last_page(chunk: Chunk) -> int:
 def _num_pages(tokens: Ints) -> Ints:
     pages: Ints = -(-tokens // PAGE_TOKENS)
     return pages
+
+
+def wanted_rows(step: Step) -> Iterator[int]:
+    """Rows of the logits asked of a step, among those of all its tokens."""
+    row = 0
+    for chunk in step:
+        yield from _wanted(chunk, row)
+        row += chunk.num_tokens
 
 
 def _wanted(chunk: Chunk, row: int) -> range:

@@ -141,8 +141,8 @@ def attend(q: Tensor, pool: PagePool, places: Places, span: Span, manner: Manner
         parts.append(decode(q[:num_decoding], pool, places, span, manner))
     for piece in places.pieces:
         read = _read_by_kernel if q.is_cuda else _read_piece
-        rows = q[piece.begin : piece.begin + piece.num_tokens]
-        parts.append(read(rows, pool, piece, span, manner))
+        rows = slice(piece.begin, piece.begin + piece.num_tokens)
+        parts.append(read(q[rows], places.positions[rows], pool, piece, span, manner))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -152,8 +152,9 @@ def _decode_by_kernel(
     return _by_kernel(q, pool, places.page_table, places.positions, span, manner, decodes=True)
 
 
-def _read_by_kernel(q: Tensor, pool: PagePool, piece: Piece, span: Span, manner: Manner) -> Tensor:
-    positions = torch.arange(piece.start, piece.start + piece.num_tokens, device=q.device)
+def _read_by_kernel(
+    q: Tensor, positions: Tensor, pool: PagePool, piece: Piece, span: Span, manner: Manner
+) -> Tensor:
     return _by_kernel(q, pool, piece.pages, positions, span, manner, decodes=False)
 
 
@@ -205,9 +206,10 @@ def _decode(q: Tensor, pool: PagePool, places: Places, span: Span, manner: Manne
     return found.squeeze(2)
 
 
-def _read_piece(q: Tensor, pool: PagePool, piece: Piece, span: Span, manner: Manner) -> Tensor:
+def _read_piece(
+    q: Tensor, positions: Tensor, pool: PagePool, piece: Piece, span: Span, manner: Manner
+) -> Tensor:
     end = piece.start + piece.num_tokens
-    positions = torch.arange(piece.start, end, device=q.device)
     first_page = max(0, _first_of(span, piece.start)) // pool.page_tokens
     begin = first_page * pool.page_tokens
     keys, values = pool.read(piece.pages[first_page : -(-end // pool.page_tokens)])

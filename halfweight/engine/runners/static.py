@@ -74,7 +74,10 @@ class _Sequence:
 class StaticRunner:
     """A Runner (`engine/step.py`) for models that need a state of their own for each sequence."""
 
+    cache_bytes = 0
     shares_prefixes = False
+    most_drafts = 0  # a state cannot go back to before a draft
+    """A state cannot go back; a chunk of several tokens is right but reads the whole text."""
 
     def __init__(
         self,

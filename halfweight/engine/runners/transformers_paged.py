@@ -47,13 +47,15 @@ from halfweight.engine.runners.row import (
 )
 from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.step import Chunk, KvCache, Step
-from halfweight.memory.device_memory import available_bytes
+from halfweight.memory import engine_memory
+from halfweight.memory.device_memory import available_bytes, out_of_memory
+from halfweight.memory.engine_memory import power_of_two
 from halfweight.model.experts import has_experts
 
 log = logging.getLogger("halfweight")
 
-PAGE_TOKENS = 16
-STEP_TOKENS = 2048
+PAGE_TOKENS = engine_memory.PAGE_TOKENS["transformers"]
+STEP_TOKENS = engine_memory.STEP_TOKENS["transformers"]
 """Most tokens of a step: bounds the memory of activations."""
 CPU_CACHE_TOKENS = 16384
 """Tokens of cache where there is no device memory to measure."""
@@ -66,6 +68,8 @@ class TransformersRunner:
 
     page_tokens = PAGE_TOKENS
     max_step_tokens = STEP_TOKENS
+    most_drafts = 8
+    """Tokens that are not taken are written over."""
 
     def __init__(
         self,
@@ -130,7 +134,7 @@ class TransformersRunner:
 
     def _decode(self, parts: Sequence[Part]) -> Tensor:
         """A step of single tokens in the shapes of its bucket."""
-        shape = (_power_of_two(len(parts)), _power_of_two(num_pages_of(parts, PAGE_TOKENS)))
+        shape = (power_of_two(len(parts)), power_of_two(num_pages_of(parts, PAGE_TOKENS)))
         numbers, layout = pack_decoding(parts, PAGE_TOKENS, shape, self.max_sequences)
         if layout not in self._buckets:
             self._buckets[layout] = _Bucket(self._forward, layout, self._recorder)
@@ -148,7 +152,7 @@ class TransformersRunner:
         if keeps:
             asked["logits_to_keep"] = row.logits_rows
         attention = _RowAttention(self._calls, self.pools, row.places)
-        with self._classes.of_tokens(row.classes), using(self._configs, PAGED, attention):
+        with using(self._configs, PAGED, attention), self._classes.of_tokens(row.classes):
             logits: Tensor = self._model(**asked, use_cache=False).logits[0]
         return logits if keeps else logits[row.logits_rows]
 
@@ -170,16 +174,21 @@ class TransformersRunner:
     def _make_pools(self, cache_tokens: int | None, *, int8: bool) -> None:
         size = sum(call.num_bytes(int8=int8) for call in self._calls if call.source is None)
         if cache_tokens is None:
-            cache_tokens = min(_room(self.device, size), self.max_sequences * self.max_context)
+            room = _room(self.device, size, self.max_context)
+            cache_tokens = min(room, self.max_sequences * self.max_context)
         self.num_pages = 1 + max(2, -(-cache_tokens // PAGE_TOKENS))
         self.pools: list[PagePool] = []
         """One for each attention call; a call with an earlier one's keys has its pool."""
-        for call in self._calls:
-            if call.source is not None:
-                self.pools.append(self.pools[call.source])
-                continue
-            shape = (self.num_pages, PAGE_TOKENS, call.num_heads)
-            self.pools.append(PagePool(shape, call.widths, call.dtype, self.device, int8=int8))
+        with out_of_memory(self.device, "the KV cache", hint="use a smaller --cache-tokens"):
+            for call in self._calls:
+                old = call.source
+                self.pools.append(self._pool(call, int8) if old is None else self.pools[old])
+        tensors = {id(t): t for pool in self.pools for t in pool.tensors}
+        self.cache_bytes = sum(tensor.nbytes for tensor in tensors.values())
+
+    def _pool(self, call: Call, int8: bool) -> PagePool:
+        shape = (self.num_pages, PAGE_TOKENS, call.num_heads)
+        return PagePool(shape, call.widths, call.dtype, self.device, int8=int8)
 
     def _check(self, kv_cache: KvCache) -> None:
         found = deviation(self, self._model)
@@ -267,11 +276,9 @@ class _Bucket:
         return logits
 
 
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
-def _room(device: torch.device, token_bytes: int) -> int:
-    """Tokens of cache that the device has room for."""
+def _room(device: torch.device, token_bytes: int, max_context: int) -> int:
+    """Tokens of cache that the device has room for; on a CPU one sequence at least."""
     free = available_bytes(device)
-    return CPU_CACHE_TOKENS if free is None else int(free * CACHE_SHARE) // token_bytes
+    if free is None:
+        return max(CPU_CACHE_TOKENS, max_context)
+    return int(free * CACHE_SHARE) // token_bytes

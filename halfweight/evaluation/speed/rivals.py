@@ -13,6 +13,8 @@ SIXTEEN_BIT = "transformers 16-bit"
 HALFWEIGHT = "halfweight"
 HALFWEIGHT_INT8 = "halfweight int8 activations"
 TORCHAO = "torchao int8 weight-only"
+BY_ENGINE = (HALFWEIGHT, HALFWEIGHT_INT8)
+"""Those that run by the package's engine; the others are plain models of transformers."""
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,21 @@ from halfweight.kernels.cpu.llvm_vectors import (
     FLOAT,
     FLOATS,
     HALVES,
+    I32,
     I64,
     INTS,
     LANES,
     LINE,
     SHORTS,
     accumulators,
+    call,
     constant,
     load,
     multiply_add,
     offset,
     pointer,
     splat,
+    splat_int,
     vector_function,
 )
 
@@ -35,6 +38,13 @@ KEY_CHAINS = 4
 """Sums that a score is added up in."""
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes of a number in a page."""
+LOG2_E = 1.4426950408889634
+LN2 = (0.693359375, -2.12194440e-4)
+EXP_TERMS = (
+    *(1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3),
+    *(4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1),
+)
+"""Of a polynomial beside 0, highest power first."""
 
 
 def key_scores(dtype: str, num_queries: int) -> Any:
@@ -138,6 +148,77 @@ def value_sums(dtype: str, num_queries: int) -> Any:
             b.store(b.load(cell), to, align=4)
 
     return vector_function(f"value_sums_{dtype}_{num_queries}", 6, generate)
+
+
+def weigh_page() -> Any:
+    """Scores of a query with the keys of a page to weights, relative to the largest so far.
+
+    The Numba function takes the addresses of scores float32 [16 blocks], of which `count` are to be
+    kept and the others become 0, then count, blocks, and the address of float32 [3]: the largest
+    score so far, the total of the weights, and what all before is now to be multiplied with.
+    """
+
+    def generate(
+        _features: Any, b: Any, scores: Any, count: Any, num_blocks: Any, state: Any, _: Any
+    ) -> None:
+        lowest = ir.Constant(FLOATS, [float("-inf")] * LANES)
+        zero = ir.Constant(FLOATS, [0.0] * LANES)
+        most, total, factor = (pointer(b, b.add(state, I64(4 * i)), FLOAT) for i in range(3))
+        best, added = (cgutils.alloca_once_value(b, value) for value in (lowest, zero))
+        b.store(lowest, best)
+        b.store(zero, added)
+        with cgutils.for_range(b, num_blocks) as blocks:
+            at, kept = block_of(b, scores, count, blocks.index)
+            found = b.select(kept, b.load(at, align=4), lowest)
+            b.store(found, at, align=4)
+            b.store(call(b, f"llvm.maximum.v{LANES}f32", FLOATS, b.load(best), found), best)
+        name = f"llvm.vector.reduce.fmaximum.v{LANES}f32"
+        found = call(b, name, FLOAT, b.load(best))
+        before = b.load(most)
+        largest = call(b, "llvm.maximum.f32", FLOAT, before, found)
+        level = splat(b, largest)
+        with cgutils.for_range(b, num_blocks) as blocks:
+            at, kept = block_of(b, scores, count, blocks.index)
+            weight = b.select(kept, exp_of(b, b.fsub(b.load(at, align=4), level)), zero)
+            b.store(weight, at, align=4)
+            b.store(b.fadd(b.load(added), weight), added)
+        change = exp_of(b, splat(b, b.fsub(before, largest)))
+        rescale = b.extract_element(change, I32(0))
+        name = f"llvm.vector.reduce.fadd.v{LANES}f32"
+        more = call(b, name, FLOAT, ir.Constant(FLOAT, 0.0), b.load(added), fastmath=("reassoc",))
+        b.store(b.fadd(b.fmul(b.load(total), rescale), more), total)
+        b.store(largest, most)
+        b.store(rescale, factor)
+
+    def block_of(b: Any, scores: Any, count: Any, index: Any) -> tuple[Any, Any]:
+        """Where a block is, and which of its lanes are kept."""
+        lanes = ir.Constant(INTS, list(range(LANES)))
+        left = b.trunc(b.sub(count, b.mul(index, I64(LANES))), I32)
+        kept = b.icmp_signed("<", lanes, splat_int(b, left))
+        return pointer(b, offset(b, scores, index, I64(4 * LANES)), FLOATS), kept
+
+    return vector_function("weigh_page", 5, generate)
+
+
+def exp_of(builder: Any, x: Any) -> Any:
+    """e^x to two units in the last place (cpu_step.exp)."""
+
+    def number(value: float) -> Any:
+        return ir.Constant(FLOATS, [value] * LANES)
+
+    def unary(name: str, *values: Any) -> Any:
+        return call(builder, f"llvm.{name}.v{LANES}f32", FLOATS, *values)
+
+    x = unary("minimum", unary("maximum", x, number(-87.0)), number(88.0))
+    power = unary("rint", builder.fmul(x, number(LOG2_E)))
+    for part in LN2:
+        x = multiply_add(builder, power, number(-part), x)
+    y = number(EXP_TERMS[0])
+    for term in EXP_TERMS[1:]:
+        y = multiply_add(builder, y, x, number(term))
+    y = builder.fadd(multiply_add(builder, builder.fmul(y, x), x, x), number(1.0))
+    exponent = builder.add(builder.fptosi(power, INTS), constant(127))
+    return builder.fmul(y, builder.bitcast(builder.shl(exponent, constant(23)), FLOATS))
 
 
 def _numbers(builder: Any, dtype: str, address: Any) -> Any:

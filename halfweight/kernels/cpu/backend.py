@@ -295,7 +295,7 @@ def _step_block(group_size: int) -> int:
 
 
 def _rows(weight: QuantizedTensor, rows: slice | Tensor) -> QuantizedTensor:
-    one_scale = weight.scales.shape[0] == 1
+    one_scale = weight.scales.shape[0] == 1 != weight.packed.shape[0]
     return QuantizedTensor(
         weight.packed[rows],
         weight.scales if one_scale else weight.scales[rows],

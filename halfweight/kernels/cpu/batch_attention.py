@@ -14,6 +14,7 @@ import numpy as np
 from numba import carray, float32, int8, int64
 
 from halfweight.kernels.cpu.attention_products import QUERIES
+from halfweight.kernels.cpu.attention_tiles import weigh_page
 from halfweight.kernels.cpu.batch_cells import (
     ATTENDED,
     CACHE_FORMAT,
@@ -44,8 +45,8 @@ from halfweight.kernels.cpu.batch_cells import (
     K,
     Q,
 )
+from halfweight.kernels.cpu.between_products import floats_at, normalize, rotate
 from halfweight.kernels.cpu.decode_products import FLOAT32, OUT, store_number
-from halfweight.kernels.cpu.decode_step import exp, floats_at, normalize, rotate
 from halfweight.kernels.cpu.llvm import (
     call_at,
     cell,
@@ -56,10 +57,14 @@ from halfweight.kernels.cpu.llvm import (
     prefetch,
     store,
 )
-from halfweight.kernels.cpu.llvm_vectors import LINE
+from halfweight.kernels.cpu.llvm_vectors import LANES, LINE
 
+STATE = 4
+"""Floats of a query's state between pages, one of them to spare."""
 SMALLEST_SCALE = float32(1e-30)
 """Of a vector in one byte a number."""
+
+weigh_scores = weigh_page()
 
 
 @inline
@@ -142,33 +147,14 @@ def multiply_by(values: Any, count: Any, factors: Any) -> None:
 
 
 @inline
-def weigh(scores: Any, count: Any, most: Any, total: Any, sums: Any, size: Any) -> Any:
-    """Scores of a page to weights; the new maximum and total.
-
-    Weights, total and sums [D] are relative to the largest score so far, `most`.
-    """
-    largest = most
-    weights = floats_at(scores, count)
-    for t in range(count):
-        largest = max(largest, weights[t])
-    if largest > most:
-        factor = exp(most - largest)
-        total *= factor
+def weigh(scores: Any, count: Any, blocks: Any, state: Any, sums: Any, size: Any) -> None:
+    """`weigh_page`, and sums float32 [D] made relative to the new largest score."""
+    weigh_scores(scores, count, blocks, state, 0)
+    factor = load(state + 8, float32)
+    if factor != float32(1):
         out = floats_at(sums, size)
         for d in range(size):
             out[d] *= factor
-    added = float32(0)
-    for t in range(count):
-        weights[t] = exp(weights[t] - largest)
-        added += weights[t]
-    return largest, total + added
-
-
-@inline
-def clear(values: Any, begin: Any, end: Any) -> None:
-    """Zeros float32 [begin, end)."""
-    for t in range(begin, end):
-        store(values + 4 * t, float32(0))
 
 
 @inline
@@ -186,15 +172,16 @@ def attend_queries(
     """Attention of up to four queries, each to all positions up to its own, page by page.
 
     `positions` are addresses of int64 in rising order. `scratch` holds queries float32 [4, D],
-    then, written here, sums [4, D], totals and maxima [4], scores [4, page_tokens].
+    then, written here, sums [4, D], states of `weigh_page` [4, 4], scores [4, page_tokens].
     """
     size, page_tokens = cell(step, HEAD_SIZE), cell(step, PAGE_TOKENS)
     sums, several = scratch + 4 * QUERIES * size, int64(count > 1)
     state = sums + 4 * QUERIES * size
-    scores = state + 8 * QUERIES
+    scores = state + 4 * STATE * QUERIES
     floats_at(sums, QUERIES * size)[:] = float32(0)
-    most, totals = floats_at(state, QUERIES), floats_at(state + 4 * QUERIES, QUERIES)
-    most[:], totals[:] = float32(-np.inf), float32(0)
+    for i in range(QUERIES):
+        store(state + 4 * STATE * i, float32(-np.inf))
+        store(state + 4 * (STATE * i + 1), float32(0))
     last = cell(positions, count - 1)
     pages, num_bytes = last // page_tokens + 1, page_bytes(step)
     scales = numbers_bytes(step) if cell(step, CACHE_FORMAT) == INT8 else int64(0)
@@ -205,15 +192,14 @@ def attend_queries(
             after = page_of(step, table, head, page + 1)
             prefetch_page(cell(layer, KEYS) + after, cell(layer, VALUES) + after, num_bytes)
         end = min(page_tokens, last + 1 - begin)
-        shape = (size, page_tokens, end)
+        shape, blocks = (size, page_tokens, end), (end + LANES - 1) // LANES
         call_at(cell(step, SCORE), (scratch, keys, *shape, several, scores, 0, 0))
         for i in range(count):
             own = max(int64(0), min(page_tokens, cell(positions, i) + 1 - begin))
             to, row = sums + 4 * size * i, scores + 4 * page_tokens * i
             multiply_by(row, own, keys + scales if scales else int64(0))
-            most[i], totals[i] = weigh(row, own, most[i], totals[i], to, size)
+            weigh(row, own, blocks, state + 4 * STATE * i, to, size)
             multiply_by(row, own, values + scales if scales else int64(0))
-            clear(row, own, end)
         call_at(cell(step, SUM_VALUES), (scores, values, *shape, several, sums, 0, 0))
 
 
@@ -244,13 +230,13 @@ def attend(step: Any, layer: Any, sequence: Any, begin: Any, num_heads: Any, scr
                 scaled[d] *= scaling
         attend_queries(step, layer, table, shared, scratch, count, queries)
         sums = queries + 4 * QUERIES * size
-        totals = sums + 4 * QUERIES * (size + 1)
+        state = sums + 4 * QUERIES * size
         for i in range(count):
             token, head = first + (done + i) // num_heads, begin + (done + i) % num_heads
             out = floats_at(cell(step, ATTENDED) + 4 * size * (token * heads + head), size)
-            found = floats_at(sums + 4 * size * i, size)
+            found, total = floats_at(sums + 4 * size * i, size), state + 4 * (STATE * i + 1)
             for d in range(size):
-                out[d] = found[d] / load(totals + 4 * i, float32)
+                out[d] = found[d] / load(total, float32)
 
 
 @inline
@@ -276,4 +262,4 @@ def share_heads(step: Any, layer: Any, ticket: Any, scratch: Any) -> None:
 
 def attention_bytes(head_size: int, page_tokens: int) -> int:
     """Bytes of scratch that `attend` needs."""
-    return 8 * QUERIES + 4 * QUERIES * (2 * head_size + 2 + page_tokens)
+    return 8 * QUERIES + 4 * QUERIES * (2 * head_size + STATE + page_tokens)

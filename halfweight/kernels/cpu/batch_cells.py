@@ -41,16 +41,20 @@ from halfweight.kernels.cpu.decode_products import LINEAR_CELLS
     MATRIX,
     SCORE,
     SUM_VALUES,
-) = range(36)
+    TURNED,
+    PREPARE,
+) = range(38)
 """Cells of a step; EPSILON and SCALING are bits of a float32, the rest counts and addresses.
 
 DIGITS: parts that a linear's x is rounded to where its groups allow. WIDEST is the longest x of a
-product. Each thread has WORK_BYTES of its own, from WORK on. IDS and POSITIONS have an int64 a
-token, LOGIT_TOKENS the tokens (indices) whose logits are wanted. MATRIX: the address of
-`matrix_product` where the CPU has a matrix unit, else 0. SCORE and SUM_VALUES: those of
-batch_attention.py for the pages' format.
+product. Each thread has WORK_BYTES of its own, from WORK on; TURNED is where in it the tokens for
+the matrix unit are. IDS and POSITIONS have an int64 a token, LOGIT_TOKENS the tokens (indices)
+whose logits are wanted.
+
+Functions that are called by address: PREPARE; MATRIX, the product of a matrix unit, 0 where the CPU
+has none; SCORE and SUM_VALUES, attention's for the pages' format.
 """
-STEP_CELLS = 36
+STEP_CELLS = 38
 FIRST, COUNT, TABLE = range(3)
 SEQUENCE_CELLS = 3
 """Cells of a sequence: its first token in the step, how many, and the address of its pages' ids."""
@@ -93,7 +97,7 @@ EMBEDDING_TICKET, EMBEDDING_DONE, FINAL_TICKET, FINAL_DONE, LOGITS_TICKET, LOGIT
 COUNTERS_A_STEP = 7
 """Counters before those of the layers."""
 INT8 = 4
-"""CACHE_FORMAT of pages in one byte a number, beside cpu_loops' formats.
+"""CACHE_FORMAT of pages in one byte a number, beside decode_products' formats.
 
 Behind the numbers of a page of one head stands a float32 scale for each token.
 """

@@ -9,31 +9,40 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import carray, float32, int32, int64
+from numba import carray, float32, int8, int32, int64, uint8, uint32
 
-from halfweight.kernels.cpu.batch_tiles import TILE_ROWS, digit_rows, matrix_rows, turn_words
+from halfweight.kernels.cpu.batch_tiles import (
+    TILE_ROWS,
+    digit_rows,
+    finish_tile,
+    matrix_rows,
+    turn_words,
+    wide_rows,
+)
+from halfweight.kernels.cpu.between_products import floats_at
 from halfweight.kernels.cpu.decode_products import (
     BIAS,
+    EXPONENTS,
     FIRST_BYTES,
+    FORMAT,
+    GRID8,
     GROUP,
     IN,
     MAX_SHARE_ROWS,
     MIN_SHARE_BYTES,
     OUT,
     PACKED,
-    PARTS,
     add_ends_of_groups,
     float_1,
     round_part,
-    row_power,
     row_scales,
     whole_lines,
 )
-from halfweight.kernels.cpu.decode_step import exp, floats_at
 from halfweight.kernels.cpu.dot_tiles import ROWS
 from halfweight.kernels.cpu.llvm import (
     cell,
     fetch_add,
+    float_from_bits,
     inline,
     load,
     pointer_to,
@@ -48,7 +57,8 @@ STORE, ADD, GATE = range(3)
 
 digit_rows_2, digit_rows_3 = digit_rows(2), digit_rows(3)
 matrix_rows_2, matrix_rows_3 = matrix_rows(2), matrix_rows(3)
-turn = turn_words()
+turn, wide_4 = turn_words(), wide_rows()
+finish_store, finish_add, finish_gate = (finish_tile(use) for use in ("store", "add", "gate"))
 
 
 @inline
@@ -94,10 +104,8 @@ def turned_scales(linear: Any, row: Any, rows: Any, scratch: Any) -> Any:
 
 
 @inline
-def multiply_digits(
-    linear: Any, row: Any, rows: Any, x: Any, tokens: Any, sums: Any, scratch: Any, more: Any
-) -> None:
-    """sums float32 [M, 16] of records; `more`: whether the rows behind these come next."""
+def digit_arguments(linear: Any, row: Any, rows: Any, scratch: Any, more: Any) -> Any:
+    """What `digit_rows` is told of 16 rows: addresses, K, scales, the way to the next ones."""
     columns = cell(linear, IN)
     first, addresses = cell(linear, PACKED) + row * columns, scratch
     pointers = carray(pointer_to(addresses), TILE_ROWS, int64)
@@ -105,10 +113,7 @@ def multiply_digits(
         pointers[r] = first + min(r, rows - 1) * columns
     scales = turned_scales(linear, row, rows, scratch + 8 * TILE_ROWS)
     ahead = TILE_ROWS * columns if more else int64(0)
-    if cell(linear, PARTS) == 2:
-        digit_rows_2(addresses, x, columns, scales, tokens, sums, ahead)
-    else:
-        digit_rows_3(addresses, x, columns, scales, tokens, sums, ahead)
+    return addresses, columns, scales, ahead
 
 
 @inline
@@ -139,51 +144,84 @@ def turn_tokens(records: Any, columns: Any, parts: Any, tokens: Any, to: Any) ->
 
 
 @inline
-def multiply_matrix(
-    linear: Any, row: Any, rows: Any, x: Any, tokens: Any, sums: Any, scratch: Any, more: Any
-) -> None:
-    """`multiply_digits` of turned tokens by a matrix unit; up to 15 sums more are written."""
-    columns, parts = cell(linear, IN), cell(linear, PARTS)
-    first, own = cell(linear, PACKED) + row * columns, scratch
+def matrix_arguments(linear: Any, row: Any, rows: Any, scratch: Any, more: Any) -> Any:
+    """What `matrix_rows` is told of 16 rows; fewer are copied, as it reads whole sixteens."""
+    columns = cell(linear, IN)
+    first = cell(linear, PACKED) + row * columns
     scales = turned_scales(linear, row, rows, scratch + TILE_ROWS * columns)
     if rows < TILE_ROWS:
-        words = carray(pointer_to(first), rows * columns // 4, int32)
-        copied = carray(pointer_to(own), rows * columns // 4, int32)
-        copied[:] = words
-        first = own
+        copied = carray(pointer_to(scratch), rows * columns // 4, int32)
+        copied[:] = carray(pointer_to(first), rows * columns // 4, int32)
+        first = scratch
     ahead = TILE_ROWS * columns if more else int64(0)
-    for m in range(0, tokens, LANES):
-        to = sums + 4 * TILE_ROWS * m
-        if parts == 2:
-            matrix_rows_2(first, x, columns, scales, to, ahead)
-        else:
-            matrix_rows_3(first, x, columns, scales, to, ahead)
-        x += turned_bytes(columns, parts)
+    return first, columns, scales, ahead
 
 
 @inline
 def multiply_floats(
     linear: Any, row: Any, rows: Any, x: Any, tokens: Any, sums: Any, scratch: Any
 ) -> None:
-    """sums float32 [M, 16] of x float32 [M, K], four rows at a time, one token after the other."""
+    """sums float32 [M, 16] of x float32 [M, K], four rows at a time.
+
+    Several tokens meet rows that are widened first, which is cheaper, and the same to the bit.
+    """
     columns, size = cell(linear, IN), cell(linear, GROUP)
     groups = columns // size
     limit = cell(linear, PACKED) + cell(linear, OUT) * columns - 1
-    out, scales = scratch, scratch + 4 * ROWS
+    out, wide = scratch, scratch + 4 * ROWS
+    scales = wide + 4 * ROWS * columns
     r = int64(0)
     while r < rows:
         count = int64(ROWS) if rows - r >= ROWS else int64(1)
         stride = columns if count == ROWS else int64(0)
         row_scales(linear, row + r, count, size, scales)
         weights = cell(linear, PACKED) + (row + r) * columns
+        if tokens > 1:
+            packed = carray(pointer_to(weights), count * columns, uint8)
+            numbers = floats_at(wide, count * columns)
+            for i in range(count * columns):
+                numbers[i] = float32(int32(packed[i]) - int32(128))
         for m in range(tokens):
             at = x + 4 * m * columns
-            float_1(at, weights, scales, groups, size, out, stride, limit)
+            if tokens > 1:
+                wide_4(at, wide, scales, groups, size, count // ROWS, out)
+            else:
+                float_1(at, weights, scales, groups, size, out, stride, limit)
             if size % LANES:
                 add_ends_of_groups(at, 1, weights, count, scales, groups, size, out)
             for i in range(count):
                 store(sums + 4 * (m * TILE_ROWS + r + i), load(out + 4 * i, float32))
         r += count
+
+
+@inline
+def write_factors(linear: Any, row: Any, rows: Any, to: Any) -> None:
+    """What the sums of 16 rows are to be multiplied with, then what is to be added."""
+    powers, added = floats_at(to, TILE_ROWS), floats_at(to + 4 * TILE_ROWS, TILE_ROWS)
+    powers[:], added[:] = float32(1), float32(0)
+    if cell(linear, FORMAT) == GRID8:
+        exponents = carray(pointer_to(cell(linear, EXPONENTS) + row), rows, int8)
+        for r in range(rows):
+            half = int32(exponents[r]) >> int32(1)
+            rest = int32(exponents[r]) - half
+            low = float_from_bits(uint32(half + int32(127)) << uint32(23))
+            powers[r] = low * float_from_bits(uint32(rest + int32(127)) << uint32(23))
+    bias = cell(linear, BIAS)
+    if bias:
+        biases = floats_at(bias + 4 * row, rows)
+        for r in range(rows):
+            added[r] = biases[r]
+
+
+@inline
+def finish(sums: Any, factors: Any, y: Any, stride: Any, tokens: Any, use: Any) -> None:
+    """Sums [M, 16], finished, to y (`finish_tile`)."""
+    if use == ADD:
+        finish_add(sums, factors, y, stride, tokens)
+    elif use == GATE:
+        finish_gate(sums, factors, y, stride, tokens)
+    else:
+        finish_store(sums, factors, y, stride, tokens)
 
 
 @inline
@@ -198,25 +236,20 @@ def finish_rows(
     stride: Any,
     use: Any,
 ) -> None:
-    """Powers of two and bias; sums [M, 16] to y float32 [M, stride] as `use` says."""
-    bias = cell(linear, BIAS)
-    powers, added = floats_at(own, TILE_ROWS), floats_at(own + 4 * TILE_ROWS, TILE_ROWS)
-    for r in range(rows):
-        powers[r] = row_power(linear, row + r)
-        added[r] = load(bias + 4 * (row + r), float32) if bias else float32(0)
+    """Sums [M, 16] finished, to y float32 [M, stride] as `use` says."""
+    write_factors(linear, row, rows, own)
+    if rows == TILE_ROWS:
+        finish(sums, own, y + 4 * row, 4 * stride, tokens, use)
+        return
+    copy = own + 8 * TILE_ROWS
+    whole = floats_at(copy, TILE_ROWS)
     for m in range(tokens):
-        products = floats_at(sums + 4 * TILE_ROWS * m, rows)
         out = floats_at(y + 4 * (m * stride + row), rows)
-        if use == ADD:
-            for r in range(rows):
-                out[r] += products[r] * powers[r] + added[r]
-        elif use == GATE:
-            for r in range(rows):
-                gate = out[r] / (float32(1) + exp(-out[r]))
-                out[r] = gate * (products[r] * powers[r] + added[r])
-        else:
-            for r in range(rows):
-                out[r] = products[r] * powers[r] + added[r]
+        for r in range(rows):
+            whole[r] = out[r]
+        finish(sums + 4 * TILE_ROWS * m, own, copy, 0, 1, use)
+        for r in range(rows):
+            out[r] = whole[r]
 
 
 @inline
@@ -225,7 +258,7 @@ def sums_bytes(tokens: Any) -> Any:
     return 4 * TILE_ROWS * ((tokens + LANES - 1) // LANES * LANES)
 
 
-def batch_product(
+def batch_float(
     linear: Any,
     begin: Any,
     end: Any,
@@ -236,23 +269,20 @@ def batch_product(
     stride: Any,
     use: Any,
 ) -> Any:
-    """y[:, begin:end] of M prepared tokens, y float32 [M, stride]; begin a multiple of 16.
+    """y[:, begin:end] of x float32 [M, K], y float32 [M, stride]; begin a multiple of 16.
 
-    A function of its own that kernels call by its address, so that it is compiled once.
+    Functions of their own that kernels call by address: only those in use are compiled, once.
     """
     sums = scratch + 8 * LINE
     own = sums + sums_bytes(tokens)
     for row in range(begin, end, TILE_ROWS):
         rows = min(int64(TILE_ROWS), end - row)
-        if cell(linear, PARTS):
-            multiply_digits(linear, row, rows, x, tokens, sums, own, row + TILE_ROWS < end)
-        else:
-            multiply_floats(linear, row, rows, x, tokens, sums, own)
+        multiply_floats(linear, row, rows, x, tokens, sums, own)
         finish_rows(linear, row, rows, sums, tokens, scratch, y, stride, use)
     return y
 
 
-def matrix_product(
+def batch_digits_2(
     linear: Any,
     begin: Any,
     end: Any,
@@ -263,12 +293,83 @@ def matrix_product(
     stride: Any,
     use: Any,
 ) -> Any:
-    """`batch_product` of turned tokens by a matrix unit: the same bits."""
+    """`batch_float` of records of 2 digits."""
     sums = scratch + 8 * LINE
     own = sums + sums_bytes(tokens)
     for row in range(begin, end, TILE_ROWS):
-        rows = min(int64(TILE_ROWS), end - row)
-        multiply_matrix(linear, row, rows, x, tokens, sums, own, row + TILE_ROWS < end)
+        rows, more = min(int64(TILE_ROWS), end - row), row + TILE_ROWS < end
+        at, columns, scales, ahead = digit_arguments(linear, row, rows, own, more)
+        digit_rows_2(at, x, columns, scales, tokens, sums, ahead)
+        finish_rows(linear, row, rows, sums, tokens, scratch, y, stride, use)
+    return y
+
+
+def batch_digits_3(
+    linear: Any,
+    begin: Any,
+    end: Any,
+    x: Any,
+    tokens: Any,
+    scratch: Any,
+    y: Any,
+    stride: Any,
+    use: Any,
+) -> Any:
+    """`batch_float` of records of 3 digits."""
+    sums = scratch + 8 * LINE
+    own = sums + sums_bytes(tokens)
+    for row in range(begin, end, TILE_ROWS):
+        rows, more = min(int64(TILE_ROWS), end - row), row + TILE_ROWS < end
+        at, columns, scales, ahead = digit_arguments(linear, row, rows, own, more)
+        digit_rows_3(at, x, columns, scales, tokens, sums, ahead)
+        finish_rows(linear, row, rows, sums, tokens, scratch, y, stride, use)
+    return y
+
+
+def batch_matrix_2(
+    linear: Any,
+    begin: Any,
+    end: Any,
+    x: Any,
+    tokens: Any,
+    scratch: Any,
+    y: Any,
+    stride: Any,
+    use: Any,
+) -> Any:
+    """`batch_digits_2` of turned tokens by a matrix unit: the same bits."""
+    sums = scratch + 8 * LINE
+    own = sums + sums_bytes(tokens)
+    for row in range(begin, end, TILE_ROWS):
+        rows, more = min(int64(TILE_ROWS), end - row), row + TILE_ROWS < end
+        first, columns, scales, ahead = matrix_arguments(linear, row, rows, own, more)
+        for m in range(0, tokens, LANES):
+            at, to = x + m // LANES * turned_bytes(columns, 2), sums + 4 * TILE_ROWS * m
+            matrix_rows_2(first, at, columns, scales, to, ahead)
+        finish_rows(linear, row, rows, sums, tokens, scratch, y, stride, use)
+    return y
+
+
+def batch_matrix_3(
+    linear: Any,
+    begin: Any,
+    end: Any,
+    x: Any,
+    tokens: Any,
+    scratch: Any,
+    y: Any,
+    stride: Any,
+    use: Any,
+) -> Any:
+    """`batch_digits_3` of turned tokens by a matrix unit: the same bits."""
+    sums = scratch + 8 * LINE
+    own = sums + sums_bytes(tokens)
+    for row in range(begin, end, TILE_ROWS):
+        rows, more = min(int64(TILE_ROWS), end - row), row + TILE_ROWS < end
+        first, columns, scales, ahead = matrix_arguments(linear, row, rows, own, more)
+        for m in range(0, tokens, LANES):
+            at, to = x + m // LANES * turned_bytes(columns, 3), sums + 4 * TILE_ROWS * m
+            matrix_rows_3(first, at, columns, scales, to, ahead)
         finish_rows(linear, row, rows, sums, tokens, scratch, y, stride, use)
     return y
 

@@ -1,7 +1,9 @@
 """A step of a Llama-like model for several tokens of several sequences as one kernel.
 
-decode_step.py for 1 to 32 tokens over pages of KV cache: threads enter once a step and go through
-all layers together, by tickets, each weight read once for all tokens. A layer's phases:
+1 to 32 tokens over pages of KV cache. At batch 1 a small model's layer is 20 products of some
+microseconds, and an interpreter between them costs more than the products. Here threads enter once
+a step and go through all layers together, by tickets, each weight read once for all tokens. The
+phases of a layer:
 
     norm, q k v | rotate, write the pages, attend a head of a sequence at a time | output, add |
     norm, gate up | down, add
@@ -15,6 +17,7 @@ step or in many (batch_tiles.py, batch_attention.py).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from numba import float32, int64
@@ -66,12 +69,14 @@ from halfweight.kernels.cpu.batch_cells import (
     OUTPUT,
     OUTPUT_DONE,
     OUTPUT_TICKET,
+    PREPARE,
     PREPARED,
     Q_TICKET,
     QKV,
     QKV_DONE,
     THREAD,
     THREADS,
+    TURNED,
     UP,
     V_TICKET,
     WIDEST,
@@ -92,6 +97,7 @@ from halfweight.kernels.cpu.batch_loops import (
     turned_bytes,
     write_batch_record,
 )
+from halfweight.kernels.cpu.between_products import normalize, wait_for
 from halfweight.kernels.cpu.decode_products import (
     GROUP,
     IN,
@@ -105,7 +111,6 @@ from halfweight.kernels.cpu.decode_products import (
     weight_at,
     whole_lines,
 )
-from halfweight.kernels.cpu.decode_step import normalize, wait_for
 from halfweight.kernels.cpu.llvm import (
     address_of,
     call_at,
@@ -123,16 +128,27 @@ SPARE_BYTES = 16 * LINE
 """What is read and written past the last number that is turned."""
 
 
-@inline
 def prepare_one(
-    step: Any, norm: Any, x: Any, columns: Any, floats: Any, record: Any, scratch: Any
-) -> None:
-    """x float32 [K], normalized to `floats` if there is a norm, and in digits to `record`."""
+    step: Any,
+    norm: Any,
+    x: Any,
+    columns: Any,
+    floats: Any,
+    record: Any,
+    scratch: Any,
+    _: Any,
+    __: Any,
+) -> Any:
+    """x float32 [K], normalized to `floats` if there is a norm, and in digits to `record`.
+
+    A function of its own that the kernel calls by its address, so that it is compiled once.
+    """
     if norm:
         normalize(x, norm, columns, load(step + 8 * EPSILON, float32), floats)
         x = floats
     if cell(step, DIGITS) and columns % LINE == 0:
         write_batch_record(x, columns, cell(step, DIGITS), record, scratch)
+    return record
 
 
 @inline
@@ -159,7 +175,8 @@ def prepare(
     while m < count:
         token = cell(chosen, m) if chosen else m
         at = x + 4 * columns * token
-        prepare_one(step, norm, at, columns, base + 4 * columns * m, records + size * m, scratch)
+        to = (base + 4 * columns * m, records + size * m)
+        call_at(cell(step, PREPARE), (step, norm, at, columns, *to, scratch, 0, 0))
         if alone:
             break
         fetch_add(ticket + 8, 1)
@@ -306,16 +323,30 @@ def logits_phase(step: Any, counters: Any, before: Any, work: Any) -> None:
     share(step, head, rows, (ticket, done), x, count, work, to, STORE)
 
 
-def batch_work_bytes(
+@dataclass(frozen=True)
+class WorkBytes:
+    """Bytes of memory of a step: of each thread, before its turned tokens there, and of all."""
+
+    own: int
+    turned_at: int
+    prepared: int
+
+
+def work_bytes(
     widest: int, digits: int, head_size: int, page_tokens: int, tokens: int
-) -> tuple[int, int]:
-    """Bytes of memory that a thread needs for itself, and that `tokens` prepared ones need."""
-    token = whole_lines.py_func(4 * widest) + batch_record_bytes.py_func(widest, digits)
+) -> WorkBytes:
+    """The memory that a step of `tokens` needs; `widest` is the longest x of a product."""
+    token = int(whole_lines.py_func(4 * widest) + batch_record_bytes.py_func(widest, digits))
     attention = attention_bytes(head_size, page_tokens)
     scratch = max(batch_scratch_bytes(widest, tokens), attention, 4 * MAX_PARTS * LANES)
-    turned = -(-tokens // LANES) * turned_bytes.py_func(widest, digits) + SPARE_BYTES
-    own = token + whole_lines.py_func(scratch) + whole_lines.py_func(turned)
-    return int(own), int(tokens * token + SPARE_BYTES)
+    turned_at = token + int(whole_lines.py_func(scratch))
+    turned = all_turned_bytes(widest, digits, tokens) + SPARE_BYTES
+    return WorkBytes(turned_at + turned, turned_at, tokens * token + SPARE_BYTES)
+
+
+def all_turned_bytes(widest: int, digits: int, tokens: int) -> int:
+    """Bytes of tokens as a matrix unit reads them."""
+    return -(-tokens // LANES) * int(turned_bytes.py_func(widest, digits))
 
 
 def run_batch_step(pointer: Any) -> None:
@@ -326,9 +357,7 @@ def run_batch_step(pointer: Any) -> None:
     own = cell(step, WORK) + thread * cell(step, WORK_BYTES)
     widest = cell(step, WIDEST)
     scratch = own + whole_lines(4 * widest) + batch_record_bytes(widest, cell(step, DIGITS))
-    end = own + cell(step, WORK_BYTES)
-    turned = end - whole_lines(2 * turned_bytes(widest, cell(step, DIGITS)) + SPARE_BYTES)
-    work = (own, scratch, turned)
+    work = (own, scratch, own + cell(step, TURNED))
     token = fetch_add(counters + 8 * EMBEDDING_TICKET, 1)
     while token < tokens:
         read_embedding(step, token, scratch)

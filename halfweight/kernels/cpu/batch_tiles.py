@@ -18,6 +18,8 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
+from halfweight.kernels.cpu.attention_tiles import exp_of
+from halfweight.kernels.cpu.dot_tiles import ROWS, store_sums
 from halfweight.kernels.cpu.llvm_vectors import (
     BYTES64,
     FLOAT,
@@ -105,7 +107,7 @@ def digit_rows(num_parts: int) -> Any:
 
 
 def _record_bytes(builder: Any, columns: Any, lines: Any, parts: int) -> Any:
-    """Bytes of a record (cpu_batch_loops.batch_record_bytes)."""
+    """Bytes of a record (batch_loops.batch_record_bytes)."""
     used = builder.add(builder.mul(columns, I64(parts)), builder.mul(lines, I64(12)))
     return builder.and_(builder.add(used, I64(LINE - 1)), I64(-LINE))
 
@@ -215,6 +217,79 @@ def matrix_rows(num_parts: int) -> Any:
             b.store(turned, to, align=4)
 
     return vector_function(f"matrix_rows_{num_parts}", 6, generate)
+
+
+def wide_rows() -> Any:
+    """`float_tile` for one token and rows that are widened to floats already: the same bits.
+
+    The Numba function takes the addresses of x float32 [K], rows float32 [4, K] and scales float32
+    [4, K/G], then K/G, G, whether the rows are four (else one, four times), and the address of
+    float32 [4] to write. Numbers past the last 16 of a group are left out.
+    """
+
+    def generate(
+        _features: Any,
+        b: Any,
+        x: Any,
+        rows: Any,
+        scales: Any,
+        num_groups: Any,
+        group_size: Any,
+        several: Any,
+        out: Any,
+    ) -> None:
+        columns = b.mul(b.mul(num_groups, group_size), I64(4))
+        stride, scale_stride = b.mul(columns, several), b.mul(b.mul(num_groups, I64(4)), several)
+        sums, parts = accumulators(b, ROWS, FLOATS), accumulators(b, ROWS, FLOATS)
+        zero = ir.Constant(FLOATS, [0.0] * LANES)
+        for cell in sums:
+            b.store(zero, cell)
+        with cgutils.for_range(b, num_groups) as groups:
+            begin = b.mul(groups.index, group_size)
+            for part in parts:
+                b.store(zero, part)
+            with cgutils.for_range(b, b.udiv(group_size, I64(LANES))) as loop:
+                k = b.mul(b.add(begin, b.mul(loop.index, I64(LANES))), I64(4))
+                token = load(b, b.add(x, k), FLOATS)
+                for r, part in enumerate(parts):
+                    row = load(b, b.add(offset(b, rows, r, stride), k), FLOATS)
+                    b.store(multiply_add(b, row, token, b.load(part)), part)
+            at = b.add(scales, b.mul(groups.index, I64(4)))
+            for r, (part, cell) in enumerate(zip(parts, sums, strict=True)):
+                step = splat(b, load(b, offset(b, at, r, scale_stride), FLOAT))
+                b.store(multiply_add(b, b.load(part), step, b.load(cell)), cell)
+        store_sums(b, sums, out)
+
+    return vector_function("wide_rows", 7, generate)
+
+
+def finish_tile(use: str) -> Any:
+    """The products of 16 rows with tokens, finished: stored, added or gated.
+
+    The Numba function takes the addresses of sums float32 [tokens, 16], of factors and then biases
+    float32 [2, 16], and of y, the bytes between tokens there, and the number of tokens. With
+    p = sums * factors + biases: y = p, y += p, or y = silu(y) p.
+    """
+
+    def generate(
+        _features: Any, b: Any, sums: Any, factors: Any, y: Any, stride: Any, tokens: Any
+    ) -> None:
+        factor = load(b, factors, FLOATS)
+        bias = load(b, b.add(factors, I64(4 * LANES)), FLOATS)
+        with cgutils.for_range(b, tokens) as loop:
+            of_token = load(b, offset(b, sums, loop.index, I64(4 * LANES)), FLOATS)
+            product = multiply_add(b, of_token, factor, bias)
+            to = pointer(b, offset(b, y, loop.index, stride), FLOATS)
+            if use == "add":
+                product = b.fadd(b.load(to, align=4), product)
+            elif use == "gate":
+                gate = b.load(to, align=4)
+                one = ir.Constant(FLOATS, [1.0] * LANES)
+                below = b.fadd(one, exp_of(b, b.fneg(gate)))
+                product = b.fmul(b.fdiv(gate, below), product)
+            b.store(product, to, align=4)
+
+    return vector_function(f"finish_tile_{use}", 5, generate)
 
 
 def _turn(builder: Any, rows: list[Any]) -> list[Any]:

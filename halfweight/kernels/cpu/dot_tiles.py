@@ -110,7 +110,7 @@ def float_tile(num_tokens: int) -> Any:
             if num_tokens == 1:
                 for part, step, cell in zip(parts, steps, sums, strict=True):
                     b.store(multiply_add(b, b.load(part), step, b.load(cell)), cell)
-        _store_sums(b, sums, out)
+        store_sums(b, sums, out)
 
     return vector_function(f"float_tile_{num_tokens}", 8, generate)
 
@@ -167,7 +167,7 @@ def digit_tile(num_parts: int) -> Any:
                 factor = splat(b, load(b, scale_at, FLOAT))
                 total = b.fmul(_join_digits(b, [b.load(cell) for cell in row]), step)
                 b.store(multiply_add(b, total, factor, b.load(sums[r])), sums[r])
-        _store_sums(b, sums, out)
+        store_sums(b, sums, out)
 
     return vector_function(f"digit_tile_{num_parts}", 8, generate)
 
@@ -324,7 +324,7 @@ def _prefetch(builder: Any, at: Any, lines: Any, row_stride: Any, limit: Any) ->
             call(builder, "llvm.prefetch.p0", ir.VoidType(), address, I32(0), I32(3), I32(1))
 
 
-def _store_sums(builder: Any, sums: list[Any], out: Any) -> None:
+def store_sums(builder: Any, sums: list[Any], out: Any) -> None:
     """Write the sums of the vectors' lanes one after the other."""
     name = f"llvm.vector.reduce.fadd.v{LANES}f32"
     zero = ir.Constant(FLOAT, 0.0)

@@ -27,7 +27,7 @@ from numba.core.ccallback import CFunc
 SOURCES = (
     *("attention_products", "attention_tiles"),
     *(f"batch_{name}" for name in ("attention", "cells", "loops", "step", "tiles")),
-    *("decode_products", "decode_step", "dot_tiles", "llvm", "llvm_vectors", "matrix_unit"),
+    *("between_products", "decode_products", "dot_tiles", "llvm", "llvm_vectors", "matrix_unit"),
     "prefill_products",
 )
 """Modules that kernels are made of."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from hashlib import sha256
 from importlib.util import find_spec
@@ -50,6 +51,9 @@ OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17")
 INT8_TOKENS = 512
 """Fewer tokens are multiplied exactly, which is faster as well."""
 
+KINDS = {torch.int8: "uint8", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+"""Activations as a tensor map names them."""
+
 Shape = tuple[int, ...]
 
 
@@ -62,6 +66,10 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("tile_rows", "k_blocks", "whole_waves", "num_workers")),
         ("steps_stride", ctypes.c_int),
     ]
+
+
+_Arguments = ctypes.c_void_p * 3
+"""Addresses of a kernel's arguments: two tensor maps and the problem."""
 
 
 def _check(result: tuple[Any, ...], what: str) -> Any:
@@ -208,7 +216,7 @@ def _tensor_map(pointer: int, kind: str, sizes: Shape, strides: Shape, box: Shap
 def _maps(plan: Plan, packed: Tensor, x: Tensor) -> tuple[Any, Any]:
     """Tensor maps of the weights and the activations as `plan` reads them."""
     config = plan.config
-    kind = "uint8" if x.dtype == torch.int8 else str(x.dtype).removeprefix("torch.")
+    kind = KINDS[x.dtype]
     w_at, x_at, columns = packed.data_ptr(), x.data_ptr(), x.shape[1]
     if isinstance(config, Large):
         w_sizes, x_sizes = (columns, packed.shape[0]), (columns, x.shape[0])
@@ -243,14 +251,25 @@ def _num_multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _start(kernel: Any, grid: int, config: Config, stream: int, *arguments: int) -> None:
-    """Launch `kernel` with the arguments at these addresses.
+@dataclass(frozen=True)
+class _Start:
+    """How a plan is launched on one stream: what does not change from call to call."""
 
-    It may start before the kernel ahead of it has ended: it waits before it reads x.
-    """
+    kernel: Any
+    launch: Any
+    partials: Tensor
+    flags: Tensor
+
+
+@lru_cache(maxsize=16384)
+def _start(plan: Plan, group_size: int, dtype: torch.dtype, device: int, stream: int) -> _Start:
+    """It may start before the kernel ahead of it has ended: it waits before it reads x."""
     from cuda.bindings import driver
 
+    config = plan.config
+    kernel = _kernel(config, config.groups(group_size), dtype, device)
     launch = driver.CUlaunchConfig()
+    grid = plan.num_workers * config.cluster * config.split
     launch.gridDimX, launch.gridDimY, launch.gridDimZ = grid, 1, 1
     launch.blockDimX, launch.blockDimY, launch.blockDimZ = config.threads, 1, 1
     launch.sharedMemBytes = config.shared_bytes
@@ -261,8 +280,7 @@ def _start(kernel: Any, grid: int, config: Config, stream: int, *arguments: int)
     value.programmaticStreamSerializationAllowed = 1
     early.value = value
     launch.attrs, launch.numAttrs = [early], 1
-    pointers = (ctypes.c_void_p * len(arguments))(*arguments)
-    _check(driver.cuLaunchKernelEx(launch, kernel, ctypes.addressof(pointers), 0), "launch")
+    return _Start(kernel, launch, *_workspace(device, stream))
 
 
 def _launch(
@@ -275,26 +293,26 @@ def _launch(
     plan: Plan,
     steps: Tensor | None = None,
 ) -> None:
+    from cuda.bindings import driver
+
     (num_tokens, in_features), out_features = x.shape, packed.shape[0]
     device, num_groups = x.device.index, scales.shape[1]
     group_size = in_features // num_groups
     stream = torch.cuda.current_stream(device).cuda_stream
-    partials, flags = _workspace(device, stream)
-    config = plan.config
+    start = _start(plan, group_size, y.dtype, device, stream)
     w_map, x_map = _maps(plan, packed, x)
     problem = _Problem(
         *(scales.data_ptr(), exponents.data_ptr(), 0 if bias is None else bias.data_ptr()),
-        *(y.data_ptr(), partials.data_ptr(), flags.data_ptr()),
+        *(y.data_ptr(), start.partials.data_ptr(), start.flags.data_ptr()),
         0 if steps is None else steps.data_ptr(),
         *(num_tokens, out_features, in_features, group_size, num_groups),
         *(plan.tiles_m, plan.tiles_n, plan.rows, plan.k_blocks),
         *(plan.whole_waves, plan.num_workers),
         0 if steps is None else steps.shape[-1],
     )
-    kernel = _kernel(config, config.groups(group_size), y.dtype, device)
-    arguments = (w_map.getPtr(), x_map.getPtr(), ctypes.addressof(problem))
-    grid = plan.num_workers * config.cluster * config.split
-    _start(kernel, grid, config, stream, *arguments)
+    arguments = _Arguments(w_map.getPtr(), x_map.getPtr(), ctypes.addressof(problem))
+    address = ctypes.addressof(arguments)
+    _check(driver.cuLaunchKernelEx(start.launch, start.kernel, address, 0), "launch")
 
 
 def _divides_evenly(group_size: int, num_groups: int) -> bool:

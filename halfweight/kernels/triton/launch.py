@@ -51,18 +51,27 @@ def launch(
     is looked up by what it was compiled for: dtypes, alignment and every number but `tokens`.
     """
     device = operands[0].device
-    key = (
-        *(kernel, device),
-        *((o.dtype, o.data_ptr() % ALIGNMENT) if isinstance(o, Tensor) else o for o in operands),
-        *meta.values(),
-    )
-    with torch.cuda.device(operands[0].get_device()):
-        found = _compiled.get(key)
-        if found is None:
-            _compile_and_launch(key, kernel, device, (*grid, 1), (tokens, *operands), meta)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, tokens, operands, **meta)
+        return
+    parts: list[Any] = [kernel, device]
+    arguments: list[Any] = [tokens]
+    for operand in operands:
+        if isinstance(operand, Tensor):
+            address = operand.data_ptr()  # taken as it is, which spares Triton asking the driver
+            parts += (operand.dtype, address % ALIGNMENT)
+            arguments.append(address)
         else:
-            compiled, constants = found
-            compiled[(*grid, 1)](tokens, *operands, *constants)
+            parts.append(operand)
+            arguments.append(operand)
+    key = (*parts, *meta.values())
+    found = _compiled.get(key)
+    if found is None:
+        _compile_and_launch(key, kernel, device, (*grid, 1), (tokens, *operands), meta)
+    else:
+        compiled, constants = found
+        compiled[(*grid, 1)](*arguments, *constants)
 
 
 def _compile_and_launch(

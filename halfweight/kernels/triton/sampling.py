@@ -4,7 +4,7 @@ A greedy row is read once. A drawn one is read twice more, to add its weights up
 token. The floors of top_k and top_p are searched, not sorted for: a floor is the largest value such
 that what lies at or above it has a count (or a weight) that is wanted. Floats in order are integers
 in order, so WAYS pivots a pass cut the range of bit patterns by WAYS + 1 until one value of the
-scores' own type is left: exact, in at most 6 passes for float16 and 11 for float32 with 8 ways.
+scores' own type is left: exact, in at most 8 passes for float16 and 14 for float32.
 
 Where there are fewer rows than multiprocessors, a row is read by several programs (its parts) that
 exchange their sums through memory and wait for each other: all of them run at the same time, since
@@ -39,10 +39,9 @@ class Chooser:
         self._arrived = torch.zeros(self._most, 2, dtype=torch.int32, device=device)
         self._compiled = {}
 
-    def __call__(self, scores: Tensor, rows: Tensor, table: Tensor) -> Tensor:
-        """Token and whether it equals its draft, int32 [R, 2]."""
+    def __call__(self, scores: Tensor, rows: Tensor, table: Tensor, out: Tensor) -> None:
+        """Write out [R, 2]: token and whether it equals its draft."""
         num_rows, vocab_size = scores.shape
-        out = torch.empty(num_rows, 2, dtype=torch.int32, device=scores.device)
         parts = max(1, min(self._most // num_rows, MOST_PARTS.value))
         operands = scores, rows, table, out, self._exchange, self._arrived, parts
         numbers = vocab_size, scores.stride(0), table.stride(0), GRAINS[scores.dtype]
@@ -55,7 +54,6 @@ class Chooser:
             compiled = _choose[grid](*operands, *numbers, **OPTIONS)
             if scores.is_cuda:
                 self._compiled[key] = compiled
-        return out
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -156,8 +154,8 @@ def _floor(
     floor = tl.full([], float("-inf"), tl.float32)
     if (top_k > 0) & (top_k < V):
         floor, turn = _search(
-            scores, begin, end, top, 0.0, floor, top_k.to(tl.float64),
-            exchange, arrived, part, parts, turn, GRAIN, BLOCK, WAYS,
+            scores, begin, end, top, rate, floor, top_k.to(tl.float64),
+            exchange, arrived, part, parts, turn, GRAIN, BLOCK, WAYS, True,
         )  # fmt: skip
     if top_p < 1:
         weight = _total(scores, begin, end, top, rate, floor, BLOCK)
@@ -167,7 +165,7 @@ def _floor(
         floor = tl.maximum(floor, top - deepest / rate)
         floor, turn = _search(
             scores, begin, end, top, rate, floor, tl.maximum(total * top_p, 1e-9),
-            exchange, arrived, part, parts, turn, GRAIN, BLOCK, WAYS,
+            exchange, arrived, part, parts, turn, GRAIN, BLOCK, WAYS, False,
         )  # fmt: skip
     if min_p > 0:
         floor = tl.maximum(floor, top + tl.log2(min_p) / rate)
@@ -180,10 +178,11 @@ def _search(
     GRAIN: tl.constexpr,
     BLOCK: tl.constexpr,
     WAYS: tl.constexpr,
+    COUNTS: tl.constexpr,
 ):  # fmt: skip
     """The largest value >= floor such that what is at or above it weighs `wanted`; the next turn.
 
-    A score weighs 2^((score - top) rate): with rate 0 each weighs 1 and they are counted.
+    A score weighs 2^((score - top) rate), or 1 if COUNTS.
     """
     low = _order(floor).to(tl.int64)
     high = _order(top).to(tl.int64)
@@ -191,7 +190,10 @@ def _search(
     while high - low >= GRAIN:
         step = (high - low) // (WAYS + 1) + 1
         pivots = _number((low + (ways + 1) * step).to(tl.int32))
-        sums = _sums(scores, begin, end, top, rate, pivots, BLOCK, WAYS)
+        if COUNTS:
+            sums = _counts(scores, begin, end, pivots, BLOCK, WAYS)
+        else:
+            sums = _sums(scores, begin, end, top, rate, pivots, BLOCK, WAYS)
         if parts > 1:
             found, turn = _exchanged(sums, exchange, arrived, part, parts, turn, WAYS)
             sums = tl.sum(found, axis=0)
@@ -210,6 +212,17 @@ def _sums(scores, begin, end, top, rate, pivots, BLOCK: tl.constexpr, WAYS: tl.c
         weight = _rounded(tl.exp2((x - top) * rate))
         sums += tl.where(x[:, None] >= pivots[None, :], weight[:, None], 0.0)
     return tl.sum(sums, axis=0)
+
+
+@triton.jit
+def _counts(scores, begin, end, pivots, BLOCK: tl.constexpr, WAYS: tl.constexpr):
+    """How many [WAYS] of a part's scores are at or above each pivot."""
+    offsets = tl.arange(0, BLOCK)
+    counts = tl.zeros([BLOCK, WAYS], tl.int32)
+    for first in range(begin, end, BLOCK):
+        x = _load(scores, first + offsets, end)
+        counts += (x[:, None] >= pivots[None, :]).to(tl.int32)
+    return tl.sum(counts, axis=0).to(tl.float64)
 
 
 @triton.jit

@@ -110,7 +110,8 @@ def _attend(
         found = found * shrink[:, None]
         found += tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         top = new_top
-    found = found / tl.where(total == 0, 1.0, total)[:, None]
+    total = tl.where(total == 0, 1.0, total)
+    found = found / total[:, None]
     at_row += split * num_queries * HEADS * GROUP
     mask = real[:, None] & (v_column < V_WIDTH)[None, :]
     tl.store(out + at_row[:, None] * V_WIDTH + v_column[None, :], found, mask=mask)

@@ -63,6 +63,7 @@ class FakeRunner:
         self.page_tokens, self.num_pages = page_tokens, num_pages
         self.max_sequences, self.max_context = max_sequences, max_context
         self.max_step_tokens, self.shares_prefixes = max_step_tokens, shares_prefixes
+        self.most_drafts = 16
         self.vocab_size = VOCAB
         self.device = torch.device("cpu")
         self.table = torch.zeros(max_sequences + 1, max_context + 1, dtype=torch.int32)

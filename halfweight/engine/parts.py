@@ -1,0 +1,80 @@
+"""From a model's name, or a model that is loaded, to the parts that an engine is made of."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from halfweight.checkpoint.headers import resolve
+from halfweight.engine.request import Sampling
+from halfweight.engine.runners import make_runner
+from halfweight.engine.step import Runner
+from halfweight.engine.stops import default_sampling, end_of_text_tokens
+from halfweight.errors import UsageError
+from halfweight.model.tokenizer import has_tokenizer, open_tokenizer
+
+if TYPE_CHECKING:
+    from halfweight.engine.sampler import Sampler
+
+log = logging.getLogger("halfweight")
+
+
+class Parts(NamedTuple):
+    """What runs, and what the model's files say about its use."""
+
+    runner: Runner
+    sampler: Sampler
+    tokenizer: Any
+    """None where there is none: prompts and answers are then token ids."""
+    stop_tokens: frozenset[int]
+    sampling: Sampling
+
+
+def make_parts(
+    model: Any, tokenizer: Any, loading: dict[str, Any], limits: dict[str, Any]
+) -> Parts:
+    """The parts for a folder, a Hub id or a model that is loaded.
+
+    `loading` are options of `halfweight.load`, `limits` of `make_runner`; raises what they do.
+    """
+    from halfweight.engine.grammar import GrammarCompiler
+    from halfweight.engine.sampler import Sampler
+
+    loaded = _load(model, **loading)
+    tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
+    runner = make_runner(loaded, **limits)
+    generation = getattr(loaded, "generation_config", None)
+    stops = end_of_text_tokens(generation, loaded.config, tokenizer)
+    grammars = None
+    if tokenizer is not None:
+        grammars = GrammarCompiler(tokenizer, runner.vocab_size, sorted(stops))
+    sampler = Sampler(runner.table, runner.vocab_size, grammars=grammars)
+    return Parts(runner, sampler, tokenizer, stops, default_sampling(generation))
+
+
+def _load(model: Any, **options: Any) -> Any:
+    """A model by its name, or as it is."""
+    from halfweight.model.loading import load
+
+    if not isinstance(model, str | os.PathLike):
+        given = [name for name, value in options.items() if value not in (None, "exact")]
+        if given:
+            raise UsageError(
+                f"{given[0]!r} is for models that are loaded here, and this one is loaded",
+                hint="leave it out, or give the model's name",
+            )
+        return model
+    if options["device"] is None:
+        options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    return load(model, **options)
+
+
+def _tokenizer_of(model: Any) -> Any:
+    """The tokenizer in a model's folder, or None: prompts and answers are then token ids."""
+    if not isinstance(model, str | os.PathLike):
+        return None
+    path = resolve(os.fspath(model))
+    return open_tokenizer(path) if has_tokenizer(path) else None

@@ -1,0 +1,56 @@
+"""Prompts to token ids: text, ids, or a conversation through the model's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from halfweight.errors import UsageError
+from halfweight.model.tokenizer import chat_text
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+Message = Mapping[str, Any]
+"""A turn of a chat: `role`, `content` and whatever else the model's template knows."""
+
+
+def is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether it is a text or token ids; numpy's integers are ids too."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
+
+
+def encode(tokenizer: Any, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+    """Token ids of a prompt. A text that begins with the BOS is not given a second one.
+
+    Raises UsageError for a text where there is no tokenizer, or that it cannot read.
+    """
+    if not isinstance(prompt, str):
+        return tuple(map(int, prompt))
+    if tokenizer is None:
+        raise UsageError("text needs a tokenizer", hint="give token ids, or a tokenizer")
+    ids = _ids(tokenizer, prompt, add_special_tokens)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return tuple(ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids)
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Message], /, **template: Any) -> list[int]:
+    """Token ids of a conversation that the model is to continue.
+
+    `template` goes to the tokenizer's `apply_chat_template`. Raises UsageError where there is no
+    template, where it refuses, and where the tokenizer cannot read what it made.
+    """
+    if tokenizer is None:
+        raise UsageError("messages need a tokenizer", hint="use generate with token ids")
+    return _ids(tokenizer, chat_text(tokenizer, messages, **template), add_special_tokens=False)
+
+
+def _ids(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    except (TypeError, ValueError) as error:  # of half a surrogate pair, say
+        message = str(error).partition("\n")[0]
+        raise UsageError(
+            f"the tokenizer cannot read the prompt: {message}", hint="give text that is Unicode"
+        ) from error
+    return ids

@@ -1,0 +1,150 @@
+"""What a client sees: the pieces of a request's choices as one body, or as server-sent events."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from halfweight.engine.request import Request
+from halfweight.engine.streams import Completion, Piece
+from halfweight.errors import HalfweightError
+from halfweight.serve import schema
+from halfweight.serve.logprobs import TokenNames
+from halfweight.serve.schema import Answer
+
+INTERNAL = "the server failed; see its log"
+log = logging.getLogger("halfweight")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One choice to generate: what the engine runs, and what the client asked to see of it."""
+
+    index: int
+    request: Request
+    echo: bool
+
+
+class Writer:
+    """The answer to one request, from the pieces of its choices."""
+
+    def __init__(
+        self,
+        body: schema.Request,
+        jobs: Sequence[Job],
+        answer: Answer,
+        names: TokenNames,
+        tokenizer: Any,
+    ) -> None:
+        self._body, self._jobs, self._answer = body, jobs, answer
+        self._names, self._tokenizer = names, tokenizer
+        self._wants_new = body.max_tokens != 0
+        self._begun: set[int] = set()
+        self._num_tokens = self._num_cached = 0
+
+    async def collect(self, pieces: AsyncGenerator[tuple[int, Piece]]) -> dict[str, Any]:
+        """The body of a response that is not streamed."""
+        found: dict[int, list[Piece]] = {job.index: [] for job in self._jobs}
+        async with aclosing(pieces):
+            async for index, piece in pieces:
+                found[index].append(piece)
+        wholes = {index: Completion.of(parts) for index, parts in found.items()}
+        choices = [self._choice(job, wholes[job.index]) for job in self._jobs]
+        counts = sum(_num_tokens(whole) for whole in wholes.values())
+        cached = sum(whole.num_shared_tokens for whole in wholes.values())
+        return self._answer.whole(choices, schema.usage(self._num_prompt_tokens, counts, cached))
+
+    async def events(
+        self, first: tuple[int, Piece], rest: AsyncGenerator[tuple[int, Piece]]
+    ) -> AsyncIterator[str]:
+        """Server-sent events: a delta a piece, then the usage if asked for, then [DONE]."""
+        async with aclosing(rest):
+            try:
+                yield self._events(*first)
+                async for index, piece in rest:
+                    text = self._events(index, piece)
+                    if text:
+                        yield text
+            except HalfweightError as error:
+                yield _event(error_body(error.message, "server_error"))
+                return
+            except Exception:
+                log.exception("a stream failed")
+                yield _event(error_body(INTERNAL, "server_error"))
+                return
+        if self._body.stream_options.include_usage:
+            total = schema.usage(self._num_prompt_tokens, self._num_tokens, self._num_cached)
+            yield _event(self._answer.chunk([], total))
+        yield "data: [DONE]\n\n"
+
+    def _events(self, index: int, piece: Piece) -> str:
+        """The events of a piece, often one; its tokens are counted."""
+        self._num_tokens += _num_tokens(piece)
+        self._num_cached += piece.num_shared_tokens
+        deltas = self._deltas(self._jobs[index], piece, first=index not in self._begun)
+        self._begun.add(index)
+        return "".join(_event(self._answer.chunk([delta])) for delta in deltas)
+
+    @property
+    def _num_prompt_tokens(self) -> int:
+        return sum(len(job.request.prompt) for job in self._jobs[:: self._body.n])
+
+    def _choice(self, job: Job, whole: Piece) -> dict[str, Any]:
+        reason = whole.finish_reason if self._wants_new else "length"
+        text = whole.text if self._wants_new else ""
+        if job.echo:
+            text = self._prompt_text(job) + text
+        logprobs = self._logprobs(job, whole, first=True)
+        return self._answer.choice(job.index, text, str(reason), whole.stop, logprobs)
+
+    def _deltas(self, job: Job, piece: Piece, *, first: bool) -> list[dict[str, Any]]:
+        """Text if there is some (or the role is due), then the reason by itself."""
+        found = []
+        text = piece.text if self._wants_new else ""
+        if job.echo and first:
+            text = self._prompt_text(job) + text
+        logprobs = self._logprobs(job, piece, first=first)
+        if text or first or logprobs is not None:
+            delta = self._answer.delta(job.index, text, None, logprobs, first=first)
+            found.append(delta)
+        if piece.finish_reason is not None:
+            reason = piece.finish_reason if self._wants_new else "length"
+            found.append(self._answer.delta(job.index, None, reason))
+        return found
+
+    def _logprobs(self, job: Job, piece: Piece, *, first: bool) -> dict[str, Any] | None:
+        """Those of a piece's tokens, and before the first those of an echoed prompt."""
+        if self._body.num_logprobs is None:
+            return None
+        entries = list(piece.logprobs) if self._wants_new else []
+        if self._answer.is_chat:
+            return self._names.chat(entries) if entries else None
+        ids = [entry.token for entry in entries]
+        if job.echo and first:
+            return self._names.text_completion(
+                [*piece.prompt_logprobs, *entries], [*job.request.prompt, *ids]
+            )
+        return self._names.text_completion(entries, ids) if entries else None
+
+    def _prompt_text(self, job: Job) -> str:
+        return str(self._tokenizer.decode(job.request.prompt, skip_special_tokens=True))
+
+
+def _num_tokens(piece: Piece) -> int:
+    """New tokens, the stop token included."""
+    return len(piece.tokens) + isinstance(piece.stop, int)
+
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {_encode(body)}\n\n"
+
+
+def error_body(message: str, kind: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
