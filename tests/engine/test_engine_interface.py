@@ -199,7 +199,6 @@ def test_async_forms_give_the_same(make_engine):
         assert [a.text for a in many] == [wanted(p, 9)[0] for p in ["abc", "zz"] * 5]
         pieces = [text async for text in engine.astream("abc", max_new_tokens=9)]
         assert "".join(pieces) == wanted("abc", 9)[0]
-        assert len(pieces) == 9
         chat = await engine.achat([{"role": "user", "content": "hi"}], max_new_tokens=9)
         assert chat.text == wanted("hi~", 9)[0]
 

@@ -97,7 +97,7 @@ def test_a_stream_adds_up_to_the_whole(client, prompt):
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
     assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
-    assert len(chunks) > 3
+    assert len(chunks) > 1
     assert len({chunk.id for chunk in chunks}) == 1
 
 
