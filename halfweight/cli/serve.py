@@ -56,7 +56,7 @@ def serve(
     """Serve a model: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
     try:
         from halfweight.serve.app import build_app
-        from halfweight.serve.listen import listen
+        from halfweight.serve.listen import listen, require_address
     except ImportError as error:
         raise UsageError(
             f"serving needs {error.name}, which is not installed",
@@ -64,6 +64,7 @@ def serve(
         ) from error
     if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
         stderr.print(f"{host} is reachable by others and there is no --api-key: anyone can use it")
+    require_address(host, port)
     if not force:
         require_room(model, device, lambda: cache_tokens or 1, 1, kv_cache)
     engine = open_engine(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 import sys
 from contextlib import suppress
 from typing import Any
@@ -11,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from halfweight.engine.engine import Engine
+from halfweight.errors import UsageError
 
 GRACE_SECONDS = 5
 """What runs when the server is told to end has so long to end by itself."""
@@ -19,6 +22,9 @@ HARD_SECONDS = 60
 SWITCH_SECONDS = 0.001
 """How long the thread that talks to clients may keep Python from the engine's, which needs it many
 times a step. Python's 5 ms are as long as a step of 64 sequences."""
+
+_PORT_HINT = "--port 0 takes a free one"
+_HOST_HINT = "--host 127.0.0.1 is for this machine alone, 0.0.0.0 for all that reach it"
 
 
 class _Server(uvicorn.Server):
@@ -39,6 +45,22 @@ class _Server(uvicorn.Server):
     async def _close_engine(self) -> None:
         await asyncio.sleep(GRACE_SECONDS)
         await asyncio.to_thread(self._engine.close)
+
+
+def require_address(host: str, port: int) -> None:
+    """Raises UsageError where nobody could listen now, so that no model is loaded in vain."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+    except OSError as error:
+        raise UsageError(
+            f"{host}:{port}: cannot be listened on ({error.strerror})",
+            hint=_PORT_HINT if error.errno in (errno.EADDRINUSE, errno.EACCES) else _HOST_HINT,
+        ) from error
 
 
 def listen(app: FastAPI, engine: Engine, host: str, port: int) -> None:
