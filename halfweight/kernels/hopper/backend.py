@@ -27,6 +27,7 @@ from torch import Tensor
 
 from halfweight.cache_folder import cache_folder, write_whole
 from halfweight.errors import HalfweightError
+from halfweight.kernels.cuda.schedule import Plan
 from halfweight.kernels.hopper.tiles import (
     INT8,
     LARGE,
@@ -34,7 +35,6 @@ from halfweight.kernels.hopper.tiles import (
     Config,
     Int8,
     Large,
-    Plan,
     choose,
     choose_int8,
 )
@@ -87,7 +87,8 @@ def source(config: Config, groups: int, dtype: torch.dtype) -> str:
     defines = {**config.defines(groups), "BF16": int(dtype == torch.bfloat16)}
     folder = Path(__file__).parent
     parts = [f"#define {name} {value}" for name, value in defines.items()]
-    parts.append((folder / "hopper.cuh").read_text())
+    for name in ("cuda/ptx.cuh", "cuda/schedule.cuh", "hopper/hopper.cuh"):
+        parts.append((folder.parent / name).read_text())
     if isinstance(config, Large):
         parts.append((folder / "hopper_wgmma.cuh").read_text())
         parts.append(_wgmma(config, "bf16" if dtype == torch.bfloat16 else "f16"))
@@ -213,7 +214,7 @@ def _tensor_map(pointer: int, kind: str, sizes: Shape, strides: Shape, box: Shap
     )
 
 
-def _maps(plan: Plan, packed: Tensor, x: Tensor) -> tuple[Any, Any]:
+def _maps(plan: Plan[Config], packed: Tensor, x: Tensor) -> tuple[Any, Any]:
     """Tensor maps of the weights and the activations as `plan` reads them."""
     config = plan.config
     kind = KINDS[x.dtype]
@@ -262,7 +263,9 @@ class _Start:
 
 
 @lru_cache(maxsize=16384)
-def _start(plan: Plan, group_size: int, dtype: torch.dtype, device: int, stream: int) -> _Start:
+def _start(
+    plan: Plan[Config], group_size: int, dtype: torch.dtype, device: int, stream: int
+) -> _Start:
     """It may start before the kernel ahead of it has ended: it waits before it reads x."""
     from cuda.bindings import driver
 
@@ -290,7 +293,7 @@ def _launch(
     exponents: Tensor,
     bias: Tensor | None,
     y: Tensor,
-    plan: Plan,
+    plan: Plan[Config],
     steps: Tensor | None = None,
 ) -> None:
     from cuda.bindings import driver
