@@ -65,12 +65,11 @@ def test_sizes_of_the_design():
 
 
 def test_the_partial_sums_are_those_of_the_hopper_kernels(monkeypatch):
-    meta = torch.device("meta")
-    monkeypatch.setattr(hopper, "_num_multiprocessors", lambda _: transient.MULTIPROCESSORS)
-    monkeypatch.setattr(torch, "device", lambda *_: meta)
-    sums, flags = hopper._workspace.__wrapped__(0, 0)
-    assert sums.nbytes == 4 * transient.MULTIPROCESSORS * transient.PARTIAL_SUMS
-    assert flags.nbytes < 1 << 10
+    monkeypatch.setattr(hopper, "num_multiprocessors", lambda _: transient.MULTIPROCESSORS)
+    monkeypatch.setattr(hopper, "workspace", lambda *sizes: sizes[2:])
+    num_floats, num_flags = hopper._workspace(0, 0)
+    assert num_floats == transient.MULTIPROCESSORS * transient.PARTIAL_SUMS
+    assert num_flags == transient.MULTIPROCESSORS
 
 
 def kv_bytes(model, work, weights="int8"):
