@@ -34,6 +34,8 @@ constexpr int SPAN = GROUP == 32 ? 32 : 64;
 constexpr int RUN = GROUP < 64 * UNITS ? GROUP : 64 * UNITS;  // columns between two scales
 constexpr int RUNS = 64 * UNITS / RUN;
 
+static_assert(STAGES >= 2 && KB % 128 == 0, "a ring, of whole boxes");
+
 struct Operands {
     const u8* packed;
     const u16* x;
