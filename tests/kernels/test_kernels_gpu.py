@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 BACKENDS = [
     name
-    for name in ("cuda", "triton", "triton-invariant")
+    for name in ("cuda", "sm80", "triton", "triton-invariant")
     if torch.cuda.is_available() and operations.backend(name).unavailable(GPU) is None
 ]
 SHAPES = [(1, 32), (777, 96), (640, 576), (1001, 4096), (333, 14336), (129, 28672)]
