@@ -2,8 +2,8 @@
 
     python benchmarks/architectures.py
 
-No GPU is needed. A row for each form and architecture, with float16 activations, one-byte scales and
-groups of 128; the table of docs/kernels.md has the worst of each architecture.
+No GPU is needed. A row a form and architecture, with float16 activations, one-byte scales and
+groups of 128. The table of docs/kernels.md has the worst of each architecture.
 """
 
 from __future__ import annotations

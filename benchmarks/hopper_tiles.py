@@ -30,6 +30,7 @@ from kernels import SHAPES
 from torch import Tensor
 
 from halfweight.kernels import timing
+from halfweight.kernels.cuda import schedule
 from halfweight.kernels.hopper import backend as cuda
 from halfweight.kernels.hopper import tiles
 from halfweight.kernels.hopper.tiles import Config, Int8, Plan, Small, plans
@@ -93,7 +94,7 @@ def chosen(row: Mapping[str, Any], plans_of: PlansOf) -> tuple[float, float] | N
     found = [plan for plan in known if label(plan) in times]
     if not found:
         return None
-    first = min(found, key=tiles.preference)
+    first = min(found, key=schedule.preference)
     return times[label(first)], min(times[label(plan)] for plan in found)
 
 
