@@ -1,4 +1,8 @@
-"""halfweight: run a language model in half its memory. Importing this does no work."""
+"""halfweight: run a language model in half its memory. Importing this does no work.
+
+It leaves a note for transformers, should it be imported: folders in INT8 are ours to load
+(model/registration.py).
+"""
 
 from __future__ import annotations
 
@@ -34,3 +38,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+importlib.import_module("halfweight.model.registration").register()

@@ -1,4 +1,4 @@
-"""`halfweight evaluate`: what a quantized model loses, measured on a text."""
+"""`halfweight evaluate`: what a quantized model loses on a text, and its scores on tasks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from halfweight.cli import app
 from halfweight.cli.output import print_json, size, stderr, stdout
+from halfweight.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +25,11 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, a .gguf file or a Hub id.")],
-    text: Annotated[Path, typer.Option(help="A file of plain text.")],
+    text: Annotated[Path | None, typer.Option(help="A file of plain text.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Tasks of lm-evaluation-harness, joined by commas."),
+    ] = None,
     reference: Annotated[
         str | None, typer.Option(metavar="SRC", help="The model it was quantized from.")
     ] = None,
@@ -44,13 +49,34 @@ def evaluate(
     work: Annotated[
         Path | None, typer.Option(help="Keep the files of the run here, to use them again.")
     ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a question [default: the task's].")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder of task files of your own.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure perplexity, and with --reference divergence. Interrupted, it can be run again."""
+    """Measure perplexity on --text, with --reference divergence; or score --tasks.
+
+    Measuring on a text can be run again when it was interrupted.
+    """
     import torch
 
     from halfweight.evaluation import comparison
 
+    if (text is None) == (tasks is None):
+        raise UsageError(
+            "evaluate needs either --text or --tasks", hint="halfweight evaluate --help"
+        )
+    if tasks is not None:
+        if reference is not None:
+            raise UsageError("--reference is for --text", hint="score SRC by a run of its own")
+        options = {"num_fewshot": num_fewshot, "limit": limit, "include_path": include_path}
+        _score_tasks(model, tasks, json_output, {**options, "device": device, "dtype": dtype})
+        return
+    assert text is not None
     with evaluation_bar() as progress:
         found = comparison.evaluate(
             model,
@@ -70,6 +96,24 @@ def evaluate(
         print_json(asdict(found))
     else:
         print_evaluation(found)
+
+
+def _score_tasks(model: str, tasks: str, json_output: bool, options: dict[str, Any]) -> None:
+    from halfweight.evaluation.tasks import run_tasks
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    scores = run_tasks(model, names, **options)
+    if json_output:
+        print_json([asdict(score) for score in scores])
+        return
+    from rich.table import Table
+
+    table = Table("task", "metric", "value", "", "questions", box=None)
+    for score in scores:
+        metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
+        error = "" if score.error is None else f"± {score.error:.4f}"
+        table.add_row(score.task, metric, f"{score.value:.4f}", error, str(score.num_samples))
+    stdout.print(table)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 A backend is one file of this folder that defines `BACKEND`, and one entry in BACKENDS. It is
 chosen when a model is loaded or moved to a device of another type (`choose_backend`), logged with
-the reason, and then named in every call: nothing falls back inside a forward.
+the reason, and then named in every call: nothing falls back inside a forward. `linear` has a
+gradient to x and bias, one for all backends (gradient.py); the weight is frozen.
 
 Shapes: x [..., K], packed uint8 [N, K] (q + 128), scales [N, K/G] (uint8 grid8 codes or a float
 dtype), exponents int8 [N] for grid8 else None, bias [N], y [..., N] in x's dtype.
@@ -16,11 +17,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfweight.errors import UsageError
+from halfweight.kernels.gradient import input_gradient
 
 log = logging.getLogger("halfweight")
 
@@ -184,6 +187,40 @@ def _linear_fake(
     int8_activations: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+@torch.library.custom_op("halfweight::linear_input_gradient", mutates_args=())
+def linear_input_gradient(
+    dy: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None
+) -> Tensor:
+    """dx [..., K] = dy [..., N] dequantize(packed, scales, exponents), for every backend."""
+    return input_gradient(dy, packed, scales, exponents)
+
+
+@linear_input_gradient.register_fake
+def _linear_input_gradient_fake(
+    dy: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None
+) -> Tensor:
+    return dy.new_empty((*dy.shape[:-1], packed.shape[1]))
+
+
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, scales, exponents, bias, *_ = inputs
+    ctx.save_for_backward(packed, scales, exponents)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """To x and to the bias. Of rounded activations the gradient is that of exact ones."""
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.halfweight.linear_input_gradient(dy, *ctx.saved_tensors)
+    if ctx.needs_input_grad[4]:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return dx, None, None, None, dbias, None, None
+
+
+linear.register_autograd(_linear_gradients, setup_context=_keep_weight)
 
 
 @torch.library.custom_op("halfweight::embedding", mutates_args=())

@@ -31,6 +31,7 @@ from halfweight.errors import CheckpointError
 from halfweight.kernels.operations import choose_backend
 from halfweight.memory.device_memory import indexed, out_of_memory, require
 from halfweight.model.building import build, model_class, parsed_config, turned_names
+from halfweight.model.device_map import one_device
 from halfweight.model.loadability import PACKED_PARTS
 from halfweight.model.packed_weight import PackedWeight, whole
 from halfweight.model.placement import Options, misshapen, packed_names, place
@@ -46,6 +47,7 @@ from halfweight.model.weight_streaming import arriving
 
 log = logging.getLogger("halfweight")
 
+KEPT_HINT = "quantize the source again: it is then kept in 16 bits"
 LOAD_HINT = "`halfweight plan` shows what would fit; free the device or use a smaller model"
 
 
@@ -56,23 +58,25 @@ def load(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     activations: Activations = "exact",
+    device_map: Any = None,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """The transformers model of a halfweight folder (or Hub id), with its weights in INT8.
 
     dtype is that of activations and of what is kept in 16 bits, by default the checkpoint's own.
     backend names one of `halfweight backends`; activations="int8" rounds activations too (opt-in).
-    A folder that holds no INT8 weights is loaded in 16 bits. Raises CheckpointError where files and
-    model do not fit each other, DoesNotFitError where the device lacks the memory.
+    device_map is transformers' word for device: one device, or "auto". A folder that holds no
+    INT8 weights is loaded in 16 bits. Raises CheckpointError where files and model do not fit each
+    other, UsageError for a map over several devices, DoesNotFitError where the device lacks memory.
     """
     checkpoint = read_headers(resolve(os.fspath(model)))
-    device = indexed(device)
+    device = indexed(device) if device_map is None else one_device(device_map)
     chosen = choose_backend(device, backend)
     check_activations(chosen, activations)
     stored = quantized_modules(checkpoint)
     kind = _model_class(checkpoint)
     config = _model_config(checkpoint, dtype)
-    awaited = _awaited(kind, config, stored)
+    packed = awaited(kind, config, stored)
     config.quantization_config = {
         "quant_method": METHOD,
         "backend": chosen,
@@ -84,14 +88,13 @@ def load(
     tally = Tally(checkpoint.num_bytes, progress)
     with out_of_memory(device, what, hint=LOAD_HINT):
         with arriving(stored, mapped, device, tally) as weights:
-            tensors = _other_tensors(mapped, stored, dtype) | awaited
+            tensors = other_tensors(mapped, stored, dtype) | packed
             loaded = _built(checkpoint, kind, config, tensors)
             refused = place(loaded, weights, Options(chosen, activations == "int8"))
-            _raise_if_refused(checkpoint, refused)
+            raise_if_refused(checkpoint, refused, KEPT_HINT)
             request_backend(loaded, backend)
         if device.type != "cpu":
-            source = {t.data_ptr(): s for s in checkpoint.tensors if (t := mapped[s.name]).numel()}
-            _move(loaded, device, source, tally)
+            move_to(loaded, device, stored_by_address(checkpoint, mapped), tally)
     _finish(loaded, checkpoint)
     return loaded
 
@@ -119,7 +122,7 @@ def _model_config(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
     return config
 
 
-def _awaited(kind: Any, config: Any, stored: Mapping[str, StoredWeight]) -> dict[str, Tensor]:
+def awaited(kind: Any, config: Any, stored: Mapping[str, StoredWeight]) -> dict[str, Tensor]:
     """What transformers gets in place of the weights in INT8."""
     turned = turned_names(kind, config, list(stored))
     return {
@@ -128,7 +131,7 @@ def _awaited(kind: Any, config: Any, stored: Mapping[str, StoredWeight]) -> dict
     }
 
 
-def _other_tensors(
+def other_tensors(
     mapped: Mapping[str, Tensor], stored: Iterable[str], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """Mapped tensors that are no part of a packed weight, those in 16 bits in `dtype`.
@@ -171,15 +174,23 @@ def _built(checkpoint: Checkpoint, kind: Any, config: Any, tensors: dict[str, Te
     return loaded
 
 
-def _raise_if_refused(checkpoint: Checkpoint, refused: Mapping[str, str]) -> None:
+def raise_if_refused(checkpoint: Checkpoint, refused: Mapping[str, str], hint: str) -> None:
+    """Raise CheckpointError for the first weight in INT8 that no module of the model can hold."""
     for name, reason in refused.items():
         raise CheckpointError(
-            f"{checkpoint.root}: module {name} is in INT8, but {reason}",
-            hint="quantize the source again: it is then kept in 16 bits",
+            f"{checkpoint.root}: module {name} is in INT8, but {reason}", hint=hint
         )
 
 
-def _move(
+def stored_by_address(
+    checkpoint: Checkpoint, mapped: Mapping[str, Tensor]
+) -> dict[int, StoredTensor]:
+    """Where in the files each mapped tensor lies, by its address."""
+    stored = checkpoint.tensors
+    return {t.data_ptr(): s for s in stored if (t := mapped[s.name]).numel()}
+
+
+def move_to(
     model: PreTrainedModel,
     device: torch.device,
     source: Mapping[int, StoredTensor],

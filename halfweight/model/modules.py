@@ -41,7 +41,8 @@ class QuantizedWeight(nn.Module):
         `dtype` is that of the 16-bit weight it stands in for. `requested_backend` is one that the
         user named: it stays wherever it runs.
         """
-        super().__init__()
+        nn.Module.__init__(self)
+        self._is_hf_initialized = True  # transformers leaves its weight as it is
         self.out_features, self.in_features = shape
         self.dtype = dtype
         self.backend_name = backend_name
@@ -95,10 +96,13 @@ class QuantizedWeight(nn.Module):
         )
 
 
-class QuantizedLinear(QuantizedWeight):
-    """y = x W^T + bias with W in INT8, dequantized inside the product."""
+class QuantizedLinear(QuantizedWeight, nn.Linear):  # type: ignore[misc]
+    """y = x W^T + bias with W in INT8, dequantized inside the product.
 
-    bias: nn.Parameter | None
+    An nn.Linear, so that what adds to linears takes it for one: peft's adapters among them.
+    """
+
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(
         self,

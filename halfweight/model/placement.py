@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from halfweight.errors import UsageError
 from halfweight.model.experts import QuantizedExperts, is_fused
 from halfweight.model.modules import PARTS, QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from halfweight.model.packed_weight import Matrix, PackedWeight, Refused, gather
@@ -65,8 +66,10 @@ def place(
         if isinstance(twin, QuantizedEmbedding) and isinstance(replacement, QuantizedLinear):
             replacement.int8_activations = False  # a tied head is exact, as its table is
         model.set_submodule(name, replacement)
-    model.all_tied_weights_keys = dict(_ties_of_parts(model, tied))
+    _tie_parts(model, tied)
     _keep_a_dtype(model)
+    if any(isinstance(table, QuantizedWeight) for table in _tables(model)):
+        model.resize_token_embeddings = refuse_resizing
     return {}
 
 
@@ -76,6 +79,22 @@ def _keep_a_dtype(model: PreTrainedModel) -> None:
         dtype = next(m.dtype for m in model.modules() if isinstance(m, QuantizedWeight))
         empty = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         model.register_parameter(DTYPE_HOLDER, empty)
+
+
+def _tables(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
+    """The embedding and the head, as far as the model says which they are."""
+    try:
+        return model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:
+        return None, None
+
+
+def refuse_resizing(*_: object, **__: object) -> None:
+    """In place of a model's `resize_token_embeddings`; transformers would resize one of the two."""
+    raise UsageError(
+        "embedding or head are in INT8, and rows of INT8 are neither added nor dropped",
+        hint="quantize with --keep '*embed*' --keep 'lm_head*': in 16 bits both can be resized",
+    )
 
 
 def unplaceable(model: nn.Module) -> Refused:
@@ -220,6 +239,22 @@ def _same_on_a_trial(module: nn.Module) -> bool:
     return isinstance(found, torch.Tensor) and bool(torch.allclose(found, expected))
 
 
+def _tie_parts(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
+    """Ties of weights become ties of what our modules hold in their place.
+
+    `tie_weights()` works them out again, from the `_tied_weights_keys` of every model in the model.
+    """
+    model.all_tied_weights_keys = ties = dict(_ties_of_parts(model, tied))
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and module._tied_weights_keys:
+            prefix = f"{name}." if name else ""
+            module._tied_weights_keys = {
+                target.removeprefix(prefix): source.removeprefix(prefix)
+                for target, source in ties.items()
+                if target.startswith(prefix) and source.startswith(prefix)
+            }
+
+
 def _ties_of_parts(model: PreTrainedModel, tied: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Ties of weights as ties of what our modules hold in their place."""
     for target, source in tied.items():
@@ -228,7 +263,9 @@ def _ties_of_parts(model: PreTrainedModel, tied: Mapping[str, str]) -> Iterator[
         if not any(packed):
             yield target, source
         elif all(packed):
-            yield from ((f"{owners[0]}.{part}", f"{owners[1]}.{part}") for part in PARTS)
+            source_module = model.get_submodule(owners[1])
+            held = [part for part in PARTS if getattr(source_module, part) is not None]
+            yield from ((f"{owners[0]}.{part}", f"{owners[1]}.{part}") for part in held)
 
 
 def _module_or_none(model: nn.Module, name: str) -> nn.Module | None:

@@ -106,8 +106,8 @@ class HalfweightQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Weights in INT8 have no gradients."""
-        return False
+        """Adapters on top are: gradients pass through weights in INT8, which stay as they are."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

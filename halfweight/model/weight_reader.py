@@ -88,12 +88,19 @@ def map_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
             continue
         with open(shard.path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        data = torch.frombuffer(mapped, dtype=torch.uint8)
         for tensor in shard.tensors:
-            raw, dtype = data[tensor.begin : tensor.end], DTYPES[tensor.info.dtype]
-            aligned = raw if tensor.begin % dtype.itemsize == 0 else raw.clone()
-            found[tensor.name] = aligned.view(dtype).view(tensor.info.shape)
+            found[tensor.name] = _view_of(mapped, tensor)
     return found
+
+
+def _view_of(mapped: mmap.mmap, tensor: StoredTensor) -> Tensor:
+    """A tensor whose storage is its own bytes of the file, so that a pickle holds no others."""
+    dtype, num_bytes = DTYPES[tensor.info.dtype], tensor.end - tensor.begin
+    if not num_bytes:
+        return torch.empty(tensor.info.shape, dtype=dtype)
+    raw = torch.frombuffer(mapped, dtype=torch.uint8, count=num_bytes, offset=tensor.begin)
+    aligned = raw if tensor.begin % dtype.itemsize == 0 else raw.clone()
+    return aligned.view(dtype).view(tensor.info.shape)
 
 
 class Tally:

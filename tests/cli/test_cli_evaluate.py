@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 from command_line import run
 
@@ -112,3 +113,24 @@ def test_quantize_check_refuses_before_the_work(capsys, pair, tmp_path):
     assert "error: --max-kl 0.1 without --check has nothing to measure" in err
     assert "hint: give a file of plain text with --check" in err
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]  # nothing was begun
+
+
+def test_a_text_or_tasks_and_not_both(capsys, pair):
+    _, out, text = pair
+    for words in ((), ("--text", str(text), "--tasks", "arc_easy")):
+        code, _, err = run(capsys, "evaluate", str(out), *words)
+        assert code == 2
+        assert "evaluate needs either --text or --tasks" in err
+    words = ("--tasks", "arc_easy", "--reference", str(out))
+    code, _, err = run(capsys, "evaluate", str(out), *words)
+    assert code == 2
+    assert "--reference is for --text" in err
+
+
+def test_tasks_need_the_harness(capsys, pair, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    code, _, err = run(capsys, "evaluate", str(pair[1]), "--tasks", "arc_easy")
+    assert code == 2
+    assert "tasks need lm-evaluation-harness, which is not installed" in err
+    assert "halfweight[eval]" in err

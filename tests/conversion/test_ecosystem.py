@@ -45,8 +45,10 @@ def test_compressed_tensors_decompresses_to_the_same_bits(tmp_path, dtype, schem
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_plain_transformers_loads_what_keeps_its_embedding(tmp_path, tied):
+def test_plain_transformers_loads_what_keeps_its_embedding(tmp_path, tied, monkeypatch):
     from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("HALFWEIGHT_TRANSFORMERS", "0")
 
     source = make_llama(tmp_path / "src", dtype=torch.float32, tied=tied, head_dim=32)
     out = tmp_path / "out"

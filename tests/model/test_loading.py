@@ -203,7 +203,7 @@ def test_what_was_not_on_its_way_is_read_to_its_place(tmp_path):
     before = {name: p.data_ptr() for name, p in model.named_parameters() if "weight_" not in name}
     stored = {t.name: t for t in checkpoint.tensors}
     places = {before[name]: stored[name] for name in before}
-    loading._move(model, torch.device("cpu", 0), places, Tally(checkpoint.num_bytes))
+    loading.move_to(model, torch.device("cpu", 0), places, Tally(checkpoint.num_bytes))
     assert not before.items() & {n: p.data_ptr() for n, p in model.named_parameters()}.items()
     assert torch.equal(model(IDS).logits, expected)
 
