@@ -18,9 +18,9 @@ from halfweight.checkpoint.headers import (
     read_headers,
     resolve,
 )
-from halfweight.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from halfweight.checkpoint.scale_formats import stored_schemes
 from halfweight.checkpoint.sources.source import is_tied
-from halfweight.quantization.scheme import GROUP_SIZES, SCALE_FORMATS, Recipe, Scheme, TensorInfo
+from halfweight.quantization.scheme import Recipe, TensorInfo
 
 PARTS = {"weight_packed": "int8", "weight_scale": "scales", "weight_shape": "shape_records"}
 
@@ -54,8 +54,8 @@ class Plan:
 class Contents:
     """A checkpoint in figures. `bytes_by_kind`: int8, scales, shape_records, then other dtypes.
 
-    `num_params` counts weights once, however they are stored. `resident_bytes` is None where the
-    headers cannot tell. `plan` is None for a checkpoint that is already quantized.
+    `num_params` counts weights once, however they are stored. `plan` is None for a checkpoint that
+    is already quantized.
     """
 
     path: Path
@@ -63,7 +63,7 @@ class Contents:
     file_bytes: int
     num_params: int
     bytes_by_kind: dict[str, int]
-    resident_bytes: int | None
+    resident_bytes: int
     plan: Plan | None
     entries: tuple[Entry, ...]
 
@@ -98,7 +98,7 @@ def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> Cont
         file_bytes=sum(shard.num_bytes for shard in checkpoint.shards),
         num_params=sum(TensorInfo(e.name, "U8", e.shape).num_elements for e in entries),
         bytes_by_kind={kind: by_kind[kind] for kind in order if kind in by_kind},
-        resident_bytes=_resident_bytes(checkpoint, modules) if modules else checkpoint.num_bytes,
+        resident_bytes=_resident_bytes(checkpoint, modules),
         plan=None if modules else _plan(checkpoint, recipe or Recipe()),
         entries=entries,
     )
@@ -122,19 +122,9 @@ def _kind(tensor: TensorInfo, modules: Mapping[str, StoredWeight]) -> str:
     return PARTS.get(part, tensor.dtype) if module in modules else tensor.dtype
 
 
-def _resident_bytes(checkpoint: Checkpoint, modules: Mapping[str, StoredWeight]) -> int | None:
-    """Bytes in memory, if the manifest tells in which format the scales are held there."""
-    if not (checkpoint.root / MANIFEST_NAME).exists():
-        return None
-    name = read_manifest(checkpoint.root)["job"]["recipe"]["scheme"]["scale_format"]
-    if name not in SCALE_FORMATS:
-        return None
-    quantized = sum(
-        Scheme(w.group_size if w.group_size in GROUP_SIZES else "row", name)
-        .resident_bytes(w.shape)
-        .total
-        for w in modules.values()
-    )
+def _resident_bytes(checkpoint: Checkpoint, modules: Mapping[str, StoredWeight]) -> int:
+    schemes = stored_schemes(checkpoint, modules)
+    quantized = sum(schemes[n].resident_bytes(w.shape).total for n, w in modules.items())
     kept = [t.info.num_bytes for t in checkpoint.tensors if _kind(t.info, modules) == t.info.dtype]
     return quantized + sum(kept)
 

@@ -288,8 +288,7 @@ def _print_contents(found: Contents) -> None:
     stdout.print(f"{found.num_params:,} parameters, {found.bits_per_weight:.3f} bits each")
     stdout.print(f"safetensors files: {found.num_files}, {size(found.file_bytes)}")
     if found.plan is None:
-        if found.resident_bytes is not None:
-            stdout.print(f"in memory under halfweight: {size(found.resident_bytes)}")
+        stdout.print(f"in memory under halfweight: {size(found.resident_bytes)}")
         return
     for where, num_bytes in (
         ("on disk", found.plan.disk_bytes),

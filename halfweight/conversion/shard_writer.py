@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from halfweight.checkpoint.layout import OutputShard, header, module_of, scale_dtype, with_dtypes
 from halfweight.checkpoint.sources.source import Source
 from halfweight.errors import CheckpointError
-from halfweight.quantization.fast_pass import QuantizedRows, as_float32, quantize_rows
+from halfweight.quantization.fast_pass import QuantizedRows, quantize_rows
+from halfweight.quantization.float_bytes import as_float32
 from halfweight.quantization.scheme import DTYPE_BYTES, FLOAT_DTYPE_BYTES, Decision, TensorInfo
 
 BLOCK_BYTES = 1_000_000

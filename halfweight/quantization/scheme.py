@@ -19,6 +19,7 @@ GroupSize = int | Literal["row", "tensor"]
 ScaleChoice = Literal["absmax", "least_squares"]
 
 GROUP_SIZES = (32, 64, 128, 256)
+"""What halfweight quantizes to. Files of others have groups of any size, run as they are."""
 FALLBACK_GROUP_SIZES = (128, 64, 32)
 """Tried in this order where the asked group size does not divide in_features."""
 
@@ -75,18 +76,19 @@ class WeightBytes:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one weight matrix is quantized. The default is halfweight's: grid8, groups of 128."""
+    """How one weight matrix is quantized. The default is halfweight's: grid8, groups of 128.
+
+    `group_size` is one of GROUP_SIZES in what a Recipe makes, any number in what others made.
+    """
 
     group_size: GroupSize = 128
     scale_format: str = "grid8"
     scale_choice: ScaleChoice = "least_squares"
 
     def __post_init__(self) -> None:
-        if self.group_size not in (*GROUP_SIZES, "row", "tensor"):
-            raise UsageError(
-                f"group size {self.group_size!r} is not supported",
-                hint=f"use one of {', '.join(map(str, GROUP_SIZES))}, row, tensor",
-            )
+        size = self.group_size
+        if not (isinstance(size, int) and size > 0) and size not in ("row", "tensor"):
+            raise _not_a_group_size(size)
         if self.scale_format not in SCALE_FORMATS:
             raise UsageError(
                 f"scale format {self.scale_format!r} is not known",
@@ -201,6 +203,10 @@ class Recipe:
     scheme: Scheme = Scheme()
     keep: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.scheme.group_size not in (*GROUP_SIZES, "row", "tensor"):
+            raise _not_a_group_size(self.scheme.group_size)
+
     def decide(self, tensor: TensorInfo) -> Decision:
         """Quantize or keep one tensor, with the reason in words.
 
@@ -226,3 +232,16 @@ class Recipe:
     def decide_all(self, tensors: Iterable[TensorInfo]) -> list[Decision]:
         """`decide` for each tensor, in the given order."""
         return [self.decide(tensor) for tensor in tensors]
+
+
+def stored_group_size(in_features: int, num_groups: int) -> GroupSize:
+    """The group size of a weight that lies in a file with `num_groups` scales a row."""
+    size = in_features // num_groups
+    return "row" if num_groups == 1 and size not in GROUP_SIZES else size
+
+
+def _not_a_group_size(size: object) -> UsageError:
+    return UsageError(
+        f"group size {size!r} is not supported",
+        hint=f"use one of {', '.join(map(str, GROUP_SIZES))}, row, tensor",
+    )
