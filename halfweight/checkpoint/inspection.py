@@ -55,7 +55,8 @@ class Contents:
     """A checkpoint in figures. `bytes_by_kind`: int8, scales, shape_records, then other dtypes.
 
     `num_params` counts weights once, however they are stored. `plan` is None for a checkpoint that
-    is already quantized.
+    is already quantized, unless `quantize` reads its form. `form` names a form of others, `remedy`
+    says what to do with it.
     """
 
     path: Path
@@ -66,6 +67,8 @@ class Contents:
     resident_bytes: int
     plan: Plan | None
     entries: tuple[Entry, ...]
+    form: str | None = None
+    remedy: str | None = None
 
     @property
     def data_bytes(self) -> int:
@@ -85,7 +88,8 @@ def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> Cont
     """
     path = resolve(model)
     checkpoint = read_headers(path)
-    modules = quantized_modules(checkpoint)
+    form = checkpoint.form
+    modules = {} if form else quantized_modules(checkpoint)
     entries = tuple(_entries(checkpoint, modules))
     by_kind: dict[str, int] = {}
     for tensor in checkpoint.tensors:
@@ -99,8 +103,10 @@ def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> Cont
         num_params=sum(TensorInfo(e.name, "U8", e.shape).num_elements for e in entries),
         bytes_by_kind={kind: by_kind[kind] for kind in order if kind in by_kind},
         resident_bytes=_resident_bytes(checkpoint, modules),
-        plan=None if modules else _plan(checkpoint, recipe or Recipe()),
+        plan=None if modules or form else _plan(checkpoint, recipe or Recipe()),
         entries=entries,
+        form=form.described if form else None,
+        remedy=form.remedy(path) if form else None,
     )
 
 

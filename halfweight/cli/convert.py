@@ -287,6 +287,10 @@ def _print_contents(found: Contents) -> None:
     stdout.print(table)
     stdout.print(f"{found.num_params:,} parameters, {found.bits_per_weight:.3f} bits each")
     stdout.print(f"safetensors files: {found.num_files}, {size(found.file_bytes)}")
+    if found.form is not None:
+        line = f"this is {found.form}: {found.remedy}"
+        stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+        return
     if found.plan is None:
         stdout.print(f"in memory under halfweight: {size(found.resident_bytes)}")
         return

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from halfweight.checkpoint.forms import form_of
 from halfweight.checkpoint.gguf_header import read_gguf_header, refuse_split
 from halfweight.checkpoint.headers import HUB_ID, Checkpoint, quantized_modules, read_headers
 from halfweight.checkpoint.json_files import ModelConfig, read_json
@@ -77,6 +78,8 @@ def _model(
 
     `schemes` of its modules in INT8; what is not named is taken to be held as the file has it.
     """
+    if (form := form_of(config, tensors)) is not None:
+        raise form.refused(name)
     by_name = {tensor.name: tensor for tensor in tensors}
     modules = [n.removesuffix(".weight_packed") for n in by_name if n.endswith(".weight_packed")]
     if not modules:

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfweight.checkpoint.headers import LEGAL_PREFIXES, Checkpoint, check_inside, read_headers
+from halfweight.checkpoint.forms import ORIGINAL
+from halfweight.checkpoint.headers import (
+    LEGAL_PREFIXES,
+    Checkpoint,
+    check_inside,
+    quantized_modules,
+    read_headers,
+)
 from halfweight.checkpoint.json_files import read_json
 from halfweight.checkpoint.shard import Shard, broken
 from halfweight.checkpoint.sources.source import CODE_KEYS, is_tied, publishable
@@ -102,18 +109,16 @@ def _same_form(a: TensorInfo, b: TensorInfo) -> bool:
 
 def _refuse_quantized(path: Path, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if the weights are already in some quantized form."""
-    hint = "quantize the 16-bit original instead"
-    config = checkpoint.config.get("quantization_config")
-    if config:
-        method = config.get("quant_method") if isinstance(config, dict) else None
-        raise CheckpointError(f"{path}: already quantized by {method or 'some method'}", hint=hint)
+    if quantized_modules(checkpoint):
+        raise CheckpointError(
+            f"{path}: already quantized by compressed-tensors, in 8 bits",
+            hint="run it as it is, or quantize the 16-bit model that it was made from",
+        )
     for tensor in checkpoint.tensors:
         is_weight = len(tensor.info.shape) == 2 and "weight" in tensor.name
-        if tensor.info.dtype.startswith("F8") or (
-            is_weight and tensor.info.dtype not in FLOAT_DTYPE_BYTES
-        ):
+        if is_weight and tensor.info.dtype not in FLOAT_DTYPE_BYTES:
             found = f"already quantized: tensor {tensor.name} is {tensor.info.dtype}"
-            raise CheckpointError(f"{path}: {found}, expected 16 or 32 bits", hint=hint)
+            raise CheckpointError(f"{path}: {found}, expected 16 or 32 bits", hint=ORIGINAL)
 
 
 def _shard_fingerprint(shard: Shard) -> dict[str, Any]:
