@@ -1,8 +1,8 @@
 """Which quantized form is this checkpoint in? Told by its config and the names of its tensors.
 
 Others' files are recognised before anything is read of them, and by one rule for every command:
-`load`, `inspect`, `quantize` and `plan` run, read or refuse a form by the same name. A form with a
-`reader` is read by `quantize`; compressed-tensors' 8-bit form is our own, and is no form here.
+`load`, `inspect`, `quantize` and `plan` run, read or refuse a form by the same name. One with a
+reader is read by `quantize`; compressed-tensors' 8-bit form is our own, and is no form here.
 """
 
 from __future__ import annotations
@@ -77,12 +77,20 @@ MARKS = (
 """Form -> ends of the names of tensors that one module has, all of them."""
 
 
+READERS = {"GPTQ 8-bit": "gptq"}
+"""Form -> the module of checkpoint.sources by which `quantize` reads it."""
+
+
 @dataclass(frozen=True)
 class Form:
-    """A quantized form of others; `reader` is the module of checkpoint.sources that reads it."""
+    """A quantized form of others."""
 
     name: str
-    reader: str | None = None
+
+    @property
+    def reader(self) -> str | None:
+        """The module of checkpoint.sources that reads it."""
+        return READERS.get(self.name)
 
     @property
     def is_read(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from halfweight.checkpoint.json_files import (
 )
 from halfweight.checkpoint.shard import Shard, StoredTensor, broken, read_shard, some
 from halfweight.errors import CheckpointError, HalfweightError
+from halfweight.quantization.scheme import TensorInfo
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -151,15 +152,20 @@ def read_headers(path: str | os.PathLike[str]) -> Checkpoint:
 
 def own_dtype(checkpoint: Checkpoint) -> str:
     """The torch dtype that a checkpoint is in: config.json's, else that of most of its floats."""
-    text = checkpoint.config.get("text_config")
-    for part in (checkpoint.config, text if isinstance(text, dict) else {}):
+    return model_dtype(checkpoint.config, (tensor.info for tensor in checkpoint.tensors))
+
+
+def model_dtype(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> str:
+    """`own_dtype` by a config and headers."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
         name = str(part.get("dtype") or part.get("torch_dtype")).removeprefix("torch.")
         if name in TORCH_DTYPES.values():
             return name
     totals = dict.fromkeys(TORCH_DTYPES, 0)
-    for tensor in checkpoint.tensors:
-        if tensor.info.dtype in totals and not tensor.name.endswith(".weight_scale"):
-            totals[tensor.info.dtype] += tensor.info.num_bytes
+    for tensor in tensors:
+        if tensor.dtype in totals and not tensor.name.endswith(".weight_scale"):
+            totals[tensor.dtype] += tensor.num_bytes
     most = max(totals, key=lambda dtype: totals[dtype])
     return TORCH_DTYPES[most] if totals[most] else "bfloat16"
 

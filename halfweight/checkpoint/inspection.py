@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from halfweight.checkpoint.forms import Form
 from halfweight.checkpoint.headers import (
     Checkpoint,
     StoredWeight,
@@ -103,7 +104,7 @@ def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> Cont
         num_params=sum(TensorInfo(e.name, "U8", e.shape).num_elements for e in entries),
         bytes_by_kind={kind: by_kind[kind] for kind in order if kind in by_kind},
         resident_bytes=_resident_bytes(checkpoint, modules),
-        plan=None if modules or form else _plan(checkpoint, recipe or Recipe()),
+        plan=None if modules else _plan(checkpoint, form, recipe or Recipe()),
         entries=entries,
         form=form.described if form else None,
         remedy=form.remedy(path) if form else None,
@@ -135,9 +136,16 @@ def _resident_bytes(checkpoint: Checkpoint, modules: Mapping[str, StoredWeight])
     return quantized + sum(kept)
 
 
-def _plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+def _plan(checkpoint: Checkpoint, form: Form | None, recipe: Recipe) -> Plan | None:
     tied = is_tied(checkpoint.config)
     tensors = [t.info for t in checkpoint.tensors]
+    if form is not None and not form.is_read:
+        return None
+    if form is not None:
+        from halfweight.checkpoint.sources.others import as_the_model_has_them
+
+        tensors, matrices = as_the_model_has_them(form, checkpoint.config, tensors)
+        tensors += [matrix.info for matrix in matrices]
     stored = [t for t in tensors if not (tied and t.name.endswith("lm_head.weight"))]
     decisions = recipe.decide_all(stored)
     return Plan(sum(d.disk_bytes for d in decisions), sum(d.resident_bytes for d in decisions))

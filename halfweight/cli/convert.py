@@ -290,9 +290,9 @@ def _print_contents(found: Contents) -> None:
     if found.form is not None:
         line = f"this is {found.form}: {found.remedy}"
         stdout.print(line, markup=False, highlight=False, soft_wrap=True)
-        return
-    if found.plan is None:
+    if found.form is None and found.plan is None:
         stdout.print(f"in memory under halfweight: {size(found.resident_bytes)}")
+    if found.plan is None:
         return
     for where, num_bytes in (
         ("on disk", found.plan.disk_bytes),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halfweight.checkpoint.forms import form_of
+from halfweight.checkpoint.forms import Form, form_of
 from halfweight.checkpoint.gguf_header import read_gguf_header, refuse_split
 from halfweight.checkpoint.headers import HUB_ID, Checkpoint, quantized_modules, read_headers
 from halfweight.checkpoint.json_files import ModelConfig, read_json
@@ -62,7 +62,8 @@ def _from_gguf(path: Path, recipe: Recipe) -> Model:
 
 
 def _from_folder(checkpoint: Checkpoint, name: str, recipe: Recipe) -> Model:
-    modules = quantized_modules(checkpoint)
+    form = checkpoint.form
+    modules = {} if form and form.is_read else quantized_modules(checkpoint)
     tensors = [tensor.info for tensor in checkpoint.tensors]
     return _model(checkpoint.config, name, tensors, recipe, stored_schemes(checkpoint, modules))
 
@@ -79,7 +80,7 @@ def _model(
     `schemes` of its modules in INT8; what is not named is taken to be held as the file has it.
     """
     if (form := form_of(config, tensors)) is not None:
-        raise form.refused(name)
+        tensors = _of_others(form, config, name, tensors)
     by_name = {tensor.name: tensor for tensor in tensors}
     modules = [n.removesuffix(".weight_packed") for n in by_name if n.endswith(".weight_packed")]
     if not modules:
@@ -90,6 +91,18 @@ def _model(
     decisions += [Decision(tensor, None, "in 16 bits in the file") for tensor in kept]
     found = architecture(config, name, [decision.tensor for decision in decisions])
     return Model(found, tuple(decisions))
+
+
+def _of_others(
+    form: Form, config: Mapping[str, Any], name: str, tensors: Sequence[TensorInfo]
+) -> list[TensorInfo]:
+    """What `quantize` would find in a checkpoint of others."""
+    if not form.is_read:
+        raise form.refused(name)
+    from halfweight.checkpoint.sources.others import as_the_model_has_them
+
+    plain, matrices = as_the_model_has_them(form, config, tensors)
+    return [*plain, *(matrix.info for matrix in matrices)]
 
 
 def _own(config: dict[str, Any], tensors: Sequence[TensorInfo]) -> list[TensorInfo]:

@@ -222,7 +222,10 @@ def fit_aside(
 
 
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
-    tensors = [TensorInfo(name, dtype, tuple(shape)) for name, dtype, shape in question["tensors"]]
+    tensors = [
+        TensorInfo(name, dtype, tuple(shape), Scheme(*int8) if int8 else None)
+        for name, dtype, shape, int8 in question["tensors"]
+    ]
     recipe = Recipe(Scheme(**question["recipe"]["scheme"]), tuple(question["recipe"]["keep"]))
     try:
         return asdict(fit_on_meta(question["where"], question["config"], tensors, recipe))

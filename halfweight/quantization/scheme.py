@@ -151,11 +151,15 @@ class Scheme:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint as its header describes it; no data."""
+    """One tensor of a checkpoint as its header describes it; no data.
+
+    `int8` is the scheme of a weight whose INT8 values the checkpoint has, if in another layout.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    int8: Scheme | None = None
 
     @property
     def num_elements(self) -> int:
@@ -211,7 +215,7 @@ class Recipe:
         """Quantize or keep one tensor, with the reason in words.
 
         Linears, embeddings and the output head are quantized: every 2-D floating point tensor
-        named `*.weight` that is not in ALWAYS_KEPT or `keep`.
+        named `*.weight` that is not in ALWAYS_KEPT or `keep`. One that is INT8 already stays so.
         """
         if tensor.dtype not in FLOAT_DTYPE_BYTES:
             return Decision(tensor, None, f"{tensor.dtype} is not a floating point type")
@@ -220,6 +224,10 @@ class Recipe:
         for pattern in (*ALWAYS_KEPT, *self.keep):
             if fnmatch.fnmatchcase(tensor.name, pattern):
                 return Decision(tensor, None, f"kept by {pattern!r}")
+        if tensor.int8 is not None:
+            groups = tensor.int8.group_size
+            size = "one scale a row" if groups == "row" else f"groups of {groups}"
+            return Decision(tensor, tensor.int8, f"INT8 in the source, kept bit for bit: {size}")
         scheme = self.scheme.for_in_features(tensor.shape[1])
         if scheme is None:
             return Decision(tensor, None, f"no group size divides in_features {tensor.shape[1]}")

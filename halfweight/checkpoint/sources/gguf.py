@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfweight.checkpoint.gguf_header import TORCH_DTYPES, decoded_dtype, refuse_split
+from halfweight.checkpoint.sources.matrices import Int8Rows
 from halfweight.checkpoint.sources.source import publishable
 from halfweight.errors import CheckpointError, HalfweightError, UsageError
 from halfweight.quantization.scheme import TensorInfo
@@ -53,6 +54,10 @@ class GgufSource:
                 while len(self._decoded) > CACHED_TENSORS:
                     self._decoded.popitem(last=False)
             return self._decoded[tensor.name][begin:end]
+
+    def read_int8(self, tensor: TensorInfo, begin: int, end: int) -> Int8Rows:
+        """Never asked for: no weight is in INT8."""
+        raise NotImplementedError(tensor.name)
 
     def fingerprint(self) -> dict[str, Any]:
         """Name and size of the file, and the hash of all that precedes the weights."""
