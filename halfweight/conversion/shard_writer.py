@@ -115,7 +115,7 @@ def _reserve(fd: int, num_bytes: int) -> None:
 def _convert_block(source: Source, block: _Block) -> QuantizedRows | NDArray[np.uint8]:
     """A block's rows quantized, or where the tensor is kept its bytes."""
     decision, tensor = block.decision, block.decision.tensor
-    if decision.scheme is not None and tensor.int8 is not None:
+    if decision.keeps_int8:
         row_bytes = DTYPE_BYTES[tensor.dtype] * tensor.shape[1]
         return _kept(source.read_int8(tensor, block.begin // row_bytes, block.end // row_bytes))
     raw = source.read(tensor, block.begin, block.end)
@@ -212,7 +212,7 @@ class _Finished:
             "squared_norm": float(self.statistics["squared_norm"].sum()),
             "crushed_groups": int(self.statistics["crushed_groups"].sum()),
         }
-        if self.decision.tensor.int8 is None:
+        if not self.decision.keeps_int8:
             return record
         on_grid = lies_on_grid8(self.scales)
         return record | {"scale_format": "grid8" if on_grid else self.decision.scheme.scale_format}

@@ -7,11 +7,12 @@ hundred kilobytes whatever the model's size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from halfweight.checkpoint.forms import Form, form_of
-from halfweight.checkpoint.gguf_header import read_gguf_header, refuse_split
+from halfweight.checkpoint.gguf_header import read_gguf_header
 from halfweight.checkpoint.headers import HUB_ID, Checkpoint, quantized_modules, read_headers
 from halfweight.checkpoint.json_files import ModelConfig, read_json
 from halfweight.checkpoint.scale_formats import stored_scheme, stored_schemes
@@ -20,7 +21,13 @@ from halfweight.errors import CheckpointError
 from halfweight.memory.architecture import architecture
 from halfweight.memory.plan import Model
 from halfweight.memory.presets import PRESETS, preset
-from halfweight.quantization.scheme import Decision, Recipe, Scheme, TensorInfo
+from halfweight.quantization.scheme import (
+    Q8_0_SCHEME,
+    Decision,
+    Recipe,
+    Scheme,
+    TensorInfo,
+)
 
 
 def planned_model(name: str, recipe: Recipe | None = None) -> Model:
@@ -50,11 +57,14 @@ def planned_model(name: str, recipe: Recipe | None = None) -> Model:
 
 def _from_gguf(path: Path, recipe: Recipe) -> Model:
     """By its header alone if that accounts for every number in the file, else as the converter."""
-    refuse_split(path)
     if (header := read_gguf_header(path)) is not None:
         found = architecture(header.config, path.stem)
         if found.num_parameters == header.num_parameters:
-            return Model.from_recipe(found, recipe)
+            tensors = (
+                replace(tensor, int8=Q8_0_SCHEME) if tensor.name in header.int8 else tensor
+                for tensor in found.tensors
+            )
+            return Model.from_recipe(replace(found, tensors=tuple(tensors)), recipe)
     from halfweight.checkpoint.sources import open_source
 
     source = open_source(path)

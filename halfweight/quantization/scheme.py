@@ -149,6 +149,10 @@ class Scheme:
         return WeightBytes(prod(shape), prod(self.scales_shape(shape)) * scale_bytes, 16)
 
 
+Q8_0_SCHEME = Scheme(32, "float16", "absmax")
+"""GGUF's own INT8."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a checkpoint as its header describes it; no data.
@@ -181,6 +185,11 @@ class Decision:
     reason: str
 
     @property
+    def keeps_int8(self) -> bool:
+        """Whether INT8 values of the source are taken as they are."""
+        return self.scheme is not None and self.scheme == self.tensor.int8
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes in memory once loaded."""
         if self.scheme is None:
@@ -202,10 +211,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do with a whole checkpoint: one scheme, and globs of tensors kept in 16 bits."""
+    """What to do with a whole checkpoint: one scheme, and globs of tensors kept in 16 bits.
+
+    What is INT8 in the source stays as it is, unless `requantize` gives it the scheme as well.
+    """
 
     scheme: Scheme = Scheme()
     keep: tuple[str, ...] = ()
+    requantize: bool = False
 
     def __post_init__(self) -> None:
         if self.scheme.group_size not in (*GROUP_SIZES, "row", "tensor"):
@@ -224,7 +237,7 @@ class Recipe:
         for pattern in (*ALWAYS_KEPT, *self.keep):
             if fnmatch.fnmatchcase(tensor.name, pattern):
                 return Decision(tensor, None, f"kept by {pattern!r}")
-        if tensor.int8 is not None:
+        if tensor.int8 is not None and not self.requantize:
             groups = tensor.int8.group_size
             size = "one scale a row" if groups == "row" else f"groups of {groups}"
             return Decision(tensor, tensor.int8, f"INT8 in the source, kept bit for bit: {size}")
