@@ -66,6 +66,26 @@ def load(
     model do not fit each other, DoesNotFitError where the device lacks the memory.
     """
     checkpoint = read_headers(resolve(os.fspath(model)))
+    return load_checkpoint(
+        checkpoint,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        activations=activations,
+        progress=progress,
+    )
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    activations: Activations = "exact",
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """`load` of a checkpoint whose headers are read, or of one rank's part of it (share.py)."""
     device = indexed(device)
     chosen = choose_backend(device, backend)
     check_activations(chosen, activations)
