@@ -127,11 +127,16 @@ def outside_store(*, is_first: bool = False) -> Any:
     return _dist.PrefixStore(f"halfweight/{attempt}", found)
 
 
-def limit_memory(device: torch.device, limit_bytes: int | None) -> None:
-    """A rank gets no more of its GPU than this, whatever others have."""
-    if limit_bytes is not None and device.type == "cuda":
+def limit_memory(job: Job, rank: int) -> None:
+    """A rank has no more of its GPU than `limit_bytes`, nor than its part of one that is shared."""
+    device = job.device_of(rank)
+    if device.type != "cuda":
+        return
+    share = 1 / max(1, job.devices.count(str(device)))
+    if job.limit_bytes is not None:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
+        share = min(share, job.limit_bytes / total)
+    torch.cuda.set_per_process_memory_fraction(share, device)
 
 
 def peak_bytes() -> int:

@@ -85,7 +85,7 @@ def _run(channel: Channel, rank: int, ranks: int) -> None:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(job.num_threads)
-    limit_memory(device, job.limit_bytes)
+    limit_memory(job, rank)
     checkpoint = read_headers(resolve(job.model))
     link = make_link(
         *(open_store(job), rank, ranks, device), backend=job.backend, is_local=job.is_local

@@ -90,7 +90,7 @@ def _lead(job: Job, store: Any, others: Ranks, loading: dict[str, Any]) -> Runni
     ranks, device = len(others.members) + 1, job.device_of(0)
     others.wait_for(Kind.HELLO, STARTING_SECONDS)
     others.send(Kind.JOB, job.to_bytes())
-    limit_memory(device, job.limit_bytes)
+    limit_memory(job, 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     link = make_link(store, 0, ranks, device, backend=job.backend, is_local=job.is_local)
@@ -113,7 +113,7 @@ def _lead(job: Job, store: Any, others: Ranks, loading: dict[str, Any]) -> Runni
 def choose_devices(ranks: int, devices: Sequence[str] | None) -> list[torch.device]:
     """A device for each rank; raises UsageError where there are too few, or other than so many."""
     if devices is not None:
-        found = [torch.device(device) for device in devices]
+        found = [_device(name) for name in devices]
         if len(found) != ranks:
             raise UsageError(
                 f"{len(found)} devices for {ranks} ranks", hint="name one device for each rank"
@@ -128,6 +128,15 @@ def choose_devices(ranks: int, devices: Sequence[str] | None) -> list[torch.devi
             hint="name the devices, one for each rank: several may be the same",
         )
     return [torch.device("cuda", i) for i in range(ranks)]
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UsageError(
+            f"device {name!r} is not known", hint="name each as cuda:0, cuda:1 or cpu"
+        ) from None
 
 
 def _sendable(loading: dict[str, Any]) -> dict[str, Any]:
