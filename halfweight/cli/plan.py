@@ -49,7 +49,7 @@ def plan(
     ] = None,
     runtime: Annotated[
         Literal["halfweight", "transformers-tp", "vllm"] | None,
-        typer.Option(help="Who runs it [default: halfweight on one GPU, vllm on several]."),
+        typer.Option(help="Who runs it [default: halfweight where it can, else vllm]."),
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Memory to use of a device, as 22GiB, instead of all.")
@@ -75,6 +75,7 @@ def plan(
     Reads headers or a config only; FP16 stands beside INT8.
     """
     from halfweight.memory.named_model import planned_model
+    from halfweight.memory.plan import on_ranks
     from halfweight.memory.plan import plan as make_plan
 
     asked = group_size or "128"
@@ -91,7 +92,9 @@ def plan(
     records = _records(target, found)
     work = _workload(context, batch, kv_dtype, ranks, runtime, target, records)
     if solve == "gpus":
-        work = work.on_ranks(1)
+        work = replace(work, ranks=1)
+    elif runtime is None:
+        work = on_ranks(found, work, ranks)
     made = make_plan(found, work, target.budget)
     answer = replace(_answer(made, target.gpus, read_bandwidth, price, model), records=records)
     if solve is not None:
@@ -118,6 +121,8 @@ class _Target:
 class _Answer:
     """A plan and all that is printed with it."""
 
+    name: str
+    """Of the model, as it was given."""
     plan: Plan
     gpus: Gpus
     loading: Loading
@@ -184,7 +189,7 @@ def _workload(
         batch,
         kv_dtype,
         ranks,
-        runtime or ("halfweight" if ranks == 1 else "vllm"),
+        runtime or "halfweight",
         target.kind,
         calibrated_overhead(records, target.kind) if records else None,
     )
@@ -199,6 +204,7 @@ def _answer(
     convertible = made.model.recipe is not None
     on_gpu = made.workload.device == "cuda" and made.budget is not None
     return _Answer(
+        model,
         made,
         gpus,
         costs.loading(made.model, rate),
@@ -322,6 +328,7 @@ def _units(num_bytes: int | None) -> tuple[str, str]:
 
 
 def _print_verdict(answer: _Answer) -> None:
+    from halfweight.memory.commands import commands
     from halfweight.memory.plan import legal_ranks
     from halfweight.memory.what_fits import advice, notes
 
@@ -343,6 +350,8 @@ def _print_verdict(answer: _Answer) -> None:
         )
     legal = ", ".join(map(str, legal_ranks(made.model)))
     stdout.print(f"tensor-parallel sizes: {legal}")
+    for line in commands(answer.name, made) if made.verdict != "does not fit" else ():
+        stdout.print(f"run: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_solution(answer: _Answer) -> None:
@@ -373,7 +382,7 @@ def _limits(made: Plan, quantity: str, value: int) -> str:
 
     if quantity == "context" and value == made.model.architecture.max_context:
         return ", the model's own"
-    return by_another_runtime(made.workload, value) if quantity == "gpus" else ""
+    return by_another_runtime(made.model, made.workload, value) if quantity == "gpus" else ""
 
 
 def _cell(cell: Cell, budget: int) -> str:
