@@ -10,8 +10,8 @@ fewer heads, narrower MLPs and a shorter vocabulary. `join` makes the ranks' mod
     head        each rank's logits are gathered
 
 So everything above (runners, probe, sampler) sees a model like any other, whose forward all ranks
-must call together. Refused: DTensor, whose dispatch takes tens of microseconds an operation, and
-transformers' own plan, which leaves embedding and head whole on every rank.
+must call together. Refused: DTensor, which is Python around every operation, and transformers' own
+plan, which leaves embedding and head whole on every rank.
 """
 
 from __future__ import annotations

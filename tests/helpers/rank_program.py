@@ -26,22 +26,27 @@ def texts(vocab_size):
     ]
 
 
+UNWANTED = 9
+"""Tokens of the first text whose logits no step asks for."""
+
+
 def steps(page_tokens):
     """A prompt in two chunks, the second beside another prompt, then both decode."""
     from halfweight.engine.step import Chunk
 
-    def chunk(slot, start, num):
-        return Chunk(slot, start, num, num, [1 + 2 * slot, 2 + 2 * slot])
+    def chunk(slot, start, num, num_logits=None):
+        wanted = num if num_logits is None else num_logits
+        return Chunk(slot, start, num, wanted, [1 + 2 * slot, 2 + 2 * slot])
 
     assert 2 * page_tokens > max(LENGTHS)
-    yield [chunk(0, 0, 8)]
-    yield [chunk(0, 8, 3), chunk(1, 0, 4)]
+    yield [chunk(0, 0, UNWANTED, 0)]
+    yield [chunk(0, UNWANTED, 2), chunk(1, 0, 4)]
     yield [chunk(0, 11, 1), chunk(1, 4, 1)]
     yield [chunk(0, 12, 1), chunk(1, 5, 1)]
 
 
 def run_all(cases, folder, num_ranks):
-    """Run the cases on so many ranks; name -> (logits of each text in order, what ranks hold)."""
+    """Run the cases on so many ranks; name -> (logits of each text, what each rank holds)."""
     import torch
 
     from halfweight.engine.parallel.job import local_store

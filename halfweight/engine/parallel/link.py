@@ -10,6 +10,7 @@ and ranks that share a GPU, which NCCL refuses. A CUDA graph holds NCCL's calls 
 from __future__ import annotations
 
 import math
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +26,7 @@ MAKING = timedelta(minutes=10)
 """Of a call while runners are made: one may compile kernels that another has in its cache."""
 STEPPING = timedelta(seconds=25)
 """Of a call in a step."""
+NCCL_STEPPING = timedelta(minutes=2)
 CHECKED_NUMBERS = 1 << 18
 _c10d: Any = torch._C._distributed_c10d
 """Where torch keeps the options of its groups' calls."""
@@ -33,22 +35,30 @@ _c10d: Any = torch._C._distributed_c10d
 class GroupLink:
     """`Link` (model/share.py) by a process group."""
 
-    def __init__(self, group: Any, rank: int, ranks: int, device: torch.device) -> None:
+    def __init__(
+        self, group: Any, rank: int, ranks: int, device: torch.device, *, is_nccl: bool
+    ) -> None:
         """Checks that a megabyte arrives as it was sent: a peer's memory may answer and be wrong.
 
         Raises RankError where it does not.
         """
         self._group, self._ranks, self._device = group, ranks, device
-        self.can_be_recorded = self._is_nccl = group.name() == "nccl"
+        self.can_be_recorded = self._is_nccl = is_nccl
         self._sum, self._least = _c10d.AllreduceOptions(), _c10d.AllreduceOptions()
         self._least.reduceOp = dist.ReduceOp.MIN
         self._gather, self._first = _c10d.AllgatherOptions(), _c10d.BroadcastOptions()
         self._first.rootRank = self._first.rootTensor = 0
-        self.set_timeout(CONNECTING)
+        self.set_timeout(MAKING)
         self._check(rank)
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """How long a call waits for the other ranks; NCCL's have STEPPING from the start."""
+        """How long a call waits for the other ranks.
+
+        NCCL's end the process then, so they are left time to compile a kernel; a rank that is lost
+        is found by the watch, which calls `close`.
+        """
+        if self._is_nccl:
+            self._group._set_default_timeout(max(timeout, NCCL_STEPPING))
         for options in (self._sum, self._least, self._gather, self._first):
             options.timeout = timeout
 
@@ -62,6 +72,8 @@ class GroupLink:
         """[..., N] of each rank as [..., ranks * N]."""
         here = self._reachable(x)
         *rows, width = here.shape
+        if not here.numel():  # of a step that wants no logits
+            return x.new_empty(*rows, self._ranks * width)
         found = here.new_empty(self._ranks * math.prod(rows), width)
         self._group._allgather_base(found, here.view(-1, width), self._gather).wait()
         side_by_side = found.view(self._ranks, -1, width).transpose(0, 1)
@@ -108,7 +120,7 @@ def make_link(
     made: Any
     if backend == "nccl":
         options: Any = dist.ProcessGroupNCCL.Options()
-        options._timeout = STEPPING
+        options._timeout = MAKING
         made = dist.ProcessGroupNCCL(store, rank, ranks, options)
     else:
         options = _c10d.ProcessGroupGloo._Options()
@@ -116,13 +128,11 @@ def make_link(
         options._devices = [_gloo_device(**host)]
         options._timeout = CONNECTING
         made = _c10d.ProcessGroupGloo(store, rank, ranks, options)
-    return GroupLink(made, rank, ranks, device)
+    return GroupLink(made, rank, ranks, device, is_nccl=backend == "nccl")
 
 
 def _gloo_device(**host: str) -> Any:
     """The network that gloo uses: GLOO_SOCKET_IFNAME where there are several machines."""
-    import os
-
     make: Any = _c10d.ProcessGroupGloo
     if host:
         return make.create_device(**host)

@@ -42,6 +42,8 @@ class SharedRunner:
         for name in _LIMITS:
             setattr(self, name, getattr(own, name))
         self._writer = StepWriter()
+        if link.can_be_recorded:  # what waits on the device for a rank that is lost never ends
+            ranks.on_fault(lambda fault: link.close())
 
     @property
     def description(self) -> str:
