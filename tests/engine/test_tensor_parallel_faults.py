@@ -20,7 +20,7 @@ from halfweight.engine.loop import EngineStoppedError
 from halfweight.engine.parallel import outside
 from halfweight.engine.parallel import ranks as ranks_module
 from halfweight.engine.parallel.channel import Channel, Kind
-from halfweight.engine.parallel.faults import RankError, from_message, to_message
+from halfweight.engine.parallel.faults import BrokenLinkError, RankError, from_message, to_message
 from halfweight.engine.parallel.job import hello
 from halfweight.engine.parallel.ranks import Member, Ranks
 from halfweight.engine.parallel.start import choose_devices
@@ -213,7 +213,7 @@ def test_a_rank_out_of_memory_is_named():
 def test_a_sum_that_fails_while_all_answer_is_told_too(monkeypatch):
     monkeypatch.setattr(ranks_module, "EXPLAINING_SECONDS", 0.1)
     program = Program(SLEEP)
-    fault = program.ranks.explain(RuntimeError("timed out\nmore"))
+    fault = program.ranks.explain(BrokenLinkError("timed out"))
     assert str(fault) == "ranks wait for each other: timed out"
     assert program.fault() is fault
 

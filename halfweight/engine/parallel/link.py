@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from halfweight.engine.parallel.faults import RankError
+from halfweight.engine.parallel.faults import BrokenLinkError, RankError
 
 CONNECTING = timedelta(seconds=25)
 """In which ranks that have all said hello reach each other."""
@@ -33,7 +34,7 @@ _c10d: Any = torch._C._distributed_c10d
 
 
 class GroupLink:
-    """`Link` (model/share.py) by a process group."""
+    """`Link` (model/share.py) by a process group. Calls raise BrokenLinkError."""
 
     def __init__(
         self, group: Any, rank: int, ranks: int, device: torch.device, *, is_nccl: bool
@@ -65,7 +66,7 @@ class GroupLink:
     def sum(self, x: Tensor) -> Tensor:
         """The sum of the ranks' x, in place."""
         here = self._reachable(x)
-        self._group.allreduce([here], self._sum).wait()
+        self._call(self._group.allreduce, [here], self._sum)
         return x if here is x else x.copy_(here)
 
     def gather(self, x: Tensor) -> Tensor:
@@ -75,25 +76,31 @@ class GroupLink:
         if not here.numel():  # of a step that wants no logits
             return x.new_empty(*rows, self._ranks * width)
         found = here.new_empty(self._ranks * math.prod(rows), width)
-        self._group._allgather_base(found, here.view(-1, width), self._gather).wait()
+        self._call(self._group._allgather_base, found, here.view(-1, width), self._gather)
         side_by_side = found.view(self._ranks, -1, width).transpose(0, 1)
         return side_by_side.reshape(*rows, self._ranks * width).to(x.device)
 
     def from_first(self, x: Tensor) -> Tensor:
         """Rank 0's x, in place."""
         here = self._reachable(x)
-        self._group.broadcast([here], self._first).wait()
+        self._call(self._group.broadcast, [here], self._first)
         return x if here is x else x.copy_(here)
 
     def least(self, number: int) -> int:
         """The smallest of the ranks' numbers; waits for the device."""
         found = torch.tensor([number], device=self._device if self._is_nccl else "cpu")
-        self._group.allreduce([found], self._least).wait()
+        self._call(self._group.allreduce, [found], self._least)
         return int(found)
 
     def close(self) -> None:
         """Leave the group, without waiting for those that are lost."""
         self._group.abort()
+
+    def _call(self, collective: Callable[..., Any], *operands: Any) -> None:
+        try:
+            collective(*operands).wait()
+        except RuntimeError as error:
+            raise BrokenLinkError(str(error).strip().partition("\n")[0]) from error
 
     def _reachable(self, x: Tensor) -> Tensor:
         """x where the group can read and write it."""

@@ -23,12 +23,16 @@ from typing import Any, NoReturn
 import torch
 
 from halfweight.engine.parallel.channel import BEAT_SECONDS, Channel, Kind
-from halfweight.engine.parallel.faults import to_message
+from halfweight.engine.parallel.faults import BrokenLinkError, to_message
 from halfweight.engine.parallel.job import Job, hello, limit_memory, open_store, peak_bytes
 from halfweight.engine.parallel.link import STEPPING, make_link
+from halfweight.engine.parallel.ranks import EXPLAINING_SECONDS
 from halfweight.engine.parallel.steps import StepReader
 
 log = logging.getLogger("halfweight")
+
+WAITING_SECONDS = 2 * EXPLAINING_SECONDS
+"""In which a rank whose sum has failed is ended by rank 0, who knows which other one is lost."""
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
@@ -48,6 +52,9 @@ def follow(channel: Channel, rank: int, ranks: int) -> NoReturn:
         code = 0
     except (EOFError, TimeoutError, ConnectionError):
         print(f"rank {rank}: rank 0 is gone", file=sys.stderr)
+    except BrokenLinkError as error:
+        time.sleep(WAITING_SECONDS)
+        _tell(channel, error)
     except BaseException as error:
         log.exception("rank %d ends", rank)
         _tell(channel, error)

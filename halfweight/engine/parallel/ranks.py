@@ -27,7 +27,7 @@ from threading import Condition, Thread
 from typing import Any
 
 from halfweight.engine.parallel.channel import BEAT_SECONDS, SILENCE_SECONDS, Channel, Kind
-from halfweight.engine.parallel.faults import RankError, from_message
+from halfweight.engine.parallel.faults import BrokenLinkError, RankError, from_message
 from halfweight.engine.parallel.job import hello
 from halfweight.errors import HalfweightError, UsageError
 
@@ -98,14 +98,13 @@ class Ranks:
         if self.fault is not None:
             raise self.fault
 
-    def explain(self, error: BaseException) -> HalfweightError:
+    def explain(self, error: BrokenLinkError) -> HalfweightError:
         """Why a sum has failed: what the watch has found, or finds now."""
         with self._changed:
             self._changed.wait_for(lambda: self.fault is not None, EXPLAINING_SECONDS)
         if self.fault is None:
-            text = str(error).strip().partition("\n")[0]
             hint = "all ranks answer, so one is stuck in a step: see the log of each with -v"
-            self._lose(RankError(f"ranks wait for each other: {text}", hint=hint))
+            self._lose(RankError(f"ranks wait for each other: {error.message}", hint=hint))
         assert self.fault is not None
         return self.fault
 

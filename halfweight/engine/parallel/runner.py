@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from halfweight.engine.parallel.channel import Kind
+from halfweight.engine.parallel.faults import BrokenLinkError
 from halfweight.engine.parallel.link import GroupLink
 from halfweight.engine.parallel.ranks import Ranks
 from halfweight.engine.parallel.steps import StepWriter
@@ -60,7 +61,7 @@ class SharedRunner:
         self._ranks.send(Kind.STEP, self._writer.write(step))
         try:
             return self._own.run(step)
-        except RuntimeError as error:
+        except BrokenLinkError as error:
             raise self._ranks.explain(error) from error
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from halfweight.checkpoint.headers import read_headers, resolve
 from halfweight.engine.parallel.channel import Kind
+from halfweight.engine.parallel.faults import BrokenLinkError
 from halfweight.engine.parallel.job import Job, digest, limit_memory, local_store
 from halfweight.engine.parallel.link import STEPPING, choose_backend, make_link
 from halfweight.engine.parallel.outside import Place, lead
@@ -72,7 +73,7 @@ def start(
     try:
         return _lead(job, store, others, loading)
     except BaseException as error:
-        fault = others.explain(error) if isinstance(error, RuntimeError) else None
+        fault = others.explain(error) if isinstance(error, BrokenLinkError) else None
         others.end()
         if fault is not None:
             raise fault from error
