@@ -7,6 +7,9 @@ import tp_models
 
 import halfweight
 from halfweight.checkpoint.headers import read_headers
+from halfweight.memory.plan import footprint
+from halfweight.memory.workload import Workload
+from halfweight.model.share import described
 from halfweight.quantization.scheme import Recipe, Scheme
 
 LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -93,3 +96,17 @@ def test_each_rank_holds_its_part_and_its_heads_alone(ran):
         }
     one, two = (ran[name][2][0]["cache"] for name in ("qwen3-4", "qwen3-2"))
     assert one == two  # float32 of one head, bfloat16 of two
+
+
+def test_a_rank_holds_what_the_planner_says(ran):
+    """Weights to the byte in bfloat16; a page of the runner that plans know."""
+    for name in ("llama-2", "qwen2-4", "qwen3-2"):
+        case, _, held = ran[name]
+        found = footprint(described(case["model"]), Workload(ranks=case["ranks"]), "int8")
+        biases = 2 * 2 * 128 if name == "llama-2" else 0  # of o, which rank 0 has alone
+        assert held[0]["held"] == found.weight_bytes
+        assert {rank["held"] for rank in held[1:]} == {found.weight_bytes - biases}
+    case, _, held = ran["own-llama-4"]
+    work = Workload(context=64, ranks=4)  # a page, and the one that is nobody's
+    pages = footprint(described(case["model"]), work, "int8").kv_bytes
+    assert held[0]["cache"] == 2 * pages / 2  # in float32
