@@ -21,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -205,9 +204,9 @@ class OwnRows:
     def look_up(self, ids: Tensor, table: Callable[[Tensor], Tensor]) -> Tensor:
         """Rows [..., K] of rank 0's ids, of which this rank's `table` has some."""
         places = self._link.from_first(ids) - self._begin
-        is_own = (places >= 0) & (places < self._count)
+        is_elsewhere = (places < 0) | (places >= self._count)
         found = table(places.clamp(0, self._count - 1))
-        return self._link.sum(torch.where(is_own[..., None], found, 0))
+        return self._link.sum(found.masked_fill_(is_elsewhere[..., None], 0))
 
 
 class JoinedEmbedding(QuantizedEmbedding):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from halfweight.engine.parallel import outside
 from halfweight.engine.parallel import ranks as ranks_module
 from halfweight.engine.parallel.channel import Channel, Kind
 from halfweight.engine.parallel.faults import BrokenLinkError, RankError, from_message, to_message
-from halfweight.engine.parallel.job import hello
+from halfweight.engine.parallel.job import Job, hello
 from halfweight.engine.parallel.ranks import Member, Ranks
 from halfweight.engine.parallel.start import choose_devices
 from halfweight.engine.parallel.steps import StepReader, StepWriter
@@ -116,6 +117,16 @@ def test_ranks_that_torchrun_starts_meet_and_end_together(folder, expected, monk
         with pytest.raises(EngineStoppedError, match="is gone"):
             engine.generate(PROMPTS, **OPTIONS)
     other.wait()
+
+
+def test_a_folder_that_one_rank_has_not_is_one_error_of_that_rank(folder, monkeypatch):
+    to_bytes = Job.to_bytes
+    elsewhere = "/nowhere/model"
+    monkeypatch.setattr(Job, "to_bytes", lambda job: to_bytes(replace(job, model=elsewhere)))
+    begin = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"^rank 1 \(.*\): /nowhere/model: no such file"):
+        open_engine(folder, tensor_parallel=2)
+    assert time.monotonic() - begin < 25
 
 
 def test_a_port_in_use_is_one_line(monkeypatch):

@@ -49,6 +49,8 @@ class GroupLink:
         self._least.reduceOp = dist.ReduceOp.MIN
         self._gather, self._first = _c10d.AllgatherOptions(), _c10d.BroadcastOptions()
         self._first.rootRank = self._first.rootTensor = 0
+        for options in (self._sum, self._least, self._gather, self._first):
+            options.asyncOp = False  # NCCL then runs on the stream of what is around it
         self.set_timeout(MAKING)
         self._check(rank)
 
@@ -122,20 +124,26 @@ def make_link(
 ) -> GroupLink:
     """The link of a rank; returns when all ranks have made theirs.
 
-    `backend` is "nccl" or "gloo"; `is_local` where all ranks are on this machine.
+    `backend` is "nccl" or "gloo"; `is_local` where all ranks are on this machine. Raises
+    BrokenLinkError where one does not come.
     """
-    made: Any
+    try:
+        group = _make_group(store, rank, ranks, backend, is_local=is_local)
+    except RuntimeError as error:
+        raise BrokenLinkError(str(error).strip().partition("\n")[0]) from error
+    return GroupLink(group, rank, ranks, device, is_nccl=backend == "nccl")
+
+
+def _make_group(store: Any, rank: int, ranks: int, backend: str, *, is_local: bool) -> Any:
     if backend == "nccl":
         options: Any = dist.ProcessGroupNCCL.Options()
         options._timeout = MAKING
-        made = dist.ProcessGroupNCCL(store, rank, ranks, options)
-    else:
-        options = _c10d.ProcessGroupGloo._Options()
-        host = {"hostname": "127.0.0.1"} if is_local else {}
-        options._devices = [_gloo_device(**host)]
-        options._timeout = CONNECTING
-        made = _c10d.ProcessGroupGloo(store, rank, ranks, options)
-    return GroupLink(made, rank, ranks, device, is_nccl=backend == "nccl")
+        return dist.ProcessGroupNCCL(store, rank, ranks, options)
+    options = _c10d.ProcessGroupGloo._Options()
+    host = {"hostname": "127.0.0.1"} if is_local else {}
+    options._devices = [_gloo_device(**host)]
+    options._timeout = CONNECTING
+    return _c10d.ProcessGroupGloo(store, rank, ranks, options)
 
 
 def _gloo_device(**host: str) -> Any:

@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Condition, Thread
-from typing import Any
 
 from halfweight.engine.parallel.channel import BEAT_SECONDS, SILENCE_SECONDS, Channel, Kind
 from halfweight.engine.parallel.faults import BrokenLinkError, RankError, from_message
@@ -54,7 +53,8 @@ class Member:
     where: str = ""
     state: Kind = Kind.BEAT
     """The last thing that it has told of itself."""
-    loaded: dict[str, Any] = field(default_factory=dict)
+    files: str = ""
+    """Digest of those that it has found."""
     peak_bytes: int = 0
     heard: float = field(default_factory=time.monotonic)
     words: deque[str] = field(default_factory=lambda: deque(maxlen=WORDS))
@@ -164,8 +164,8 @@ class Ranks:
             if wrong := _other_versions(member, said["versions"]):
                 self._lose(wrong)
                 return
-        elif kind == Kind.LOADED:
-            member.loaded = json.loads(content)
+        elif kind == Kind.FOUND:
+            member.files = content.decode()
         with self._changed:
             member.state = kind
             self._changed.notify_all()

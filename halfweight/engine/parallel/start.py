@@ -94,11 +94,13 @@ def _lead(job: Job, store: Any, others: Ranks, loading: dict[str, Any]) -> Runni
     limit_memory(job, 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    link = make_link(store, 0, ranks, device, backend=job.backend, is_local=job.is_local)
     checkpoint = read_headers(resolve(job.model))
+    part = own_part(checkpoint, described(checkpoint.root), 0, ranks)
+    others.wait_for(Kind.FOUND)
+    _compare_files(others, digest(part))
+    link = make_link(store, 0, ranks, device, backend=job.backend, is_local=job.is_local)
     model = load_part(checkpoint, 0, ranks, link, **{**loading, "device": device})
     others.wait_for(Kind.LOADED)
-    _compare_files(others, digest(own_part(checkpoint, described(checkpoint.root), 0, ranks)))
     others.send(Kind.GO)
     own = make_runner(model, **job.limits)
     others.wait_for(Kind.READY)
@@ -149,7 +151,7 @@ def _sendable(loading: dict[str, Any]) -> dict[str, Any]:
 
 def _compare_files(others: Ranks, expected: str) -> None:
     for member in others.members:
-        if member.loaded["files"] != expected:
+        if member.files != expected:
             raise UsageError(
                 f"{member.name} has other files of this model than rank 0",
                 hint="copy the model's folder to every machine",
