@@ -97,7 +97,7 @@ def row(options: argparse.Namespace, folder: Path, batch: int) -> dict[str, Any]
     with Engine.over(running.runner, sampler, None) as engine:
         times = measure(engine, batch, options.prompt, options.new)
         time.sleep(SECONDS_TO_BEAT)
-        peaks = [peak_bytes(), *(member.peak_bytes for member in engine.ranks)]
+        peaks = [peak_bytes(running.runner.device), *(member.peak_bytes for member in engine.ranks)]
     on_gpu = running.runner.device.type == "cuda"
     both = planned(options, folder, batch)
     part = own_part(read_headers(folder), described(folder), 0, options.ranks)

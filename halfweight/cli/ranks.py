@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from halfweight.cli.output import stderr
 from halfweight.errors import UsageError
 
 TensorParallel = Annotated[
@@ -34,6 +35,45 @@ def rank_options(
     if count == 1 and places:
         raise UsageError(f"one rank with --devices {devices}", hint="give --device")
     return {"tensor_parallel": count, "devices": places}
+
+
+def as_many_as_needed(
+    model: str, options: dict[str, Any], device: str | None, context: int, kv_cache: Any
+) -> dict[str, Any]:
+    """`options`, or, where they leave it open and there are several GPUs, the fewest that fit.
+
+    Fit means by the plan: one sequence of `context` tokens beside the weights.
+    """
+    import torch
+
+    from halfweight.memory.device_memory import available_bytes
+
+    count = torch.cuda.device_count()
+    if options["tensor_parallel"] > 1 or device is not None or count < 2:
+        return options
+    free = min(available_bytes(f"cuda:{i}") or 0 for i in range(count))
+    needed = _fewest(model, count, free, context, kv_cache)
+    if needed == 1:
+        return options
+    stderr.print(f"uses {needed} of {count} GPUs: the plan says that the model needs them")
+    return {**options, "tensor_parallel": needed}
+
+
+def _fewest(model: str, count: int, free: int, context: int, kv_cache: Any) -> int:
+    """Of `count` GPUs with so many free bytes each; 1 where no such number runs the model."""
+    from halfweight.checkpoint.headers import quantized_modules, read_headers, resolve
+    from halfweight.memory.plan import on_ranks
+    from halfweight.memory.what_fits import solve
+    from halfweight.memory.workload import Range, Workload
+    from halfweight.model.share import described
+
+    folder = resolve(model)
+    weights: Any = "int8" if quantized_modules(read_headers(folder)) else "16bit"
+    planned, alone = described(folder), Range(0, 0, 0)
+    work = Workload(context, 1, kv_cache, overhead=alone)  # `free` is beside the context
+    found = solve(planned, work, free, "gpus", weights) or 1
+    runs_here = on_ranks(planned, work, found).runtime == "halfweight"
+    return found if runs_here and found <= count else 1
 
 
 def follow_if_told() -> None:

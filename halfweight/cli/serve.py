@@ -9,7 +9,7 @@ import typer
 
 from halfweight.cli import app
 from halfweight.cli.output import stderr
-from halfweight.cli.ranks import Devices, TensorParallel, rank_options
+from halfweight.cli.ranks import Devices, TensorParallel, as_many_as_needed, rank_options
 from halfweight.cli.refusal import Force, require_room
 from halfweight.cli.run import (
     Activations,
@@ -21,6 +21,9 @@ from halfweight.cli.run import (
     open_engine,
 )
 from halfweight.errors import UsageError
+
+LEAST_CONTEXT = 4096
+"""Tokens that there has to be room for, where no number is given, when GPUs are counted."""
 
 
 @app.command()
@@ -69,6 +72,8 @@ def serve(
         stderr.print(f"{host} is reachable by others and there is no --api-key: anyone can use it")
     require_address(host, port)
     ranks = rank_options(tensor_parallel, devices, device)
+    if tensor_parallel is None:
+        ranks = as_many_as_needed(model, ranks, device, max_context or LEAST_CONTEXT, kv_cache)
     if not force:
         require_room(model, device, lambda: cache_tokens or 1, 1, kv_cache, ranks=ranks)
     engine = open_engine(

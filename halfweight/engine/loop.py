@@ -176,9 +176,12 @@ class Loop:
             closed = EngineStoppedError("the engine was closed", hint="make a new one")
             self._end(closed, was_asked=True)
         except BaseException as error:
-            if self._lost is None:
+            fault = self._lost or error
+            if isinstance(fault, HalfweightError):
+                log.error("the engine stops: %s", fault.message)
+            else:
                 log.exception("a step failed; the engine stops")
-            self._end(_fault(self._lost or error), was_asked=False)
+            self._end(_fault(fault), was_asked=False)
         finally:
             self._close_runner()
 

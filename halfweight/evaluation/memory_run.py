@@ -17,10 +17,11 @@ from typing import Any
 
 from halfweight.errors import HalfweightError
 from halfweight.evaluation.speed.process import from_fresh_process
+from halfweight.memory.cache_bytes import page_slots
 from halfweight.memory.devices import local_device, process_bytes, processor_device
 from halfweight.memory.engine_memory import PAGE_TOKENS
 from halfweight.memory.measurements import Record, key_of
-from halfweight.memory.plan import PASSING_PARTS, WEIGHT_PARTS, Model, footprint, page_slots
+from halfweight.memory.plan import PASSING_PARTS, WEIGHT_PARTS, Model, footprint
 from halfweight.memory.workload import Weights, Workload
 
 STEPS = 3

@@ -24,9 +24,13 @@ from functools import cached_property
 
 from halfweight.errors import UsageError
 from halfweight.memory.architecture import Architecture
-from halfweight.memory.cache_layers import CacheLayer
+from halfweight.memory.cache_bytes import (
+    kind_of_layer,
+    layer_bytes,
+    other_layer_bytes,
+    page_slots,
+)
 from halfweight.memory.engine_memory import (
-    PAGE_TOKENS,
     STEP_TOKENS,
     Limits,
     RunnerKind,
@@ -34,7 +38,14 @@ from halfweight.memory.engine_memory import (
     cpu_parts,
     gpu_parts,
 )
-from halfweight.memory.tensor_parallel import KINDS, is_divided, own_sizes, why_not
+from halfweight.memory.tensor_parallel import (
+    KINDS,
+    bytes_a_part,
+    is_divided,
+    is_of_kv_heads,
+    own_sizes,
+    why_not,
+)
 from halfweight.memory.transient import (
     MULTIPROCESSORS,
     other_engine_parts,
@@ -178,19 +189,26 @@ class Model:
         return {}
 
     def weight_sums(self, weights: Weights, runtime: Runtime) -> WeightSums:
-        """Bytes of all tensors by part: those that ranks divide and those that each holds."""
+        """Bytes of all tensors by part: those that ranks divide, those that each holds, and, of the
+        former, those that go with heads of keys and values.
+        """
         key = (weights, runtime)
         if key not in self._sums:
-            sharded, replicated = [0, 0, 0], [0, 0, 0]
+            sharded, replicated, kv = [0, 0, 0], [0, 0, 0], [0, 0, 0]
+            ours = weights == "int8" and runtime == "halfweight"
             for decision in self.decisions:
-                column = sharded if _is_sharded(decision.tensor.name, runtime) else replicated
-                for i, part in enumerate(_weight_parts(decision, weights, runtime)):
-                    column[i] += part
-            self._sums[key] = (sharded, replicated)
+                name, parts = decision.tensor.name, _weight_parts(decision, weights, runtime)
+                is_divided = _is_sharded(name, runtime)
+                whole = (0, bytes_a_part(decision) if ours else 0, 0)
+                for i, part in enumerate(parts):
+                    sharded[i] += part - whole[i] if is_divided else 0
+                    replicated[i] += whole[i] if is_divided else part
+                    kv[i] += part if is_divided and is_of_kv_heads(name) else 0
+            self._sums[key] = (sharded, replicated, kv)
         return self._sums[key]
 
 
-WeightSums = tuple[list[int], list[int]]
+WeightSums = tuple[list[int], list[int], list[int]]
 
 
 def _is_matrix(decision: Decision) -> bool:
@@ -243,10 +261,11 @@ def on_ranks(model: Model, workload: Workload, ranks: int) -> Workload:
 
 def footprint(model: Model, workload: Workload, weights: Weights) -> Footprint:
     """Bytes on one rank, at the worst moment of generation."""
-    sharded, replicated = model.weight_sums(weights, workload.runtime)
+    sums = model.weight_sums(weights, workload.runtime)
+    holders = min(workload.ranks, model.architecture.kv_heads)
     parts = [
-        _part(name, whole, held, workload.ranks)
-        for name, whole, held in zip(WEIGHT_PARTS, sharded, replicated, strict=True)
+        _part(name, divided, held, kv, workload.ranks, holders)
+        for name, divided, held, kv in zip(WEIGHT_PARTS, *sums, strict=True)
     ]
     parts += kv_parts(model, workload, weights)
     passing = passing_parts(model, workload, weights)
@@ -291,8 +310,11 @@ def sizes_of(a: Architecture, ranks: int = 1) -> Sizes:
     )
 
 
-def _part(name: str, divided: int, held: int, ranks: int) -> Part:
-    return Part(name, *((-(-divided // ranks), held) if ranks > 1 else (0, divided + held)))
+def _part(name: str, divided: int, held: int, kv: int, ranks: int, holders: int) -> Part:
+    """`kv` of what is `divided` among ranks has fewer `holders` where these outnumber its heads."""
+    if ranks == 1:
+        return Part(name, 0, divided + held)
+    return Part(name, -(-(divided - kv) // ranks) + -(-kv // holders), held)
 
 
 def kv_parts(model: Model, workload: Workload, weights: Weights) -> list[Part]:
@@ -310,10 +332,10 @@ def kv_parts(model: Model, workload: Workload, weights: Weights) -> list[Part]:
     for layer, count in Counter(a.cache_layers).items():
         heads = -(-layer.heads // workload.ranks)
         if runner is None:
-            num_bytes = _other_layer_bytes(layer, heads, workload)
+            num_bytes = other_layer_bytes(layer, heads, workload)
         else:
             own = replace(layer, heads=heads, numbers=layer.numbers // layer.heads * heads)
-            num_bytes = _layer_bytes(own, workload, runner) * page_slots(workload, runner)
+            num_bytes = layer_bytes(own, workload, runner) * page_slots(workload, runner)
         name = "KV cache" + kind_of_layer(layer)
         before = found.get(name, Part(name, 0, 0))
         divided = workload.ranks > 1 and layer.heads > 1
@@ -323,36 +345,6 @@ def kv_parts(model: Model, workload: Workload, weights: Weights) -> list[Part]:
             before.replicated + (0 if divided else count * num_bytes),
         )
     return list(found.values())
-
-
-def page_slots(workload: Workload, runner: RunnerKind) -> int:
-    """Tokens that the pages of the workload have places for, those of page 0 included."""
-    size = PAGE_TOKENS[runner]
-    return size * (1 + workload.batch * -(-workload.context // size))
-
-
-def _layer_bytes(layer: CacheLayer, workload: Workload, runner: RunnerKind) -> int:
-    """Of a token in a page; scales are float32 on a CPU, else 16 bits."""
-    if workload.kv_dtype == "16bit":
-        return 2 * layer.numbers
-    scale = 4 if runner == "cpu" else 2
-    return layer.numbers + (2 * scale * layer.heads if layer.numbers else 0)
-
-
-def _other_layer_bytes(layer: CacheLayer, heads: int, workload: Workload) -> int:
-    """Of all tokens of the workload in another engine's cache."""
-    numbers = layer.numbers // layer.heads * heads
-    each = 2 * numbers
-    if workload.kv_dtype == "int8" and layer.window is None:
-        each = numbers if workload.runtime == "vllm" else numbers + 2 * 2 * heads
-    return workload.batch * each * layer.tokens(workload.context)
-
-
-def kind_of_layer(layer: CacheLayer) -> str:
-    """What follows "KV cache" in the name of a layer's part."""
-    if layer.compressed:
-        return ", compressed"
-    return "" if layer.window is None else ", sliding window"
 
 
 def _weight_parts(decision: Decision, weights: Weights, runtime: Runtime) -> tuple[int, int, int]:

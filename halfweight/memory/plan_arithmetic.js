@@ -240,10 +240,12 @@ function processBytes(model, runtime, ranks) {
 
 function footprint(model, work, weights) {
   const sums = model.weights[runtimeOn(model, work.ranks)];
-  const [divided, held] = weights === "16bit" ? sums["16bit"] : sums.int8[work.groupSize];
+  const [divided, held, kv] = weights === "16bit" ? sums["16bit"] : sums.int8[work.groupSize];
+  const holders = Math.min(work.ranks, model.architecture.kv_heads);
+  const divide = (rest, ofHeads) => ceilDiv(rest, work.ranks) + ceilDiv(ofHeads, holders);
   const parts = WEIGHT_PARTS.map((name, i) =>
     work.ranks > 1
-      ? { name, sharded: ceilDiv(divided[i], work.ranks), replicated: held[i] }
+      ? { name, sharded: divide(divided[i] - kv[i], kv[i]), replicated: held[i] }
       : { name, sharded: 0, replicated: divided[i] + held[i] });
   const passing = passingParts(model, work, weights);
   parts.push(...kvParts(model, work, weights), ...passing);

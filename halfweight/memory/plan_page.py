@@ -14,8 +14,9 @@ from importlib.resources import files
 from typing import Any
 
 from halfweight.memory import engine_memory, transient
+from halfweight.memory.cache_bytes import kind_of_layer
 from halfweight.memory.cards import Gpus
-from halfweight.memory.plan import Model, Plan, kind_of_layer, legal_ranks, on_ranks
+from halfweight.memory.plan import Model, Plan, legal_ranks, on_ranks
 from halfweight.memory.tensor_parallel import KINDS
 from halfweight.memory.what_fits import grid_axes, with_group_size
 from halfweight.memory.workload import COMMUNICATION_OVERHEAD, SLACK_DIVISOR

@@ -88,6 +88,19 @@ def is_divided(tensor: str) -> bool:
     return split is not None and not (split == "columns" and part == "bias")
 
 
+def is_of_kv_heads(tensor: str) -> bool:
+    """Whether a tensor goes with heads of keys and values, of which several ranks may have one."""
+    return split_of(tensor.rpartition(".")[0]) == "kv rows"
+
+
+def bytes_a_part(decision: Decision) -> int:
+    """Of an INT8 weight whose columns ranks divide: scales that go with each part, one a row."""
+    by_columns = split_of(decision.tensor.name.rpartition(".")[0]) == "columns"
+    if decision.scheme is None or not by_columns:
+        return 0
+    return decision.tensor.shape[0] * decision.scheme.format.row_bytes
+
+
 def why_not(a: Architecture, decisions: Iterable[Decision], ranks: int) -> str | None:
     """What `ranks` does not divide, after "so many GPUs"; None where it divides all."""
     if ranks == 1:

@@ -10,8 +10,8 @@ fewer heads, narrower MLPs and a shorter vocabulary. `join` makes the ranks' mod
     head        each rank's logits are gathered
 
 So everything above (runners, probe, sampler) sees a model like any other, whose forward all ranks
-must call together. Refused: DTensor, whose dispatch takes tens of microseconds an operation, and
-transformers' own plan, which leaves embedding and head whole on every rank.
+must call together. Refused: DTensor, which is Python around every operation, and transformers' own
+plan, which leaves embedding and head whole on every rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -205,9 +204,9 @@ class OwnRows:
     def look_up(self, ids: Tensor, table: Callable[[Tensor], Tensor]) -> Tensor:
         """Rows [..., K] of rank 0's ids, of which this rank's `table` has some."""
         places = self._link.from_first(ids) - self._begin
-        is_own = (places >= 0) & (places < self._count)
+        is_elsewhere = (places < 0) | (places >= self._count)
         found = table(places.clamp(0, self._count - 1))
-        return self._link.sum(torch.where(is_own[..., None], found, 0))
+        return self._link.sum(found.masked_fill_(is_elsewhere[..., None], 0))
 
 
 class JoinedEmbedding(QuantizedEmbedding):

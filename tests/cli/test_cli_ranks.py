@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 from command_line import run
 
+from halfweight.cli.ranks import as_many_as_needed, rank_options
 from halfweight.engine.parallel.outside import NAMES
+from halfweight.memory import device_memory
+from halfweight.memory.architecture import architecture
+from halfweight.memory.plan import Model
+from halfweight.memory.presets import preset
 
 
 @pytest.mark.parametrize(
@@ -38,6 +43,21 @@ def test_ranks_of_torchrun_must_be_those_asked_for(capsys, int8_folder, monkeypa
     code, _, err = run(capsys, "generate", int8_folder, "w5", "--tensor-parallel", "2")
     assert code == 2
     assert "this is rank 0 of 4, and 2 ranks were asked for" in err
+
+
+@pytest.mark.parametrize(("free_gib", "expected"), [(100, 1), (23, 4), (3, 1)])
+def test_serve_takes_as_many_gpus_as_the_plan_says(
+    int8_folder, monkeypatch, capsys, free_gib, expected
+):
+    seventy = Model.from_recipe(architecture(preset("llama-3-70b")))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr(device_memory, "available_bytes", lambda device: free_gib << 30)
+    monkeypatch.setattr("halfweight.model.share.described", lambda folder: seventy)
+    options = rank_options(None, None, None)
+    found = as_many_as_needed(int8_folder, options, None, 4096, "16bit")
+    assert found == options | {"tensor_parallel": expected}
+    assert ("uses 4 of 4 GPUs" in capsys.readouterr().err) == (expected == 4)
+    assert as_many_as_needed(int8_folder, options, "cuda:1", 4096, "16bit") == options
 
 
 def children(pid):

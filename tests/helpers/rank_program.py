@@ -1,6 +1,6 @@
 """Several ranks run several models: started once for all cases, because a rank takes seconds.
 
-    python rank_program.py RANK PORT FOLDER
+    python rank_program.py RANKS FOLDER
 
 FOLDER/cases.json lists the cases. Rank 0 of a case writes the logits of its steps to
 FOLDER/<name>.pt, and every rank what it holds to FOLDER/<name>-<rank>.json.
@@ -8,9 +8,13 @@ FOLDER/<name>.pt, and every rank what it holds to FOLDER/<name>-<rank>.json.
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,49 +30,35 @@ def texts(vocab_size):
     ]
 
 
-def steps(page_tokens):
-    """A prompt in two chunks, the second beside another prompt, then both decode."""
+def steps(page_tokens, unwanted):
+    """A prompt in two chunks, the second beside another prompt, then both decode.
+
+    Of the first text's first `unwanted` tokens no logits are asked for.
+    """
     from halfweight.engine.step import Chunk
 
-    def chunk(slot, start, num):
-        return Chunk(slot, start, num, num, [1 + 2 * slot, 2 + 2 * slot])
+    def chunk(slot, start, num, num_logits=None):
+        wanted = num if num_logits is None else num_logits
+        return Chunk(slot, start, num, wanted, [1 + 2 * slot, 2 + 2 * slot])
 
     assert 2 * page_tokens > max(LENGTHS)
-    yield [chunk(0, 0, 8)]
-    yield [chunk(0, 8, 3), chunk(1, 0, 4)]
+    yield [chunk(0, 0, unwanted, 0)]
+    yield [chunk(0, unwanted, 11 - unwanted), chunk(1, 0, 4)]
     yield [chunk(0, 11, 1), chunk(1, 4, 1)]
     yield [chunk(0, 12, 1), chunk(1, 5, 1)]
 
 
 def run_all(cases, folder, num_ranks):
-    """Run the cases on so many ranks; name -> (logits of each text in order, what ranks hold)."""
+    """Run the cases on so many ranks; name -> (logits of each text, what each rank holds)."""
     import torch
 
-    from halfweight.engine.parallel.job import local_store
-
     (folder / "cases.json").write_text(json.dumps(cases))
-    store = local_store()
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    with (folder / "said.txt").open("w+") as said:
-        where = {"env": env, "stdout": said, "stderr": said}
-        command = [sys.executable, __file__]
-        ranks = [
-            subprocess.Popen([*command, str(rank), str(store.port), str(folder)], **where)
-            for rank in range(num_ranks)
-        ]
-        codes = [None]
-        while None in codes and not any(codes):
-            time.sleep(0.1)
-            codes = [rank.poll() for rank in ranks]
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-        said.seek(0)
-        assert not any(codes), said.read()
+    path = os.pathsep.join(filter(None, sys.path))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, __file__, str(num_ranks), str(folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
     found = {}
     for case in cases:
         held = [
@@ -100,7 +90,7 @@ def run_case(case, rank, store, folder):
         if rank == 0:  # the others have other ids in their tables
             runner.table[slot, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
     logits = [[], []]
-    for step in steps(runner.page_tokens):
+    for step in steps(runner.page_tokens, case["unwanted"]):
         rows = runner.run(step).float().clone()
         for chunk, part in zip(step, rows.split([c.num_logits for c in step]), strict=True):
             logits[chunk.slot].append(part)
@@ -135,31 +125,75 @@ def make_runner(case, model):
     return make_runner(model, max_sequences=2, max_context=128)
 
 
-def main(rank, port, folder):
-    if any(case["runner"] == "gpu" for case in json.loads((folder / "cases.json").read_text())):
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+def be_rank(rank, port, folder, cases):
     import torch
     from torch import distributed as dist
 
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
-    for case in json.loads((folder / "cases.json").read_text()):
+    for case in cases:
         if rank < case["ranks"]:
             begin = time.monotonic()
             run_case(case, rank, store, folder)
             print(case["name"], rank, round(time.monotonic() - begin, 2), flush=True)
 
 
-if __name__ == "__main__":
+def load_kernels(folder):
+    """Those of few tokens and of many, in each dtype: seconds in each rank else."""
+    import torch
+
+    import halfweight
+
+    torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = halfweight.load(folder, dtype=dtype)
+        with torch.inference_mode():
+            for num in (1, 12):
+                model(torch.ones(1, num, dtype=torch.long), use_cache=False)
+
+
+def main(num_ranks, folder):
+    """Fork the ranks once all that takes long is done; the code of the first that ends badly."""
+    cases = json.loads((folder / "cases.json").read_text())
+    if any(case["runner"] == "gpu" for case in cases):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        import halfweight.engine.runners.gpu
+    from torch import distributed as dist
+
+    import halfweight.engine.runners.transformers_paged  # noqa: F401
+
+    load_kernels(cases[0]["model"])
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    pids = [forked(rank, port, folder, cases) for rank in range(num_ranks)]
+    here = {"wait_for_workers": False, "master_listen_fd": server.detach()}
+    store = dist.TCPStore("127.0.0.1", port, None, True, **here)
+    for _ in range(num_ranks):
+        _, status = os.wait()
+        if status:
+            break
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert store is not None
+    return os.waitstatus_to_exitcode(status)
+
+
+def forked(rank, port, folder, cases):
+    pid = os.fork()
+    if pid:
+        return pid
     code = 1
     try:
-        main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+        be_rank(rank, port, folder, cases)
         code = 0
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2])))

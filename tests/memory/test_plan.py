@@ -20,6 +20,7 @@ from halfweight.kernels.hopper import backend as hopper
 from halfweight.memory import architecture as architectures
 from halfweight.memory import engine_memory, plan, transient
 from halfweight.memory.architecture import architecture
+from halfweight.memory.cache_bytes import page_slots
 from halfweight.memory.cards import GIB, parse_bytes, parse_gpus
 from halfweight.memory.named_model import planned_model
 from halfweight.memory.plan import Model, footprint, kv_parts, legal_ranks
@@ -123,7 +124,7 @@ def runner_of(kind, model, work):
         model,
         max_context=work.context,
         max_sequences=work.batch,
-        cache_tokens=plan.page_slots(work, kind) - size,
+        cache_tokens=page_slots(work, kind) - size,
         kv_cache=work.kv_dtype,
     )
 
@@ -417,13 +418,24 @@ def test_70b_runs_on_four_cards_of_24_gb_by_the_same_engine():
     assert found.sixteen_bit_verdict == "does not fit"
     one = footprint(LLAMA_70B, replace(work, ranks=1), "int8")
     parts, whole = ({p.name: p for p in f.parts} for f in (found.int8, one))
-    for name in ("int8 data", "scales", "KV cache"):
+    for name in ("int8 data", "KV cache"):
         assert parts[name].num_bytes == pytest.approx(whole[name].num_bytes / 4, rel=1e-6)
     assert parts["int8 data"].replicated == 0
     assert parts["tables"] == whole["tables"]
+    exponents = 80 * 2 * 8192  # of the rows of o and down, whose columns are divided
+    assert parts["scales"].replicated == exponents
     rows = 64  # of recorded steps
     assert parts["logits"].num_bytes - whole["logits"].num_bytes == 2 * rows * 128256 * 9 // 4
     assert found.int8.process.high == one.process.high + COMMUNICATION_OVERHEAD.high
+
+
+def test_ranks_that_outnumber_the_heads_of_keys_and_values_hold_the_same_ones():
+    model = Model.from_recipe(architecture(preset("qwen2.5-3b")), Recipe(Scheme(32)))
+    two, four = (footprint(model, Workload(ranks=n), "int8") for n in (2, 4))
+    assert two.kv_bytes == four.kv_bytes
+    heads = 2 * 36 * 128 * 2048  # a key and a value head of each layer
+    data = [found.bytes_of("int8 data") for found in (two, four)]
+    assert data[0] - 2 * data[1] == heads - 2 * heads
 
 
 def test_every_rank_together_holds_the_model():

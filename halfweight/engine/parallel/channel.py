@@ -26,16 +26,18 @@ class Kind(IntEnum):
     """To rank 0: who and what this rank is."""
     JOB = 2
     """From rank 0: what to load and how to reach the others."""
-    LOADED = 3
-    """To rank 0: the weights are there."""
-    GO = 4
+    FOUND = 3
+    """To rank 0: the model's files are there, and which."""
+    LOADED = 4
+    """To rank 0: the weights are in memory."""
+    GO = 5
     """From rank 0: all ranks have loaded."""
-    READY = 5
+    READY = 6
     """To rank 0: the runner is made."""
-    STEP = 6
-    FAULT = 7
+    STEP = 7
+    FAULT = 8
     """To rank 0: why this rank ends."""
-    END = 8
+    END = 9
     """From rank 0: nothing more comes."""
 
 

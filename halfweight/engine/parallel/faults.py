@@ -13,6 +13,10 @@ class RankError(HalfweightError):
     """A rank has died, hangs, or cannot be reached; no rank can go on."""
 
 
+class BrokenLinkError(RankError):
+    """A sum has failed: another rank is lost or stuck, and this one cannot say which."""
+
+
 def to_message(error: BaseException) -> dict[str, Any]:
     """An error as it goes to rank 0."""
     text = getattr(error, "message", None) or f"{type(error).__name__}: {error}".strip()

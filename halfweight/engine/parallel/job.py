@@ -71,10 +71,6 @@ class Job:
         """As it was sent."""
         return cls(**json.loads(content))
 
-    def what_was_loaded(self, part: Checkpoint) -> bytes:
-        """What a rank tells of the part of the files that it has read."""
-        return json.dumps({"bytes": part.num_bytes, "files": digest(part)}).encode()
-
 
 def digest(part: Checkpoint) -> str:
     """Equal for ranks of equal files: over configuration, names and sizes of files and tensors."""
@@ -136,11 +132,12 @@ def limit_memory(job: Job, rank: int) -> None:
     if job.limit_bytes is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         share = min(share, job.limit_bytes / total)
-    torch.cuda.set_per_process_memory_fraction(share, device)
+    if share < torch.cuda.get_per_process_memory_fraction(device):
+        torch.cuda.set_per_process_memory_fraction(share, device)
 
 
-def peak_bytes() -> int:
-    """The most that this process has had of its GPU, or of memory where it has none."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return int(torch.cuda.max_memory_reserved())
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has had of its GPU, or of the machine's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device))
     return process_bytes("VmHWM")

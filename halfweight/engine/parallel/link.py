@@ -10,6 +10,8 @@ and ranks that share a GPU, which NCCL refuses. A CUDA graph holds NCCL's calls 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from halfweight.engine.parallel.faults import RankError
+from halfweight.engine.parallel.faults import BrokenLinkError, RankError
 
 CONNECTING = timedelta(seconds=25)
 """In which ranks that have all said hello reach each other."""
@@ -25,63 +27,82 @@ MAKING = timedelta(minutes=10)
 """Of a call while runners are made: one may compile kernels that another has in its cache."""
 STEPPING = timedelta(seconds=25)
 """Of a call in a step."""
+NCCL_STEPPING = timedelta(minutes=2)
 CHECKED_NUMBERS = 1 << 18
 _c10d: Any = torch._C._distributed_c10d
 """Where torch keeps the options of its groups' calls."""
 
 
 class GroupLink:
-    """`Link` (model/share.py) by a process group."""
+    """`Link` (model/share.py) by a process group. Calls raise BrokenLinkError."""
 
-    def __init__(self, group: Any, rank: int, ranks: int, device: torch.device) -> None:
+    def __init__(
+        self, group: Any, rank: int, ranks: int, device: torch.device, *, is_nccl: bool
+    ) -> None:
         """Checks that a megabyte arrives as it was sent: a peer's memory may answer and be wrong.
 
         Raises RankError where it does not.
         """
         self._group, self._ranks, self._device = group, ranks, device
-        self.can_be_recorded = self._is_nccl = group.name() == "nccl"
+        self.can_be_recorded = self._is_nccl = is_nccl
         self._sum, self._least = _c10d.AllreduceOptions(), _c10d.AllreduceOptions()
         self._least.reduceOp = dist.ReduceOp.MIN
         self._gather, self._first = _c10d.AllgatherOptions(), _c10d.BroadcastOptions()
         self._first.rootRank = self._first.rootTensor = 0
-        self.set_timeout(CONNECTING)
+        for options in (self._sum, self._least, self._gather, self._first):
+            options.asyncOp = False  # NCCL then runs on the stream of what is around it
+        self.set_timeout(MAKING)
         self._check(rank)
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """How long a call waits for the other ranks; NCCL's have STEPPING from the start."""
+        """How long a call waits for the other ranks.
+
+        NCCL's end the process then, so they are left time to compile a kernel; a rank that is lost
+        is found by the watch, which calls `close`.
+        """
+        if self._is_nccl:
+            self._group._set_default_timeout(max(timeout, NCCL_STEPPING))
         for options in (self._sum, self._least, self._gather, self._first):
             options.timeout = timeout
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of the ranks' x, in place."""
         here = self._reachable(x)
-        self._group.allreduce([here], self._sum).wait()
+        self._call(self._group.allreduce, [here], self._sum)
         return x if here is x else x.copy_(here)
 
     def gather(self, x: Tensor) -> Tensor:
         """[..., N] of each rank as [..., ranks * N]."""
         here = self._reachable(x)
         *rows, width = here.shape
+        if not here.numel():  # of a step that wants no logits
+            return x.new_empty(*rows, self._ranks * width)
         found = here.new_empty(self._ranks * math.prod(rows), width)
-        self._group._allgather_base(found, here.view(-1, width), self._gather).wait()
+        self._call(self._group._allgather_base, found, here.view(-1, width), self._gather)
         side_by_side = found.view(self._ranks, -1, width).transpose(0, 1)
         return side_by_side.reshape(*rows, self._ranks * width).to(x.device)
 
     def from_first(self, x: Tensor) -> Tensor:
         """Rank 0's x, in place."""
         here = self._reachable(x)
-        self._group.broadcast([here], self._first).wait()
+        self._call(self._group.broadcast, [here], self._first)
         return x if here is x else x.copy_(here)
 
     def least(self, number: int) -> int:
         """The smallest of the ranks' numbers; waits for the device."""
         found = torch.tensor([number], device=self._device if self._is_nccl else "cpu")
-        self._group.allreduce([found], self._least).wait()
+        self._call(self._group.allreduce, [found], self._least)
         return int(found)
 
     def close(self) -> None:
         """Leave the group, without waiting for those that are lost."""
         self._group.abort()
+
+    def _call(self, collective: Callable[..., Any], *operands: Any) -> None:
+        try:
+            collective(*operands).wait()
+        except RuntimeError as error:
+            raise BrokenLinkError(str(error).strip().partition("\n")[0]) from error
 
     def _reachable(self, x: Tensor) -> Tensor:
         """x where the group can read and write it."""
@@ -103,26 +124,30 @@ def make_link(
 ) -> GroupLink:
     """The link of a rank; returns when all ranks have made theirs.
 
-    `backend` is "nccl" or "gloo"; `is_local` where all ranks are on this machine.
+    `backend` is "nccl" or "gloo"; `is_local` where all ranks are on this machine. Raises
+    BrokenLinkError where one does not come.
     """
-    made: Any
+    try:
+        group = _make_group(store, rank, ranks, backend, is_local=is_local)
+    except RuntimeError as error:
+        raise BrokenLinkError(str(error).strip().partition("\n")[0]) from error
+    return GroupLink(group, rank, ranks, device, is_nccl=backend == "nccl")
+
+
+def _make_group(store: Any, rank: int, ranks: int, backend: str, *, is_local: bool) -> Any:
     if backend == "nccl":
         options: Any = dist.ProcessGroupNCCL.Options()
-        options._timeout = STEPPING
-        made = dist.ProcessGroupNCCL(store, rank, ranks, options)
-    else:
-        options = _c10d.ProcessGroupGloo._Options()
-        host = {"hostname": "127.0.0.1"} if is_local else {}
-        options._devices = [_gloo_device(**host)]
-        options._timeout = CONNECTING
-        made = _c10d.ProcessGroupGloo(store, rank, ranks, options)
-    return GroupLink(made, rank, ranks, device)
+        options._timeout = MAKING
+        return dist.ProcessGroupNCCL(store, rank, ranks, options)
+    options = _c10d.ProcessGroupGloo._Options()
+    host = {"hostname": "127.0.0.1"} if is_local else {}
+    options._devices = [_gloo_device(**host)]
+    options._timeout = CONNECTING
+    return _c10d.ProcessGroupGloo(store, rank, ranks, options)
 
 
 def _gloo_device(**host: str) -> Any:
     """The network that gloo uses: GLOO_SOCKET_IFNAME where there are several machines."""
-    import os
-
     make: Any = _c10d.ProcessGroupGloo
     if host:
         return make.create_device(**host)

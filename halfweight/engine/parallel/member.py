@@ -23,12 +23,16 @@ from typing import Any, NoReturn
 import torch
 
 from halfweight.engine.parallel.channel import BEAT_SECONDS, Channel, Kind
-from halfweight.engine.parallel.faults import to_message
-from halfweight.engine.parallel.job import Job, hello, limit_memory, open_store, peak_bytes
+from halfweight.engine.parallel.faults import BrokenLinkError, to_message
+from halfweight.engine.parallel.job import Job, digest, hello, limit_memory, open_store, peak_bytes
 from halfweight.engine.parallel.link import STEPPING, make_link
+from halfweight.engine.parallel.ranks import EXPLAINING_SECONDS
 from halfweight.engine.parallel.steps import StepReader
 
 log = logging.getLogger("halfweight")
+
+WAITING_SECONDS = 2 * EXPLAINING_SECONDS
+"""In which a rank whose sum has failed is ended by rank 0, who knows which other one is lost."""
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
@@ -43,11 +47,14 @@ def follow(channel: Channel, rank: int, ranks: int) -> NoReturn:
     code = 1
     try:
         channel.send(Kind.HELLO, json.dumps(hello()).encode())
-        Thread(target=_beat, args=(channel,), daemon=True).start()
-        _run(channel, rank, ranks)
+        pulse = Pulse(channel)
+        _run(channel, rank, ranks, pulse)
         code = 0
     except (EOFError, TimeoutError, ConnectionError):
         print(f"rank {rank}: rank 0 is gone", file=sys.stderr)
+    except BrokenLinkError as error:
+        time.sleep(WAITING_SECONDS)
+        _tell(channel, error)
     except BaseException as error:
         log.exception("rank %d ends", rank)
         _tell(channel, error)
@@ -63,17 +70,25 @@ def _tell(channel: Channel, error: BaseException) -> None:
         log.info("rank 0 is gone as well")
 
 
-def _beat(channel: Channel) -> None:
-    """Say every second that this rank lives; leave when nobody is there to hear it."""
-    while True:
-        try:
-            channel.send(Kind.BEAT, peak_bytes().to_bytes(8, "little"))
-        except OSError:
-            os._exit(1)
-        time.sleep(BEAT_SECONDS)
+class Pulse:
+    """Says every second that this rank lives; leaves when nobody is there to hear it."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self.device = torch.device("cpu")
+        """Whose memory is told, once it is known."""
+        Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        while True:
+            try:
+                self._channel.send(Kind.BEAT, peak_bytes(self.device).to_bytes(8, "little"))
+            except OSError:
+                os._exit(1)
+            time.sleep(BEAT_SECONDS)
 
 
-def _run(channel: Channel, rank: int, ranks: int) -> None:
+def _run(channel: Channel, rank: int, ranks: int, pulse: Pulse) -> None:
     from halfweight.checkpoint.headers import read_headers, resolve
     from halfweight.engine.runners import make_runner
     from halfweight.model.share import described, load_part, own_part
@@ -86,13 +101,15 @@ def _run(channel: Channel, rank: int, ranks: int) -> None:
     else:
         torch.set_num_threads(job.num_threads)
     limit_memory(job, rank)
+    pulse.device = device
     checkpoint = read_headers(resolve(job.model))
+    part = own_part(checkpoint, described(checkpoint.root), rank, ranks)
+    channel.send(Kind.FOUND, digest(part).encode())
     link = make_link(
         *(open_store(job), rank, ranks, device), backend=job.backend, is_local=job.is_local
     )
     model = load_part(checkpoint, rank, ranks, link, device=device, **job.loading_options())
-    part = own_part(checkpoint, described(checkpoint.root), rank, ranks)
-    channel.send(Kind.LOADED, job.what_was_loaded(part))
+    channel.send(Kind.LOADED)
     _wait_for(channel, Kind.GO)
     runner: Any = make_runner(model, **job.limits)
     link.set_timeout(STEPPING)
@@ -115,7 +132,7 @@ def _next(channel: Channel) -> tuple[Kind, bytes]:
 def _wait_for(channel: Channel, wanted: Kind) -> bytes:
     kind, content = _next(channel)
     if kind == Kind.END:
-        sys.exit(0)
+        raise EOFError
     assert kind == wanted, (kind, wanted)
     return content
 

@@ -24,10 +24,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Condition, Thread
-from typing import Any
 
 from halfweight.engine.parallel.channel import BEAT_SECONDS, SILENCE_SECONDS, Channel, Kind
-from halfweight.engine.parallel.faults import RankError, from_message
+from halfweight.engine.parallel.faults import BrokenLinkError, RankError, from_message
 from halfweight.engine.parallel.job import hello
 from halfweight.errors import HalfweightError, UsageError
 
@@ -54,7 +53,8 @@ class Member:
     where: str = ""
     state: Kind = Kind.BEAT
     """The last thing that it has told of itself."""
-    loaded: dict[str, Any] = field(default_factory=dict)
+    files: str = ""
+    """Digest of those that it has found."""
     peak_bytes: int = 0
     heard: float = field(default_factory=time.monotonic)
     words: deque[str] = field(default_factory=lambda: deque(maxlen=WORDS))
@@ -98,14 +98,13 @@ class Ranks:
         if self.fault is not None:
             raise self.fault
 
-    def explain(self, error: BaseException) -> HalfweightError:
+    def explain(self, error: BrokenLinkError) -> HalfweightError:
         """Why a sum has failed: what the watch has found, or finds now."""
         with self._changed:
             self._changed.wait_for(lambda: self.fault is not None, EXPLAINING_SECONDS)
         if self.fault is None:
-            text = str(error).strip().partition("\n")[0]
             hint = "all ranks answer, so one is stuck in a step: see the log of each with -v"
-            self._lose(RankError(f"ranks wait for each other: {text}", hint=hint))
+            self._lose(RankError(f"ranks wait for each other: {error.message}", hint=hint))
         assert self.fault is not None
         return self.fault
 
@@ -165,8 +164,8 @@ class Ranks:
             if wrong := _other_versions(member, said["versions"]):
                 self._lose(wrong)
                 return
-        elif kind == Kind.LOADED:
-            member.loaded = json.loads(content)
+        elif kind == Kind.FOUND:
+            member.files = content.decode()
         with self._changed:
             member.state = kind
             self._changed.notify_all()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from halfweight.engine.parallel.channel import Kind
+from halfweight.engine.parallel.faults import BrokenLinkError
 from halfweight.engine.parallel.link import GroupLink
 from halfweight.engine.parallel.ranks import Ranks
 from halfweight.engine.parallel.steps import StepWriter
@@ -42,6 +43,8 @@ class SharedRunner:
         for name in _LIMITS:
             setattr(self, name, getattr(own, name))
         self._writer = StepWriter()
+        if link.can_be_recorded:  # what waits on the device for a rank that is lost never ends
+            ranks.on_fault(lambda fault: link.close())
 
     @property
     def description(self) -> str:
@@ -58,7 +61,7 @@ class SharedRunner:
         self._ranks.send(Kind.STEP, self._writer.write(step))
         try:
             return self._own.run(step)
-        except RuntimeError as error:
+        except BrokenLinkError as error:
             raise self._ranks.explain(error) from error
 
     def close(self) -> None:

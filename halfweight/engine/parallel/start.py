@@ -12,6 +12,7 @@ import torch
 
 from halfweight.checkpoint.headers import read_headers, resolve
 from halfweight.engine.parallel.channel import Kind
+from halfweight.engine.parallel.faults import BrokenLinkError
 from halfweight.engine.parallel.job import Job, digest, limit_memory, local_store
 from halfweight.engine.parallel.link import STEPPING, choose_backend, make_link
 from halfweight.engine.parallel.outside import Place, lead
@@ -72,7 +73,7 @@ def start(
     try:
         return _lead(job, store, others, loading)
     except BaseException as error:
-        fault = others.explain(error) if isinstance(error, RuntimeError) else None
+        fault = others.explain(error) if isinstance(error, BrokenLinkError) else None
         others.end()
         if fault is not None:
             raise fault from error
@@ -93,11 +94,13 @@ def _lead(job: Job, store: Any, others: Ranks, loading: dict[str, Any]) -> Runni
     limit_memory(job, 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    link = make_link(store, 0, ranks, device, backend=job.backend, is_local=job.is_local)
     checkpoint = read_headers(resolve(job.model))
+    part = own_part(checkpoint, described(checkpoint.root), 0, ranks)
+    others.wait_for(Kind.FOUND)
+    _compare_files(others, digest(part))
+    link = make_link(store, 0, ranks, device, backend=job.backend, is_local=job.is_local)
     model = load_part(checkpoint, 0, ranks, link, **{**loading, "device": device})
     others.wait_for(Kind.LOADED)
-    _compare_files(others, digest(own_part(checkpoint, described(checkpoint.root), 0, ranks)))
     others.send(Kind.GO)
     own = make_runner(model, **job.limits)
     others.wait_for(Kind.READY)
@@ -148,7 +151,7 @@ def _sendable(loading: dict[str, Any]) -> dict[str, Any]:
 
 def _compare_files(others: Ranks, expected: str) -> None:
     for member in others.members:
-        if member.loaded["files"] != expected:
+        if member.files != expected:
             raise UsageError(
                 f"{member.name} has other files of this model than rank 0",
                 hint="copy the model's folder to every machine",
