@@ -77,7 +77,18 @@ MARKS = (
 """Form -> ends of the names of tensors that one module has, all of them."""
 
 
-READERS = {"GPTQ 8-bit": "gptq"}
+READERS = {
+    "GPTQ 8-bit": "gptq",
+    "AutoRound 8-bit": "gptq",
+    "bitsandbytes 8-bit": "int8_rows",
+    "torchao 8-bit": "int8_rows",
+    "compressed-tensors int-quantized 8-bit": "int8_rows",
+    "FP8": "float8",
+    "FP8 (fbgemm)": "float8",
+    "ModelOpt FP8": "float8",
+    "compressed-tensors FP8": "float8",
+    "MXFP4": "mxfp4",
+}
 """Form -> the module of checkpoint.sources by which `quantize` reads it."""
 
 
@@ -144,6 +155,8 @@ def _by_method(
         return _gptq(name, declared, by_name)
     if method == "torchao":
         return _torchao(by_name)
+    if method == "modelopt" and isinstance(declared.get("quant_algo"), str):
+        return Form(f"{name} {declared['quant_algo'][:40]}")
     return Form(_with_bits(name, declared))
 
 

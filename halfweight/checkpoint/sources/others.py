@@ -87,10 +87,11 @@ class OthersFolder(FolderSource):
         if kept:
             log.info("%s: %s: %s kept bit for bit", self.name, form.name, some(kept))
         if decoded:
-            names = some(info.name for info in decoded)
-            log.warning(
-                "%s: %s decoded from %s to %s", self.name, names, form.name, decoded[0].dtype
-            )
+            losses = {matrix.loses(self._read_stored) for matrix in self._matrices.values()}
+            lost = next(iter(losses - {""}), None)
+            how = "exactly" if lost is None else f"rounded by {lost}"
+            what = (some(info.name for info in decoded), form.name, decoded[0].dtype, how)
+            log.warning("%s: %s decoded from %s to %s, %s", self.name, *what)
 
 
 def as_the_model_has_them(
