@@ -127,7 +127,7 @@ def test_every_command_calls_it_by_name_with_a_remedy(found, tmp_path, capsys):
     ):
         assert_refused(call, name)
     assert inspect(folder).form == f"{name} checkpoint"
-    assert inspect(folder).plan is None
+    assert (inspect(folder).plan, inspect(folder).num_params) == (None, 0)
     assert run(capsys, "inspect", str(folder))[0] == 0
 
 

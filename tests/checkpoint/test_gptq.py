@@ -73,6 +73,7 @@ def test_plan_and_inspect_know_what_quantize_will_write(source, tmp_path):
     assert planned.disk_bytes == looked_at.plan.disk_bytes == report.disk_bytes
     assert planned.resident_bytes == looked_at.plan.resident_bytes == report.resident_bytes
     assert looked_at.form == "a GPTQ 8-bit checkpoint"
+    assert looked_at.num_params == inspect(source).num_params
     assert inspect(tmp_path / "out").data_bytes == report.disk_bytes
 
 
