@@ -73,7 +73,7 @@ CALLED = {
     ),
     "an HQQ": (parts(W_q=U8, scale=torch.float16, zero=torch.float16), {"quant_method": "hqq"}),
     "an MLX 4-bit": (
-        parts(weight=I32, scales=torch.float16, biases=torch.float16),
+        parts(weight=torch.uint32, scales=torch.float16, biases=torch.float16),
         {"group_size": 64, "bits": 4},
     ),
     "an AQLM": (

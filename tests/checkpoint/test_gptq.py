@@ -47,6 +47,8 @@ def test_integers_and_scales_are_kept_bit_for_bit(source, tmp_path, group_size, 
         assert torch.equal(found_scales, scales), name
     assert verify(tmp_path / "out").problems == ()
     assert any("INT8 in the source, kept bit for bit" in note for note in report.notes)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "14 weights were INT8 in the source: their integers and scales are its own." in card
     loaded = halfweight.load(tmp_path / "out")
     resident = sum({p.data_ptr(): p.nbytes for p in loaded.parameters()}.values())
     assert report.resident_bytes == resident
