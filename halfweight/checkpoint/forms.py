@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,18 @@ MARKS = (
 """Form -> ends of the names of tensors that one module has, all of them."""
 
 
-READERS = {"GPTQ 8-bit": "gptq"}
+READERS = {
+    "GPTQ 8-bit": "gptq",
+    "AutoRound 8-bit": "gptq",
+    "bitsandbytes 8-bit": "int8_rows",
+    "torchao 8-bit": "int8_rows",
+    "compressed-tensors int-quantized 8-bit": "int8_rows",
+    "FP8": "float8",
+    "FP8 (fbgemm)": "float8",
+    "ModelOpt FP8": "float8",
+    "compressed-tensors FP8": "float8",
+    "MXFP4": "mxfp4",
+}
 """Form -> the module of checkpoint.sources by which `quantize` reads it."""
 
 
@@ -116,9 +128,18 @@ class Form:
         )
 
 
+class _Tensors(dict[str, TensorInfo]):
+    """Tensors by name."""
+
+    @cached_property
+    def last_parts(self) -> set[str]:
+        """What stands behind the last dot of each name."""
+        return {name.rpartition(".")[2] for name in self}
+
+
 def form_of(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> Form | None:
     """The form of a checkpoint, or None where its weights are 16-bit or in our own form."""
-    by_name = {tensor.name: tensor for tensor in tensors}
+    by_name = _Tensors((tensor.name, tensor) for tensor in tensors)
     declared = config.get("quantization_config") or config.get("compression_config")
     declared = declared if isinstance(declared, dict) else {}
     method = declared.get("quant_method")
@@ -126,16 +147,15 @@ def form_of(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> Form | 
         method is None and _ends(by_name, ("weight_packed", "weight_scale"))
     ):
         return _compressed_tensors(declared, by_name)
-    if isinstance(config.get("quantization"), dict) or (declared and _ends(by_name, ("biases",))):
-        return Form(_with_bits("MLX", config.get("quantization") or declared))
+    of_mlx = config.get("quantization") or declared
+    if method is None and of_mlx and any(t.dtype == "U32" for t in by_name.values()):
+        return Form(_with_bits("MLX", of_mlx))
     if method is None:
         return _by_tensors(by_name)
     return _by_method(str(method), declared, by_name)
 
 
-def _by_method(
-    method: str, declared: Mapping[str, Any], by_name: Mapping[str, TensorInfo]
-) -> Form | None:
+def _by_method(method: str, declared: Mapping[str, Any], by_name: _Tensors) -> Form | None:
     name = METHODS.get(method.lower(), method[:40])
     if method == "bitsandbytes":
         bits = 8 if declared.get("load_in_8bit") or _ends(by_name, ("SCB",)) else 4
@@ -144,10 +164,12 @@ def _by_method(
         return _gptq(name, declared, by_name)
     if method == "torchao":
         return _torchao(by_name)
+    if method == "modelopt" and isinstance(declared.get("quant_algo"), str):
+        return Form(f"{name} {declared['quant_algo'][:40]}")
     return Form(_with_bits(name, declared))
 
 
-def _by_tensors(by_name: Mapping[str, TensorInfo]) -> Form | None:
+def _by_tensors(by_name: _Tensors) -> Form | None:
     """Where no config says how it was quantized: by what only one form has."""
     for name, ends in MARKS:
         if _ends(by_name, ends):
@@ -162,7 +184,7 @@ def _by_tensors(by_name: Mapping[str, TensorInfo]) -> Form | None:
     return None
 
 
-def _gptq(name: str, declared: Mapping[str, Any], by_name: Mapping[str, TensorInfo]) -> Form:
+def _gptq(name: str, declared: Mapping[str, Any], by_name: _Tensors) -> Form:
     bits = declared.get("bits")
     if not isinstance(bits, int):
         bits = next(_gptq_bits(by_name), None)
@@ -170,7 +192,7 @@ def _gptq(name: str, declared: Mapping[str, Any], by_name: Mapping[str, TensorIn
     return Form(named)
 
 
-def _gptq_bits(by_name: Mapping[str, TensorInfo]) -> Iterator[int]:
+def _gptq_bits(by_name: _Tensors) -> Iterator[int]:
     """32 bits a word: K/32 bits words stand for the K columns that g_idx counts."""
     for name, tensor in by_name.items():
         g_idx = by_name.get(f"{name.removesuffix('qweight')}g_idx")
@@ -178,7 +200,7 @@ def _gptq_bits(by_name: Mapping[str, TensorInfo]) -> Iterator[int]:
             yield 32 * tensor.shape[0] // g_idx.num_elements
 
 
-def _torchao(by_name: Mapping[str, TensorInfo]) -> Form:
+def _torchao(by_name: _Tensors) -> Form:
     data = [t for name, t in by_name.items() if name.endswith("._weight_qdata")]
     dtypes = {tensor.dtype for tensor in data}
     if dtypes == {"I8"}:
@@ -186,9 +208,7 @@ def _torchao(by_name: Mapping[str, TensorInfo]) -> Form:
     return Form("torchao FP8" if any(d.startswith("F8") for d in dtypes) else "torchao")
 
 
-def _compressed_tensors(
-    declared: Mapping[str, Any], by_name: Mapping[str, TensorInfo]
-) -> Form | None:
+def _compressed_tensors(declared: Mapping[str, Any], by_name: _Tensors) -> Form | None:
     """None for what halfweight runs: 8-bit symmetric integers, packed."""
     groups = [g for g in _values(declared.get("config_groups")) if isinstance(g, dict)]
     kinds = {_kind(group, declared.get("format")) for group in groups}
@@ -236,8 +256,10 @@ def _values(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else ()
 
 
-def _ends(by_name: Mapping[str, TensorInfo], ends: tuple[str, ...]) -> bool:
+def _ends(by_name: _Tensors, ends: tuple[str, ...]) -> bool:
     """Whether some module has tensors of all these names."""
+    if ends[0].rpartition(".")[2] not in by_name.last_parts:
+        return False
     for name in by_name:
         if name.endswith(f".{ends[0]}"):
             module = name.removesuffix(ends[0])

@@ -55,9 +55,9 @@ class Plan:
 class Contents:
     """A checkpoint in figures. `bytes_by_kind`: int8, scales, shape_records, then other dtypes.
 
-    `num_params` counts weights once, however they are stored. `plan` is None for a checkpoint that
-    is already quantized, unless `quantize` reads its form. `form` names a form of others, `remedy`
-    says what to do with it.
+    `num_params` counts weights once, however they are stored. `form` names a form of others,
+    `remedy` says what to do with it. `plan` is None for a checkpoint that is already quantized,
+    unless `quantize` reads its form; where it does not, `num_params` is 0.
     """
 
     path: Path
@@ -92,6 +92,8 @@ def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> Cont
     form = checkpoint.form
     modules = {} if form else quantized_modules(checkpoint)
     entries = tuple(_entries(checkpoint, modules))
+    tensors = [] if modules else _tensors_of_model(checkpoint, form)
+    weights = [TensorInfo(e.name, "U8", e.shape) for e in entries] if modules else tensors
     by_kind: dict[str, int] = {}
     for tensor in checkpoint.tensors:
         kind = _kind(tensor.info, modules)
@@ -101,10 +103,10 @@ def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> Cont
         path=path,
         num_files=len(checkpoint.shards),
         file_bytes=sum(shard.num_bytes for shard in checkpoint.shards),
-        num_params=sum(TensorInfo(e.name, "U8", e.shape).num_elements for e in entries),
+        num_params=sum(tensor.num_elements for tensor in weights),
         bytes_by_kind={kind: by_kind[kind] for kind in order if kind in by_kind},
         resident_bytes=_resident_bytes(checkpoint, modules),
-        plan=None if modules else _plan(checkpoint, form, recipe or Recipe()),
+        plan=None if not tensors else _plan(checkpoint, tensors, recipe or Recipe()),
         entries=entries,
         form=form.described if form else None,
         remedy=form.remedy(path) if form else None,
@@ -136,16 +138,21 @@ def _resident_bytes(checkpoint: Checkpoint, modules: Mapping[str, StoredWeight])
     return quantized + sum(kept)
 
 
-def _plan(checkpoint: Checkpoint, form: Form | None, recipe: Recipe) -> Plan | None:
-    tied = is_tied(checkpoint.config)
+def _tensors_of_model(checkpoint: Checkpoint, form: Form | None) -> list[TensorInfo]:
+    """16-bit tensors, or what `quantize` finds in a form of others; none where it is not read."""
     tensors = [t.info for t in checkpoint.tensors]
-    if form is not None and not form.is_read:
-        return None
-    if form is not None:
-        from halfweight.checkpoint.sources.others import as_the_model_has_them
+    if form is None:
+        return tensors
+    if not form.is_read:
+        return []
+    from halfweight.checkpoint.sources.others import as_the_model_has_them
 
-        tensors, matrices = as_the_model_has_them(form, checkpoint.config, tensors)
-        tensors += [matrix.info for matrix in matrices]
+    plain, matrices = as_the_model_has_them(form, checkpoint.config, tensors)
+    return [*plain, *(matrix.info for matrix in matrices)]
+
+
+def _plan(checkpoint: Checkpoint, tensors: list[TensorInfo], recipe: Recipe) -> Plan:
+    tied = is_tied(checkpoint.config)
     stored = [t for t in tensors if not (tied and t.name.endswith("lm_head.weight"))]
     decisions = recipe.decide_all(stored)
     return Plan(sum(d.disk_bytes for d in decisions), sum(d.resident_bytes for d in decisions))

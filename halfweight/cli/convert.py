@@ -290,7 +290,8 @@ def _print_contents(found: Contents) -> None:
         table.add_row(kind, f"{num_bytes:,}", size(num_bytes), f"{share:.2%}")
     table.add_row("all", f"{found.data_bytes:,}", size(found.data_bytes), "")
     stdout.print(table)
-    stdout.print(f"{found.num_params:,} parameters, {found.bits_per_weight:.3f} bits each")
+    if found.num_params:
+        stdout.print(f"{found.num_params:,} parameters, {found.bits_per_weight:.3f} bits each")
     stdout.print(f"safetensors files: {found.num_files}, {size(found.file_bytes)}")
     if found.form is not None:
         line = f"this is {found.form}: {found.remedy}"

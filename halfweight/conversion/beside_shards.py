@@ -80,6 +80,14 @@ def _groups_in_words(sizes: Iterable[GroupSize]) -> str:
     return f"group of {' or '.join(words)} weights" if words else "row"
 
 
+def _kept(layout: Layout) -> str:
+    """What the card says of weights that were INT8 in the source."""
+    count = sum(decision.keeps_int8 for decision in layout.decisions)
+    if not count:
+        return ""
+    return f" {count} weights were INT8 in the source: their integers and scales are its own."
+
+
 def _card(source: Source, layout: Layout) -> str:
     name = base_model(source.name)
     before = source.stored_bytes
@@ -103,7 +111,7 @@ tags:
 
 {name} with its weights in INT8, made by halfweight \
 {__version__}: one byte a weight, one scale for each {_groups_in_words(sizes)} along the input \
-({scheme.scale_choice.replace("_", " ")} choice, `{scheme.scale_format}` scales).
+({scheme.scale_choice.replace("_", " ")} choice, `{scheme.scale_format}` scales).{_kept(layout)}
 
 | | bytes | of the source |
 |---|---|---|

@@ -132,7 +132,10 @@ def _convert_block(source: Source, block: _Block) -> QuantizedRows | NDArray[np.
 def _kept(rows: Int8Rows) -> QuantizedRows:
     """Rows that are INT8 in the source, without an error of ours."""
     statistics = np.zeros(len(rows.packed), RowStatistics)
-    statistics["squared_norm"] = np.square(rows.values(), dtype=np.float64).sum(axis=1)
+    q = rows.packed.astype(np.int16) - np.int16(128)
+    squares = (q * q).reshape(*rows.scales.shape, -1).sum(axis=2, dtype=np.int64)
+    norms = squares * np.square(rows.scales, dtype=np.float64)
+    statistics["squared_norm"] = norms.sum(axis=1)
     return QuantizedRows(rows.packed, rows.scales, statistics)
 
 

@@ -1,6 +1,7 @@
 """GPTQ in 8 bits: its integers and scales bit for bit in our layout, or refused with the reason."""
 
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -46,6 +47,8 @@ def test_integers_and_scales_are_kept_bit_for_bit(source, tmp_path, group_size, 
         assert torch.equal(found_scales, scales), name
     assert verify(tmp_path / "out").problems == ()
     assert any("INT8 in the source, kept bit for bit" in note for note in report.notes)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "14 weights were INT8 in the source: their integers and scales are its own." in card
     loaded = halfweight.load(tmp_path / "out")
     resident = sum({p.data_ptr(): p.nbytes for p in loaded.parameters()}.values())
     assert report.resident_bytes == resident
@@ -72,6 +75,7 @@ def test_plan_and_inspect_know_what_quantize_will_write(source, tmp_path):
     assert planned.disk_bytes == looked_at.plan.disk_bytes == report.disk_bytes
     assert planned.resident_bytes == looked_at.plan.resident_bytes == report.resident_bytes
     assert looked_at.form == "a GPTQ 8-bit checkpoint"
+    assert looked_at.num_params == inspect(source).num_params
     assert inspect(tmp_path / "out").data_bytes == report.disk_bytes
 
 
@@ -189,3 +193,24 @@ def test_a_config_of_gptq_that_is_not_in_config_json(source, tmp_path):
     assert inspect(theirs).form == "a GPTQ 8-bit checkpoint"
     halfweight.quantize(theirs, tmp_path / "out")
     assert verify(tmp_path / "out").problems == ()
+
+
+def test_memory_is_bounded_by_the_largest_matrix(tmp_path):
+    """48 MB of weights as the model has them, 24 in the file, in matrices of 2."""
+    q = torch.randint(-127, 128, (1024, 2048), dtype=torch.int64)
+    scales = torch.rand(1024, 64).half() + 0.01
+    parts = gptq_parts(q, scales, 32)
+    tensors = {
+        f"m{i}.{part}": t.contiguous().clone() for i in range(12) for part, t in parts.items()
+    }
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    save_file(tensors, theirs / "model.safetensors")
+    config = {"architectures": ["NoSuchModel"], "model_type": "llama", "dtype": "float16"}
+    (theirs / "config.json").write_text(json.dumps(config))
+    halfweight.quantize(theirs, tmp_path / "warm", jobs=2)
+    tracemalloc.start()
+    halfweight.quantize(theirs, tmp_path / "out", jobs=2)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 18_000_000

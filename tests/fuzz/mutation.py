@@ -79,3 +79,12 @@ def mutated_shard(raw: bytes, chance: random.Random) -> bytes:
     header = mutated_json(raw[8 : 8 + length], chance)
     stated = len(header) if chance.random() < 0.95 else chance.choice((0, 2**40, length))
     return struct.pack("<Q", stated) + header + raw[8 + length :]
+
+
+def mutated_data(raw: bytes, chance: random.Random) -> bytes:
+    """A safetensors file with some bytes of its data changed: the header stays true."""
+    (length,) = struct.unpack("<Q", raw[:8])
+    data = bytearray(raw)
+    for _ in range(chance.choice((1, 4, 64, 512))):
+        data[chance.randrange(8 + length, len(data))] = chance.choice((0, 0x7F, 0x80, 0xFF, 1))
+    return bytes(data)

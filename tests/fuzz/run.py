@@ -11,6 +11,7 @@ that makes it again: --seed S --inputs 1.
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 import shutil
 import sys
@@ -42,6 +43,7 @@ SLOW_SECONDS = 5.0
 
 def fuzz(seed: int, seconds: float, inputs: int | None) -> dict[str, Any]:
     """Inputs seed, seed + 1, ... until the time is over or there were `inputs` of them."""
+    logging.getLogger("halfweight").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(dir=_memory_folder()) as name:
         folders = make_seeds(Path(name))
         end, done = time.monotonic() + seconds, 0
@@ -60,7 +62,7 @@ def one_input(seed: int, folders: dict[str, Path]) -> tuple[Target, str | None]:
     """The target that a seed chooses, and what it raised that is no error of ours."""
     chance = random.Random(seed)
     (target,) = chance.choices(TARGETS, [target.weight for target in TARGETS])
-    folder = folders["sharded" if target.file.endswith(".index.json") else "single"]
+    folder = folders[chance.choice(target.folders)]
     path = folder / target.file
     original = path.read_bytes()
     path.write_bytes(target.change(original, chance))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutation import mutated_bytes, mutated_json, mutated_shard
+from mutation import mutated_bytes, mutated_data, mutated_json, mutated_shard
 
 from halfweight.checkpoint.gguf_header import file_dtype, gguf_files, read_gguf_header
 from halfweight.checkpoint.headers import own_dtype, quantized_modules, read_headers
@@ -26,17 +26,23 @@ from halfweight.memory.workload import Workload
 
 CARD = parse_gpus("24GB")
 JOURNAL = "journal.jsonl"
+OTHERS = ("compressed", "gptq", "bitsandbytes", "torchao", "float8", "mxfp4")
+"""Folders in forms of others; see seeds.py."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """`read(folder)` meets `file` after `change`; `weight` is its share of all inputs."""
+    """`read(folder)` meets `file` of one of the `folders` after `change`.
+
+    `weight` is its share of all inputs.
+    """
 
     name: str
     file: str
     change: Callable[[bytes, random.Random], bytes]
     read: Callable[[Path], object]
     weight: int
+    folders: tuple[str, ...] = ("single",)
 
 
 def _plan(name: str) -> None:
@@ -77,6 +83,17 @@ def _gguf(folder: Path) -> None:
         architecture(header.config, path.stem)
 
 
+def _others(folder: Path) -> None:
+    """Open what others made and read every weight of it."""
+    inspect(folder)
+    source = open_source(folder)
+    for tensor in source.tensors:
+        if tensor.int8 is not None and tensor.num_elements:
+            source.read_int8(tensor, 0, tensor.shape[0])
+        source.read(tensor, 0, tensor.num_bytes)
+    _folder_plan(folder)
+
+
 def _mutated_journal(raw: bytes, chance: random.Random) -> bytes:
     first, second = raw.splitlines()
     if chance.random() < 0.1:
@@ -92,7 +109,10 @@ TARGETS = (
     Target("structure", "config.json", mutated_json, check_structure, 8),
     Target("headers and config", "config.json", mutated_json, _headers, 8),
     Target("headers", "model.safetensors", mutated_shard, _headers, 12),
-    Target("index", "model.safetensors.index.json", mutated_json, _headers, 8),
+    Target("index", "model.safetensors.index.json", mutated_json, _headers, 8, ("sharded",)),
+    Target("others' config", "config.json", mutated_json, _others, 8, OTHERS),
+    Target("others' headers", "model.safetensors", mutated_shard, _others, 12, OTHERS),
+    Target("others' bytes", "model.safetensors", mutated_data, _others, 4, OTHERS),
     Target("source", "config.json", mutated_json, open_source, 3),
     Target("journal", JOURNAL, _mutated_journal, _journal, 5),
     Target("GGUF header", "tiny.gguf", mutated_bytes, _gguf, 10),

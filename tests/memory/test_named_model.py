@@ -10,8 +10,9 @@ import torch
 from families import save_family
 from gguf_files import TYPES, make_gguf
 from huggingface_hub.errors import LocalEntryNotFoundError
+from others import write_gptq
 from safetensors.torch import load_file, save_file
-from tiny import edit_json
+from tiny import edit_json, make_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import halfweight
@@ -68,6 +69,18 @@ def test_a_hub_id_by_headers_alone_is_the_folders_plan(folders, hub, quantized):
     remote, local = planned_model("org/name", recipe), planned_model(str(folder), recipe)
     assert remote.disk_bytes == local.disk_bytes
     assert remote.architecture.cache_layers == local.architecture.cache_layers
+
+
+def test_a_hub_id_in_a_form_of_others_by_headers_alone(hub, tmp_path):
+    whole = make_llama(tmp_path / "whole", shard_size="1GB")
+    theirs = write_gptq(whole, tmp_path / "theirs", 32)
+    hub(theirs)
+    report = halfweight.quantize(theirs, tmp_path / "out")
+    assert planned_model("org/name").disk_bytes == report.disk_bytes
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    edit_json(theirs / "config.json", **config)
+    with pytest.raises(CheckpointError, match="org/name: this is a GPTQ 4-bit checkpoint"):
+        planned_model("org/name")
 
 
 def test_a_hub_id_in_the_cache_needs_no_network(folders, monkeypatch):

@@ -84,6 +84,10 @@ class GptqMatrix:
                 hint=ORIGINAL,
             )
 
+    def loses(self, read: ReadBytes) -> str:
+        """Nothing."""
+        return ""
+
     def rows(self, read: ReadBytes, begin: int, end: int) -> Int8Rows:
         """Rows [begin, end): the columns of words turned."""
         num_words, num_rows = self.qweight.shape

@@ -80,6 +80,10 @@ class Matrix(Protocol):
         """Look at small parts before any work; raises CheckpointError where they do not do."""
         ...
 
+    def loses(self, read: ReadBytes) -> str:
+        """What rounding to `info.dtype` loses where it is decoded, in words; '' for nothing."""
+        ...
+
     def rows(self, read: ReadBytes, begin: int, end: int) -> Int8Rows | NDArray[np.float32]:
         """Leading rows [begin, end) of the weight."""
         ...

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,46 +39,69 @@ class OthersFolder(FolderSource):
         self.config = {k: v for k, v in self.config.items() if k != "compression_config"}
         self.tensors = (*plain, *(matrix.info for matrix in matrices))
         self._matrices = {matrix.info.name: matrix for matrix in matrices}
-        self._held: Held[Int8Rows | NDArray[np.float32]] = Held()
+        self._held_bytes: Held[NDArray[np.uint8]] = Held()
+        self._held_int8: Held[Int8Rows] = Held()
         self._log(form)
 
     def read(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) of a tensor as the model has it, decoded where it is in the form."""
         if tensor.name not in self._matrices:
             return super().read(tensor, begin, end)
+        if begin == end:
+            return np.empty(0, np.uint8)
         row_bytes = tensor.num_bytes // tensor.shape[0]
-        first, last = begin // row_bytes, -(-end // row_bytes)
-        pieces = []
-        for rows in self._rows(tensor.name, first, last):
-            values = rows.values() if isinstance(rows, Int8Rows) else rows
-            pieces.append(as_bytes(values, tensor.dtype))
-        decoded = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        return decoded[begin - first * row_bytes : end - first * row_bytes]
+        found = []
+        for first, last in self._pieces(tensor.name, begin // row_bytes, -(-end // row_bytes)):
+            decoded, at = self._decoded(tensor, first, last), first * row_bytes
+            found.append(decoded[max(begin - at, 0) : end - at])
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def read_int8(self, tensor: TensorInfo, begin: int, end: int) -> Int8Rows:
         """Rows [begin, end) of a weight that is INT8 in the file."""
-        found = [rows for rows in self._rows(tensor.name, begin, end) if isinstance(rows, Int8Rows)]
-        packed = np.concatenate([rows.packed for rows in found])
-        return Int8Rows(packed, np.concatenate([rows.scales for rows in found])).sound(tensor.name)
+        found = []
+        for first, last in self._pieces(tensor.name, begin, end):
+            rows = self._int8(tensor, first, last)
+            part = slice(max(begin - first, 0), end - first)
+            found.append((rows.packed[part], rows.scales[part]))
+        packed, scales = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return Int8Rows(packed, scales).sound(tensor.name)
 
-    def _rows(self, name: str, begin: int, end: int) -> Iterable[Int8Rows | NDArray[np.float32]]:
-        """Leading rows [begin, end), in the pieces that the form is read in."""
+    def _pieces(self, name: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Spans of leading rows that hold [begin, end), as the form is read."""
         matrix = self._matrices[name]
-        step = matrix.rows_at_once
-        if not step:
-            yield matrix.rows(self._read_stored, begin, end)
+        if not (step := matrix.rows_at_once):
+            yield begin, end
             return
         for start in range(begin // step * step, end, step):
-            stop = min(start + step, matrix.info.shape[0])
-            rows = self._held.get((name, start), lambda: self._piece(matrix, start, stop))  # noqa: B023
-            part = slice(max(begin - start, 0), min(end, stop) - start)
-            if isinstance(rows, Int8Rows):
-                yield Int8Rows(rows.packed[part], rows.scales[part])
-            else:
-                yield rows[part]
+            yield start, min(start + step, matrix.info.shape[0])
 
-    def _piece(self, matrix: Matrix, begin: int, end: int) -> Int8Rows | NDArray[np.float32]:
-        return matrix.rows(self._read_stored, begin, end)
+    def _decoded(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
+        """Bytes of rows in the tensor's dtype; held where others of the same piece will come."""
+
+        def make() -> NDArray[np.uint8]:
+            rows = self._rows(tensor, begin, end)
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = rows.values() if isinstance(rows, Int8Rows) else rows
+            return as_bytes(values, tensor.dtype)
+
+        if not self._matrices[tensor.name].rows_at_once:
+            return make()
+        return self._held_bytes.get((tensor.name, begin), make)
+
+    def _int8(self, tensor: TensorInfo, begin: int, end: int) -> Int8Rows:
+        def make() -> Int8Rows:
+            rows = self._rows(tensor, begin, end)
+            assert isinstance(rows, Int8Rows)
+            return rows
+
+        if not self._matrices[tensor.name].rows_at_once:
+            return make()
+        return self._held_int8.get((tensor.name, begin), make)
+
+    def _rows(self, tensor: TensorInfo, begin: int, end: int) -> Int8Rows | NDArray[np.float32]:
+        """What is not finite in the file is found by who asked, and not warned of here."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._matrices[tensor.name].rows(self._read_stored, begin, end)
 
     def _log(self, form: Form) -> None:
         infos = [matrix.info for matrix in self._matrices.values()]
@@ -87,10 +110,11 @@ class OthersFolder(FolderSource):
         if kept:
             log.info("%s: %s: %s kept bit for bit", self.name, form.name, some(kept))
         if decoded:
-            names = some(info.name for info in decoded)
-            log.warning(
-                "%s: %s decoded from %s to %s", self.name, names, form.name, decoded[0].dtype
-            )
+            losses = {matrix.loses(self._read_stored) for matrix in self._matrices.values()}
+            lost = next(iter(losses - {""}), None)
+            how = "exactly" if lost is None else f"rounded by {lost}"
+            what = (some(info.name for info in decoded), form.name, decoded[0].dtype, how)
+            log.warning("%s: %s decoded from %s to %s, %s", self.name, *what)
 
 
 def as_the_model_has_them(
