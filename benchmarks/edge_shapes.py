@@ -53,7 +53,7 @@ def main() -> None:
     scheme = Scheme(GROUP_SIZE, "grid8")
     tensor = quantize(torch.randn(OUT_FEATURES, IN_FEATURES, device=DEVICE), scheme)
     exact = dequantize(tensor).double()
-    processors = cuda._num_multiprocessors(0)
+    processors = cuda.num_multiprocessors(0)
     for config in (*tiles.SMALL, *tiles.LARGE, *tiles.INT8):
         if options.only not in str(config):
             continue

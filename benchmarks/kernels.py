@@ -120,11 +120,11 @@ def rivals(with_peers: bool) -> dict[str, Rival]:
     """Name -> rival: the vendor, our backends that run here, peers that are installed."""
     scales = 1 / GROUP_SIZE
     found = {VENDOR: Rival(vendor, FLOAT16_BYTES)}
-    for name in ("cuda", "triton", "cpu"):
+    for name in ("cuda", "sm80", "triton", "cpu"):
         if operations.backend(name).unavailable(DEVICE) is not None:
             continue
         found[f"halfweight {name}"] = Rival(ours(name), 1 + scales)
-        if operations.backend(name).linear_int8 is not None:
+        if operations.backend(name).linear_int8 is not None and name != "sm80":  # triton's
             found[f"halfweight {name} int8"] = Rival(ours(name, True), 1 + scales, True)
     if with_peers:
         found |= {

@@ -46,6 +46,7 @@ Decode on a CPU ({cpu}; [more](docs/cpu.md)), tokens a second:
 | | 16 bit, transformers | llama.cpp Q8_0 | INT8 |
 |---|---|---|---|
 | SmolLM2-135M | {bf16:.0f} | {llama_cpp:.0f} | {cpu_rate:.0f} |
+| the same, {many} at once, prefill included | | {llama_many:.0f} | {engine_many:.0f} |
 | Llama-3-8B's shapes | | | {large:.2f}, at {large_share:.2f} of a plain read's speed |
 
 Accuracy on SmolLM2-135M: perplexity {change:+.2%} ± {error:.2%} over {tokens:,} tokens; with one
@@ -107,6 +108,7 @@ def figures() -> str:
         after_batch=after_batch,
         after_batch_ratio=after_batch / before_batch,
         **serving(),
+        **serving_on_a_cpu(),
         cpu=cpu["device"],
         bf16=models["transformers bfloat16"]["decode_tokens_per_second"],
         llama_cpp=models[LLAMA_CPP]["decode_tokens_per_second"],
@@ -133,6 +135,21 @@ def serving() -> dict[str, str]:
         "at_once": " | ".join(map(str, rates)),
         "lines": "---|" * len(rates),
         "served": " | ".join(f"{rate:,.0f}" for rate in rates.values()),
+    }
+
+
+def serving_on_a_cpu() -> dict[str, float]:
+    """The engine beside llama.cpp, at as many requests at once as that was run with."""
+    rates = {
+        (row["runner"], row["concurrency"]): row["tokens_per_second"]
+        for row in results("serve_cpu")["results"]
+        if row["workload"] == "at once"
+    }
+    many = max(number for runner, number in rates if runner == "llama.cpp")
+    return {
+        "many": many,
+        "llama_many": rates["llama.cpp", many],
+        "engine_many": rates["engine", many],
     }
 
 

@@ -23,25 +23,71 @@ def page() -> str:
 
 
 def figures() -> str:
-    """What was measured on a GPU: at once by runner, then prompts alone."""
-    found = results("serve_gpu")
-    rows = found["results"]
-    at_once = [row for row in rows if row["workload"] == "at once"]
-    first = at_once[0]
+    """What was measured on a GPU and on a CPU: at once by runner, then prompts alone."""
     lines = [
-        f"Llama-3-8B's shapes on one {found['device']}, {first['prompt_tokens']} tokens in and "
-        f"{first['new_tokens']} out, greedy,",
-        "all requests of a round at once, prefill included:",
+        *_section("Llama-3-8B's shapes", "serve_gpu"),
         "",
-        "| at once | tokens/s | first token, ms | between, ms | over HTTP, tokens/s | |",
-        "|---|---|---|---|---|---|",
-        *_at_once_lines(at_once),
+        *_section("SmolLM2-135M", "serve_cpu"),
         "",
-        *_prefill_lines(rows),
+        *_steps_lines(),
+        "",
+        *_guessing_lines(),
         "",
         *_prefix_lines(),
     ]
     return "\n".join(lines)
+
+
+def _section(model: str, name: str) -> Iterator[str]:
+    found = results(name)
+    rows = found["results"]
+    at_once = [row for row in rows if row["workload"] == "at once"]
+    yield (
+        f"{model} on one {found['device']}, {at_once[0]['prompt_tokens']} tokens in and "
+        f"{at_once[0]['new_tokens']} out, greedy,"
+    )
+    yield "all requests of a round at once, prefill included:"
+    yield ""
+    yield "| at once | tokens/s | first token, ms | between, ms | over HTTP, tokens/s | |"
+    yield "|---|---|---|---|---|---|"
+    yield from _at_once_lines(at_once)
+    yield ""
+    yield from _prefill_lines(rows)
+
+
+def _steps_lines() -> Iterator[str]:
+    """On a CPU: one sequence against its steps in a plain loop, and llama.cpp in the same run."""
+    rates = {
+        (row["runner"], row["concurrency"]): row["tokens_per_second"]
+        for row in results("serve_cpu")["results"]
+        if row["workload"] == "at once"
+    }
+    steps = rates["steps", 1]
+    yield (
+        f"There one sequence's steps in a plain loop make {steps:.0f} tokens/s: the engine "
+        f"{rates['engine', 1] / steps:.2f} of it, its server {rates['http', 1] / steps:.2f}."
+    )
+    for number in sorted(number for runner, number in rates if runner == "llama.cpp"):
+        rate = rates["llama.cpp", number]
+        yield (
+            f"llama.cpp's batch API, Q8_0, in the same run, {number} at once: {rate:.0f} tokens/s; "
+            f"the engine {rates['engine', number] / rate:.2f} times that."
+        )
+
+
+def _guessing_lines() -> Iterator[str]:
+    """What guessing gives where a text comes again, and where it does not."""
+    rows = {row["workload"]: row for row in results("serve_cpu")["results"]}
+    for workload, text in (
+        ("editing", "A text to write again with a change"),
+        ("prose", "A text to go on with, sampled"),
+    ):
+        plain, guessing = rows[f"{workload}, plain"], rows[f"{workload}, guessing"]
+        times = guessing["tokens_per_second"] / plain["tokens_per_second"]
+        yield (
+            f"{text}: guessing makes {times:.2f} times the tokens/s, "
+            f"{guessing['accepted']} of {guessing['drafted']} guesses right."
+        )
 
 
 def _at_once_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -76,8 +122,8 @@ def _prefix_lines() -> Iterator[str]:
     found = results("prefixes_cpu")
     first, *later = found["results"]
     yield (
-        f"SmolLM2-135M on {found['device']}: a prompt of {first['prompt_tokens']:,} tokens starts "
-        f"after {first['first_token_ms']:,.0f} ms;"
+        f"A prompt of {first['prompt_tokens']:,} tokens starts after "
+        f"{first['first_token_ms']:,.0f} ms;"
     )
     for row in later:
         yield (

@@ -29,10 +29,8 @@ PLACES = (ROOT, ROOT / "halfweight", ROOT / "docs")
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 
 
-def commands(kind: str) -> list[str]:
-    return [
-        body for k, body in BLOCK.findall((ROOT / "docs/quickstart.md").read_text()) if k == kind
-    ]
+def commands(kind: str, page: str = "quickstart") -> list[str]:
+    return [body for k, body in BLOCK.findall((ROOT / f"docs/{page}.md").read_text()) if k == kind]
 
 
 @pytest.fixture
@@ -68,6 +66,33 @@ def test_the_python_of_the_quickstart_runs(workplace):
     for body in commands("python"):
         exec(compile(body, "quickstart.md", "exec"), names)
     assert type(names["model"]).__name__ == "LlamaForCausalLM"
+
+
+def test_the_python_of_the_engines_page_runs(pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m-int8").symlink_to(pair[1])
+    names: dict[str, object] = {}
+    for body in commands("python", "engine"):
+        exec(compile(body, "engine.md", "exec"), names)
+    assert len(names["answers"]) == 3
+    assert re.search(r"[1-9]\d* tokens were in the cache\n", capsys.readouterr().out)
+
+
+def test_the_engines_page_names_every_field_and_metric():
+    from prometheus_client.parser import text_string_to_metric_families
+
+    from halfweight.engine.request import Sampling
+    from halfweight.serve import schema
+    from halfweight.serve.metrics import Metrics
+
+    page = (ROOT / "docs/engine.md").read_text()
+    fields = set(schema.ChatRequest.model_fields) | set(schema.CompletionRequest.model_fields)
+    fields |= schema.WITHOUT_EFFECT | set(schema.ASKS_NOTHING) | set(Sampling.__dataclass_fields__)
+    found = text_string_to_metric_families(Metrics().page(0)[0].decode())
+    counters = {f"{each.name}_total" if each.type == "counter" else each.name for each in found}
+    counters = {name for name in counters if not name.endswith("_created")}
+    for name in fields | counters:
+        assert f"`{name}`" in page, name
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)

@@ -12,7 +12,7 @@ import stat
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -27,17 +27,39 @@ MAX_DIMENSIONS = 16
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor and where its bytes are: `shard`[begin:end], absolute offsets into the file."""
+    """A tensor and where its bytes are: `shard`[begin:end], absolute offsets into the file.
+
+    Where it is some columns of a matrix, `pitch` bytes lie from one of its rows to the next.
+    """
 
     info: TensorInfo
     shard: Path
     begin: int
     end: int
+    pitch: int | None = None
 
     @property
     def name(self) -> str:
         """The tensor's full name."""
         return self.info.name
+
+    def rows(self, begin: int, end: int) -> StoredTensor:
+        """Rows begin to end of it."""
+        height, *rest = self.info.shape
+        each = self.info.num_bytes // height
+        info = replace(self.info, shape=(end - begin, *rest))
+        return replace(
+            self, info=info, begin=self.begin + begin * each, end=self.begin + end * each
+        )
+
+    def columns(self, begin: int, end: int) -> StoredTensor:
+        """Columns begin to end of a matrix that is whole in its file."""
+        assert self.pitch is None, self.name
+        height, width = self.info.shape
+        item = DTYPE_BYTES[self.info.dtype]
+        info, pitch = replace(self.info, shape=(height, end - begin)), width * item
+        last = self.begin + (height - 1) * pitch
+        return StoredTensor(info, self.shard, self.begin + begin * item, last + end * item, pitch)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import typer
 
 from halfweight.cli.bench import bench
 from halfweight.cli.output import print_json, stderr, stdout
+from halfweight.cli.ranks import Devices, TensorParallel, rank_options
 from halfweight.cli.run import Activations, BackendName, Cache, Device, Dtype, Model, open_engine
 from halfweight.errors import UsageError
 
@@ -65,6 +66,8 @@ def serve(
     dtype: Dtype = None,
     backend: BackendName = None,
     activations: Activations = "exact",
+    tensor_parallel: TensorParallel = None,
+    devices: Devices = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time greedy answers to many requests at once: tokens a second, and how long clients wait."""
@@ -77,6 +80,7 @@ def serve(
                 kv_cache=kv_cache,
                 max_sequences=max_sequences,
                 speculates=speculate,
+                **rank_options(tensor_parallel, devices, device),
             )
             targets = stack.enter_context(_targets(engine, http))
         else:

@@ -39,7 +39,9 @@ def plan(
     kv_dtype: Annotated[
         Literal["16bit", "int8"], typer.Option(help="Numbers of the KV cache.")
     ] = "16bit",
-    group_size: Annotated[str, typer.Option(help="32, 64, 128, 256 or row.")] = "128",
+    group_size: Annotated[
+        str | None, typer.Option(help="32, 64, 128, 256 or row [default: 128, see `quantize`].")
+    ] = None,
     scale: Annotated[str, typer.Option(help="Scale format: see `quantize`.")] = "grid8",
     keep: Annotated[list[str] | None, typer.Option(help="Glob kept in 16 bits; repeat.")] = None,
     tensor_parallel: Annotated[
@@ -47,7 +49,7 @@ def plan(
     ] = None,
     runtime: Annotated[
         Literal["halfweight", "transformers-tp", "vllm"] | None,
-        typer.Option(help="Who runs it [default: halfweight on one GPU, vllm on several]."),
+        typer.Option(help="Who runs it [default: halfweight where it can, else vllm]."),
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Memory to use of a device, as 22GiB, instead of all.")
@@ -73,11 +75,13 @@ def plan(
     Reads headers or a config only; FP16 stands beside INT8.
     """
     from halfweight.memory.named_model import planned_model
+    from halfweight.memory.plan import on_ranks
     from halfweight.memory.plan import plan as make_plan
 
-    size_or_row: Any = int(group_size) if group_size.isdigit() else group_size
-    scheme = Scheme(size_or_row, scale)
-    found = planned_model(model, Recipe(scheme, tuple(keep or ())))
+    asked = group_size or "128"
+    size_or_row: Any = int(asked) if asked.isdigit() else asked
+    recipe = Recipe(Scheme(size_or_row, scale), tuple(keep or ()), group_size is not None)
+    found = planned_model(model, recipe)
     target = _target(gpus, budget, reserve)
     ranks = tensor_parallel or target.gpus.count
     if ranks > target.gpus.count:
@@ -88,7 +92,9 @@ def plan(
     records = _records(target, found)
     work = _workload(context, batch, kv_dtype, ranks, runtime, target, records)
     if solve == "gpus":
-        work = work.on_ranks(1)
+        work = replace(work, ranks=1)
+    elif runtime is None:
+        work = on_ranks(found, work, ranks)
     made = make_plan(found, work, target.budget)
     answer = replace(_answer(made, target.gpus, read_bandwidth, price, model), records=records)
     if solve is not None:
@@ -115,6 +121,8 @@ class _Target:
 class _Answer:
     """A plan and all that is printed with it."""
 
+    name: str
+    """Of the model, as it was given."""
     plan: Plan
     gpus: Gpus
     loading: Loading
@@ -181,7 +189,7 @@ def _workload(
         batch,
         kv_dtype,
         ranks,
-        runtime or ("halfweight" if ranks == 1 else "vllm"),
+        runtime or "halfweight",
         target.kind,
         calibrated_overhead(records, target.kind) if records else None,
     )
@@ -196,6 +204,7 @@ def _answer(
     convertible = made.model.recipe is not None
     on_gpu = made.workload.device == "cuda" and made.budget is not None
     return _Answer(
+        model,
         made,
         gpus,
         costs.loading(made.model, rate),
@@ -319,6 +328,7 @@ def _units(num_bytes: int | None) -> tuple[str, str]:
 
 
 def _print_verdict(answer: _Answer) -> None:
+    from halfweight.memory.commands import commands
     from halfweight.memory.plan import legal_ranks
     from halfweight.memory.what_fits import advice, notes
 
@@ -340,6 +350,8 @@ def _print_verdict(answer: _Answer) -> None:
         )
     legal = ", ".join(map(str, legal_ranks(made.model)))
     stdout.print(f"tensor-parallel sizes: {legal}")
+    for line in commands(answer.name, made) if made.verdict != "does not fit" else ():
+        stdout.print(f"run: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_solution(answer: _Answer) -> None:
@@ -370,7 +382,7 @@ def _limits(made: Plan, quantity: str, value: int) -> str:
 
     if quantity == "context" and value == made.model.architecture.max_context:
         return ", the model's own"
-    return by_another_runtime(made.workload, value) if quantity == "gpus" else ""
+    return by_another_runtime(made.model, made.workload, value) if quantity == "gpus" else ""
 
 
 def _cell(cell: Cell, budget: int) -> str:

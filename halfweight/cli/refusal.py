@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -16,10 +16,13 @@ def require_room(
     context: Callable[[], int],
     batch: int,
     kv_cache: Any = "16bit",
+    *,
+    ranks: Mapping[str, Any],
 ) -> None:
     """Raise DoesNotFitError if `batch` sequences of `context()` tokens cannot fit beside the model.
 
-    Only on CUDA, whose free memory is known; a CPU can swap.
+    Only on CUDA, whose free memory is known; a CPU can swap. Of several `ranks` (`rank_options`)
+    each holds its part on a GPU like the first.
     """
     import torch
 
@@ -29,12 +32,13 @@ def require_room(
     from halfweight.memory.what_fits import require_fit
     from halfweight.memory.workload import Workload
 
-    free = available_bytes(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    count, first = ranks["tensor_parallel"], (ranks["devices"] or [None])[0]
+    free = available_bytes(first or device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if free is None:
         return
     folder = resolve(model)
     weights = "int8" if quantized_modules(read_headers(folder)) else "16bit"
-    work = Workload(context(), batch, kv_cache)
+    work = Workload(context(), batch, kv_cache, count)
     require_fit(planned_model(str(folder)), work, free, weights=weights)  # type: ignore[arg-type]
 
 

@@ -14,6 +14,7 @@ import typer
 
 from halfweight.cli import app
 from halfweight.cli.output import bytes_bar, print_json, stderr
+from halfweight.cli.ranks import Devices, TensorParallel, follow_if_told, rank_options
 from halfweight.cli.refusal import Force, longest_prompt, require_room
 from halfweight.errors import UsageError
 
@@ -78,6 +79,8 @@ def generate(
     backend: BackendName = None,
     activations: Activations = "exact",
     kv_cache: Cache = "16bit",
+    tensor_parallel: TensorParallel = None,
+    devices: Devices = None,
     force: Force = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
@@ -86,9 +89,11 @@ def generate(
         raise UsageError("no prompt, or two kinds of them", hint="give PROMPT or --prompts FILE")
     texts = [prompt] if prompt is not None else _lines(prompts)
     given = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, greedy)
+    ranks = rank_options(tensor_parallel, devices, device)
     if not force:
         require_room(
-            model, device, lambda: longest_prompt(model, texts) + max_new_tokens, 1, kv_cache
+            *(model, device, lambda: longest_prompt(model, texts) + max_new_tokens, 1, kv_cache),
+            ranks=ranks,
         )
     engine = open_engine(
         model,
@@ -98,6 +103,7 @@ def generate(
         activations,
         max_sequences=max_sequences or (1 if prompt is not None else None),
         kv_cache=kv_cache,
+        **ranks,
     )
     with engine:
         _log_sampling(engine, given)
@@ -125,12 +131,17 @@ def chat(
     backend: BackendName = None,
     activations: Activations = "exact",
     kv_cache: Cache = "16bit",
+    tensor_parallel: TensorParallel = None,
+    devices: Devices = None,
 ) -> None:
     """Talk with a model. /reset forgets what was said, /quit ends."""
     given = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, greedy)
     first = [{"role": "system", "content": system}] if system else []
     engine = open_engine(
-        model, device, dtype, backend, activations, max_sequences=1, kv_cache=kv_cache
+        *(model, device, dtype, backend, activations),
+        max_sequences=1,
+        kv_cache=kv_cache,
+        **rank_options(tensor_parallel, devices, device),
     )
     with engine:
         _log_sampling(engine, given)
@@ -156,12 +167,16 @@ def open_engine(
     activations: Any,
     **limits: Any,
 ) -> Engine:
-    """The engine of a model, with a bar while it loads; `limits` are Engine's."""
+    """The engine of a model, with a bar while it loads; `limits` are Engine's.
+
+    Does not return in a rank other than 0.
+    """
     import torch
 
     from halfweight.checkpoint.headers import read_headers, resolve
     from halfweight.engine.engine import Engine
 
+    follow_if_told()
     folder = resolve(model)
     _refuse_what_does_not_write(folder.name, read_headers(folder).config)
     begin = time.perf_counter()

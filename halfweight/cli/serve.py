@@ -9,6 +9,7 @@ import typer
 
 from halfweight.cli import app
 from halfweight.cli.output import stderr
+from halfweight.cli.ranks import Devices, TensorParallel, rank_options
 from halfweight.cli.refusal import Force, require_room
 from halfweight.cli.run import (
     Activations,
@@ -51,12 +52,14 @@ def serve(
     dtype: Dtype = None,
     backend: BackendName = None,
     activations: Activations = "exact",
+    tensor_parallel: TensorParallel = None,
+    devices: Devices = None,
     force: Force = False,
 ) -> None:
     """Serve a model: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
     try:
         from halfweight.serve.app import build_app
-        from halfweight.serve.listen import listen
+        from halfweight.serve.listen import listen, require_address
     except ImportError as error:
         raise UsageError(
             f"serving needs {error.name}, which is not installed",
@@ -64,8 +67,10 @@ def serve(
         ) from error
     if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
         stderr.print(f"{host} is reachable by others and there is no --api-key: anyone can use it")
+    require_address(host, port)
+    ranks = rank_options(tensor_parallel, devices, device)
     if not force:
-        require_room(model, device, lambda: cache_tokens or 1, 1, kv_cache)
+        require_room(model, device, lambda: cache_tokens or 1, 1, kv_cache, ranks=ranks)
     engine = open_engine(
         model,
         device,
@@ -76,6 +81,7 @@ def serve(
         max_context=max_context,
         cache_tokens=cache_tokens,
         kv_cache=kv_cache,
+        **ranks,
     )
     if engine.tokenizer is None:
         raise UsageError(f"{model}: no tokenizer in it", hint="serve needs one beside the weights")

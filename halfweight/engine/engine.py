@@ -42,6 +42,7 @@ from halfweight.errors import HalfweightError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from halfweight.engine.parallel.ranks import Member
     from halfweight.engine.sampler import Sampler
 
 NEW_TOKENS = 1024
@@ -76,6 +77,8 @@ class Engine:
         cache_tokens: int | None = None,
         kv_cache: KvCache = "16bit",
         speculates: bool = True,
+        tensor_parallel: int = 1,
+        devices: Sequence[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Load a folder or Hub id, or take a model that is loaded already, and start.
@@ -84,8 +87,10 @@ class Engine:
         default the GPU if there is one. `max_context` tokens a sequence, `max_sequences` at once
         and `cache_tokens` in all are chosen by model, device and free memory where not given.
         `tokenizer` is by default the model's own. With `speculates` text that repeats is guessed
-        and checked, several tokens a step; that changes no answer. Raises what `halfweight.load`
-        and `make_runner` do.
+        and checked, several tokens a step; that changes no answer. With `tensor_parallel` several
+        processes run the model together, each on one of `devices`, by default on as many GPUs, and
+        on the CPU where there is none. Raises what `halfweight.load` and `make_runner` do, and
+        RankError where one of several ranks is lost.
         """
         loading: dict[str, Any] = {
             "device": device,
@@ -100,7 +105,8 @@ class Engine:
             "cache_tokens": cache_tokens,
             "kv_cache": kv_cache,
         }
-        self._start(make_parts(model, tokenizer, loading, limits), speculates=speculates)
+        parts = make_parts(model, tokenizer, loading, limits, tensor_parallel, devices)
+        self._start(parts, speculates=speculates)
 
     @classmethod
     def over(
@@ -131,6 +137,8 @@ class Engine:
         self.stop_tokens = frozenset(known)
         """Ids that end a text, of those that the model can generate."""
         self.max_sequences, self.description = runner.max_sequences, describe(runner)
+        self.ranks: Sequence[Member] = getattr(runner, "members", ())
+        """Of several ranks those beside this process, which is rank 0."""
         self._detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer)
         self._loop = Loop(
             runner, parts.sampler, stop_tokens=self.stop_tokens, make_drafter=make_drafter

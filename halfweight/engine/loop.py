@@ -81,7 +81,10 @@ class Loop:
         self._process = os.getpid()
         self._wake = threading.Event()
         self._fault: HalfweightError | None = None
+        self._lost: HalfweightError | None = None
         self._thread = threading.Thread(target=self._run, name="halfweight-engine", daemon=True)
+        if hasattr(runner, "on_fault"):  # it may fail between steps as well
+            runner.on_fault(self.fail)
 
     def start(self) -> None:
         """Start the thread."""
@@ -95,6 +98,12 @@ class Loop:
         self._wake.set()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def fail(self, fault: HalfweightError) -> None:
+        """End as if a step had failed with `fault`; from any thread."""
+        self._lost = fault
+        self._is_stopping = True
+        self._wake.set()
 
     @property
     def fault(self) -> HalfweightError | None:
@@ -162,11 +171,14 @@ class Loop:
                 torch.cuda.set_device(self._runner.device)
             with torch.inference_mode():
                 self._run_steps()
+            if self._lost is not None:
+                raise self._lost
             closed = EngineStoppedError("the engine was closed", hint="make a new one")
             self._end(closed, was_asked=True)
         except BaseException as error:
-            log.exception("a step failed; the engine stops")
-            self._end(_fault(error), was_asked=False)
+            if self._lost is None:
+                log.exception("a step failed; the engine stops")
+            self._end(_fault(self._lost or error), was_asked=False)
         finally:
             self._close_runner()
 
@@ -259,6 +271,8 @@ def _take_prompt_logprobs(sequence: Sequence) -> tuple[TokenLogprob | None, ...]
 
 def _fault(error: BaseException) -> EngineStoppedError:
     """What requests are told of a step that failed."""
+    if isinstance(error, HalfweightError):
+        return EngineStoppedError(error.message, hint=error.hint)
     hint = "see the log, then start anew"
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         hint = "give it fewer --cache-tokens, or fewer --max-sequences"

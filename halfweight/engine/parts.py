@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -34,18 +35,27 @@ class Parts(NamedTuple):
 
 
 def make_parts(
-    model: Any, tokenizer: Any, loading: dict[str, Any], limits: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    loading: dict[str, Any],
+    limits: dict[str, Any],
+    ranks: int = 1,
+    devices: Sequence[str] | None = None,
 ) -> Parts:
     """The parts for a folder, a Hub id or a model that is loaded.
 
-    `loading` are options of `halfweight.load`, `limits` of `make_runner`; raises what they do.
+    `loading` are options of `halfweight.load`, `limits` of `make_runner`; raises what they do, and
+    for several ranks what `parallel.start` does.
     """
     from halfweight.engine.grammar import GrammarCompiler
     from halfweight.engine.sampler import Sampler
 
-    loaded = _load(model, **loading)
+    if ranks > 1:
+        loaded, runner = _start_ranks(model, loading, limits, ranks, devices)
+    else:
+        loaded = _load(model, **loading)
+        runner = make_runner(loaded, **limits)
     tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
-    runner = make_runner(loaded, **limits)
     generation = getattr(loaded, "generation_config", None)
     stops = end_of_text_tokens(generation, loaded.config, tokenizer)
     grammars = None
@@ -53,6 +63,27 @@ def make_parts(
         grammars = GrammarCompiler(tokenizer, runner.vocab_size, sorted(stops))
     sampler = Sampler(runner.table, runner.vocab_size, grammars=grammars)
     return Parts(runner, sampler, tokenizer, stops, default_sampling(generation))
+
+
+def _start_ranks(
+    model: Any,
+    loading: dict[str, Any],
+    limits: dict[str, Any],
+    ranks: int,
+    devices: Sequence[str] | None,
+) -> tuple[Any, Runner]:
+    """Rank 0's part of a model and its runner."""
+    from halfweight.engine.parallel.start import start
+
+    if not isinstance(model, str | os.PathLike):
+        raise UsageError(
+            "several ranks load a model themselves, and this one is loaded",
+            hint="give the model's name",
+        )
+    if devices is None and loading["device"] is not None:
+        devices = [str(loading["device"])] * ranks
+    running = start(model, ranks, devices, loading, limits)
+    return running.model, running.runner
 
 
 def _load(model: Any, **options: Any) -> Any:

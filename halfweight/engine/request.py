@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,3 +114,19 @@ class Output:
     num_shared_tokens: int = 0
     """With the first tokens: how many of the prompt were in the cache already."""
     error: HalfweightError | None = None
+
+    @classmethod
+    def joined(cls, outputs: Sequence[Output]) -> Output:
+        """Outputs of one request that follow each other, as one."""
+        if len(outputs) == 1:
+            return outputs[0]
+        first, last = outputs[0], outputs[-1]
+        return cls(
+            tokens=tuple(token for output in outputs for token in output.tokens),
+            finish_reason=last.finish_reason,
+            logprobs=tuple(entry for output in outputs for entry in output.logprobs),
+            stop_token=last.stop_token,
+            prompt_logprobs=first.prompt_logprobs,
+            num_shared_tokens=first.num_shared_tokens,
+            error=last.error,
+        )

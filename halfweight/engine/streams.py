@@ -164,15 +164,18 @@ class Stream:
 
 
 class AsyncStream:
-    """The same for `async for`, made within a running event loop."""
+    """The same for `async for`, made within a running event loop.
+
+    A reader that lags behind gets what has come meanwhile as one piece.
+    """
 
     def __init__(
         self, loop: Loop, request: Request, detokenizer: Detokenizer | None, owner: object = None
     ) -> None:
         """Submits the request. Raises what `Loop.submit` does; `owner` is as for `Stream`."""
         self._loop, self._reader, self._owner = loop, _Reader(detokenizer, request), owner
-        self._outputs: asyncio.Queue[Output] = asyncio.Queue()
-        self._number = loop.submit(request, partial(_mailbox().post, self._outputs.put_nowait))
+        self._arrivals = _Arrivals()
+        self._number = loop.submit(request, partial(_mailbox().post, self._arrivals.put))
 
     def cancel(self) -> None:
         """End it; nothing happens if it has ended."""
@@ -185,12 +188,36 @@ class AsyncStream:
         """What `async for` reads. Raises EngineStoppedError when the engine ends first."""
         try:
             while True:
-                piece = self._reader.read(await self._outputs.get())
+                piece = self._reader.read(await self._arrivals.take())
                 yield piece
                 if piece.finish_reason is not None:
                     return
         finally:
             self.cancel()
+
+
+class _Arrivals:
+    """Outputs on their way to one reader."""
+
+    def __init__(self) -> None:
+        self._outputs: list[Output] = []
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, output: Output) -> None:
+        """One has come; on the event loop's thread."""
+        self._outputs.append(output)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def take(self) -> Output:
+        """All that have come since the last time, as one; waits for the first."""
+        if not self._outputs:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        outputs, self._outputs = self._outputs, []
+        if len(outputs) > 1 and outputs[-1].finish_reason is None and outputs[-1].error is not None:
+            self._outputs = [outputs.pop()]  # what came before the engine's end is not lost
+        return Output.joined(outputs)
 
 
 class _Mailbox:

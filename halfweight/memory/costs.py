@@ -15,7 +15,7 @@ from pathlib import Path
 
 from halfweight.checkpoint.layout import lay_out
 from halfweight.errors import UsageError
-from halfweight.memory.plan import Model, footprint
+from halfweight.memory.plan import Model, footprint, on_ranks
 from halfweight.memory.what_fits import solve
 from halfweight.memory.workload import MIB, Weights, Workload
 
@@ -115,7 +115,7 @@ def serving(model: Model, workload: Workload, budget: int, price: float | None =
     kinds: tuple[Weights, Weights] = ("16bit", "int8")
     gpus = [solve(model, workload, budget, "gpus", weights) for weights in kinds]
     read = [
-        None if count is None else step_bytes(model, workload.on_ranks(count), weights)
+        None if count is None else step_bytes(model, on_ranks(model, workload, count), weights)
         for count, weights in zip(gpus, kinds, strict=True)
     ]
     return Serving(gpus[0], gpus[1], read[0], read[1], price)

@@ -35,7 +35,10 @@ TILE_ROWS = 128
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a Llama-like model; `number_bytes` of an activation."""
+    """Of a Llama-like model; `number_bytes` of an activation.
+
+    Of several `ranks` they are a rank's own, but for the vocabulary.
+    """
 
     layers: int
     hidden: int
@@ -45,6 +48,7 @@ class Sizes:
     head_dim: int
     vocabulary: int
     number_bytes: int = 2
+    ranks: int = 1
 
     @property
     def queries(self) -> int:
@@ -119,8 +123,16 @@ def gpu_parts(sizes: Sizes, limits: Limits) -> dict[str, int]:
         "scratch pages": limits.scratch_pages * page_bytes(sizes, "16bit"),
         "step activations": activation_bytes(sizes, tokens) + _tile_sums(sizes, limits),
         "recorded steps": activation_bytes(sizes, max(rows, reading)) + _decode_sums(sizes, limits),
-        "logits": (rows + limits.max_sequences) * logits,
+        "logits": (rows + limits.max_sequences) * logits + _gathered(sizes, rows),
     }
+
+
+def _gathered(sizes: Sizes, rows: int) -> int:
+    """Logits on their way from all ranks: a rank's own, rank by rank, and side by side."""
+    if sizes.ranks == 1:
+        return 0
+    own = sizes.vocabulary // sizes.ranks
+    return rows * (own + 2 * sizes.vocabulary) * sizes.number_bytes
 
 
 def activation_bytes(sizes: Sizes, num_tokens: int) -> int:

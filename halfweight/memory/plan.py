@@ -11,15 +11,15 @@ grows with what comes and goes.
 `low` takes the least overhead, `high` the most: a plan fits if `high` does, is tight if only
 `likely` does.
 
-halfweight runs on one device. Several GPUs run the same checkpoint through another engine, which
-holds scales as the file does: vLLM divides embedding and head as well and needs no mask;
-transformers' tensor parallelism leaves both on every rank.
+Several GPUs run the models of tensor_parallel.py by the same engine, a rank each with sizes of its
+own; others run through another engine, which holds scales as the file does: vLLM divides embedding
+and head as well and needs no mask; transformers' tensor parallelism leaves both on every rank.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from halfweight.errors import UsageError
@@ -34,6 +34,7 @@ from halfweight.memory.engine_memory import (
     cpu_parts,
     gpu_parts,
 )
+from halfweight.memory.tensor_parallel import KINDS, is_divided, own_sizes, why_not
 from halfweight.memory.transient import (
     MULTIPROCESSORS,
     other_engine_parts,
@@ -223,13 +224,21 @@ def plan(model: Model, workload: Workload, budget: int | None = None) -> Plan:
     Raises UsageError for a number of ranks that the model cannot be divided by.
     """
     check_ranks(model, workload.ranks)
-    if workload.ranks > 1 and workload.runtime == "halfweight":
+    if on_ranks(model, workload, workload.ranks) != workload:
         raise UsageError(
-            f"halfweight runs on one GPU, found {workload.ranks}",
+            f"halfweight runs a {model.architecture.kind} on one GPU, found {workload.ranks}",
             hint="--runtime vllm runs the same checkpoint on several",
         )
     both = (footprint(model, workload, weights) for weights in ("16bit", "int8"))
     return Plan(model, workload, budget, *both)
+
+
+def on_ranks(model: Model, workload: Workload, ranks: int) -> Workload:
+    """The same on so many GPUs, by vLLM where halfweight runs the model on one alone."""
+    shares = model.architecture.kind in KINDS
+    if workload.runtime == "halfweight" and ranks > 1 and not shares:
+        return replace(workload, ranks=ranks, runtime="vllm", overhead=None)
+    return replace(workload, ranks=ranks)
 
 
 def footprint(model: Model, workload: Workload, weights: Weights) -> Footprint:
@@ -253,12 +262,14 @@ def footprint(model: Model, workload: Workload, weights: Weights) -> Footprint:
 def passing_parts(model: Model, workload: Workload, weights: Weights) -> list[Part]:
     """PASSING_PARTS of the runner, of the largest step that the workload can have."""
     a, runner = model.architecture, model.runner(workload, weights)
+    if runner is not None and workload.ranks > 1:
+        a = own_sizes(a, workload.ranks)
     if runner == "gpu":
         limits = Limits(
             *(workload.context, workload.batch, STEP_TOKENS["gpu"], workload.kv_dtype),
             MULTIPROCESSORS,
         )
-        sizes = gpu_parts(sizes_of(a), limits)
+        sizes = gpu_parts(sizes_of(a, workload.ranks), limits)
         sizes["recorded steps"] += partial_sums_bytes()
     elif runner == "cpu":
         sizes = cpu_parts(sizes_of(a), workload.batch, workload.context)
@@ -271,11 +282,12 @@ def passing_parts(model: Model, workload: Workload, weights: Weights) -> list[Pa
     return [Part(name, 0, sizes.get(name, 0)) for name in PASSING_PARTS]
 
 
-def sizes_of(a: Architecture) -> Sizes:
-    """What the engine's arithmetic needs of an architecture."""
+def sizes_of(a: Architecture, ranks: int = 1) -> Sizes:
+    """What the engine's arithmetic needs of an architecture, of several ranks of a rank's own."""
     return Sizes(
         len(a.cache_layers),
         *(a.hidden, a.intermediate, a.heads, a.kv_heads, a.head_dim, a.vocabulary),
+        ranks=ranks,
     )
 
 
@@ -300,7 +312,8 @@ def kv_parts(model: Model, workload: Workload, weights: Weights) -> list[Part]:
         if runner is None:
             num_bytes = _other_layer_bytes(layer, heads, workload)
         else:
-            num_bytes = _layer_bytes(layer, workload, runner) * page_slots(workload, runner)
+            own = replace(layer, heads=heads, numbers=layer.numbers // layer.heads * heads)
+            num_bytes = _layer_bytes(own, workload, runner) * page_slots(workload, runner)
         name = "KV cache" + kind_of_layer(layer)
         before = found.get(name, Part(name, 0, 0))
         divided = workload.ranks > 1 and layer.heads > 1
@@ -356,7 +369,11 @@ def _weight_parts(decision: Decision, weights: Weights, runtime: Runtime) -> tup
 
 
 def _is_sharded(name: str, runtime: Runtime) -> bool:
-    """Linears are divided over ranks, norms and routers never, embedding and head by vLLM only."""
+    """Linears are divided over ranks, norms and routers never; embedding and head not by
+    transformers.
+    """
+    if runtime == "halfweight":
+        return is_divided(name)
     if any(word in name for word in ("embed_tokens", "lm_head")):
         return runtime == "vllm"
     return name.endswith((".weight", ".bias")) and "norm" not in name and ".gate.weight" not in name
@@ -364,32 +381,15 @@ def _is_sharded(name: str, runtime: Runtime) -> bool:
 
 def legal_ranks(model: Model, most: int = 64) -> list[int]:
     """Tensor-parallel sizes that divide heads, MLP, vocabulary, and rows into whole groups."""
-    return [ranks for ranks in range(1, most + 1) if _why_illegal(model, ranks) is None]
+    return [ranks for ranks in range(1, most + 1) if _why_not(model, ranks) is None]
 
 
 def check_ranks(model: Model, ranks: int) -> None:
     """Raise UsageError naming what `ranks` does not divide."""
-    if why := _why_illegal(model, ranks):
+    if why := _why_not(model, ranks):
         legal = ", ".join(map(str, legal_ranks(model)))
         raise UsageError(f"{ranks} GPUs {why}", hint=f"legal tensor-parallel sizes: {legal}")
 
 
-def _why_illegal(model: Model, ranks: int) -> str | None:
-    a = model.architecture
-    if ranks == 1:
-        return None
-    for what, count in (
-        ("heads", a.heads),
-        ("MLP columns", a.intermediate),
-        ("tokens of vocabulary", a.vocabulary),
-    ):
-        if count % ranks:
-            return f"do not divide {count} {what}"
-    if a.kv_heads % ranks and ranks % a.kv_heads:
-        return f"do not divide {a.kv_heads} key-value heads, nor they them"
-    for decision in model.decisions:
-        group = decision.scheme.group_size if decision.scheme else None
-        rowwise = decision.tensor.name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))
-        if isinstance(group, int) and rowwise and decision.tensor.shape[1] % (ranks * group):
-            return f"cut {decision.tensor.name} inside a group of {group}"
-    return None
+def _why_not(model: Model, ranks: int) -> str | None:
+    return why_not(model.architecture, model.decisions, ranks)

@@ -10,7 +10,7 @@ function ceilDiv(a, b) {
 }
 
 function runtimeOn(model, ranks) {
-  return model.runtime === "halfweight" && ranks > 1 ? "vllm" : model.runtime;
+  return model.runtime === "halfweight" && ranks > 1 && !model.isShared ? "vllm" : model.runtime;
 }
 
 // Which of the engine's runners takes the model; null where another engine runs it.
@@ -29,13 +29,31 @@ function kvParts(model, work, weights) {
   for (const layer of model.layers) {
     const each = runner === null
       ? otherLayerBytes(model, work, layer)
-      : layerBytes(layer, work, runner) * pageSlots(model, work, runner);
+      : layerBytes(ownLayer(layer, work.ranks), work, runner) * pageSlots(model, work, runner);
     const name = "KV cache" + layer.kind;
     const part = parts.get(name) ?? { name, sharded: 0, replicated: 0 };
     part[work.ranks > 1 && layer.heads > 1 ? "sharded" : "replicated"] += layer.count * each;
     parts.set(name, part);
   }
   return [...parts.values()];
+}
+
+// What a rank holds of a layer's heads.
+function ownLayer(layer, ranks) {
+  const heads = ceilDiv(layer.heads, ranks);
+  const numbers = ((layer.numbers - (layer.numbers % layer.heads)) / layer.heads) * heads;
+  return { ...layer, heads, numbers };
+}
+
+// tensor_parallel.py: the model with the sizes of a rank of ours.
+function ownModel(model, ranks) {
+  const a = model.architecture;
+  const own = {
+    heads: Math.floor(a.heads / ranks),
+    kv_heads: Math.max(1, Math.floor(a.kv_heads / ranks)),
+    intermediate: Math.floor(a.intermediate / ranks),
+  };
+  return { ...model, architecture: { ...a, ...own } };
 }
 
 function pageSlots(model, work, runner) {
@@ -156,8 +174,12 @@ function gpuParts(model, work) {
     "scratch pages": scratch * 4 * c.PAGE_TOKENS.gpu * a.kv_heads * a.head_dim,
     "step activations": activationBytes(a, tokens) + row * 2 * c.MULTIPROCESSORS * c.TILE_ROWS,
     "recorded steps": activationBytes(a, Math.max(rows, reading)) + decodeSums + partialSumsBytes(model),
-    "logits": (rows + batch) * 2 * a.vocabulary,
+    "logits": (rows + batch) * 2 * a.vocabulary + gathered(a, rows, work.ranks),
   };
+}
+
+function gathered(a, rows, ranks) {
+  return ranks === 1 ? 0 : 2 * rows * (Math.floor(a.vocabulary / ranks) + 2 * a.vocabulary);
 }
 
 function cpuParts(model, work) {
@@ -198,14 +220,22 @@ const PASSING_PARTS = [
   "tables", "scratch pages", "step activations", "recorded steps", "logits", "kernel workspace",
 ];
 
-function passingParts(model, work, weights) {
-  const runner = runnerOf(model, work, weights);
+function passingParts(whole, work, weights) {
+  const runner = runnerOf(whole, work, weights);
+  const model = runner === null ? whole : ownModel(whole, work.ranks);
   const sizes = runner === "gpu" ? gpuParts(model, work)
     : runner === "cpu" ? cpuParts(model, work)
     : runner === "transformers" ? rowParts(model, work, weights)
     : otherEngineParts(model, work);
   if (model.device === "cuda") sizes["kernel workspace"] = workspaceBytes(model, work, weights);
   return PASSING_PARTS.map((name) => ({ name, sharded: 0, replicated: sizes[name] ?? 0 }));
+}
+
+function processBytes(model, runtime, ranks) {
+  const alone = model.process[runtime];
+  if (runtime !== "halfweight" || ranks === 1) return alone;
+  const plus = (bound) => alone[bound] + model.communication[bound];
+  return { low: plus("low"), likely: plus("likely"), high: plus("high") };
 }
 
 function footprint(model, work, weights) {
@@ -221,7 +251,7 @@ function footprint(model, work, weights) {
   const sum = (list) => list.reduce((all, part) => all + part.sharded + part.replicated, 0);
   const allocated = sum(found);
   const runtime = runtimeOn(model, work.ranks);
-  const { low, likely, high } = model.process[runtime];
+  const { low, likely, high } = processBytes(model, runtime, work.ranks);
   const onAllocator = model.device === "cuda" && runtime === "halfweight";
   const slack = onAllocator ? Math.floor(sum(passing) / model.slackDivisor) : 0;
   const overhead = { low, likely: likely + slack, high: high + slack };

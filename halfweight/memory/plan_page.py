@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.resources import files
 from typing import Any
 
 from halfweight.memory import engine_memory, transient
 from halfweight.memory.cards import Gpus
-from halfweight.memory.plan import Model, Plan, kind_of_layer, legal_ranks
+from halfweight.memory.plan import Model, Plan, kind_of_layer, legal_ranks, on_ranks
+from halfweight.memory.tensor_parallel import KINDS
 from halfweight.memory.what_fits import grid_axes, with_group_size
-from halfweight.memory.workload import SLACK_DIVISOR
+from halfweight.memory.workload import COMMUNICATION_OVERHEAD, SLACK_DIVISOR
 from halfweight.quantization.scheme import GROUP_SIZES
 
 SIZES = (
@@ -67,7 +68,7 @@ def page_data(found: Plan, gpus: Gpus) -> dict[str, Any]:
     """All that the page computes from."""
     model, work, a = found.model, found.workload, found.model.architecture
     by_group = _by_group(model)
-    runtimes = {w.runtime: w for w in (work.on_ranks(2), work)}
+    runtimes = {w.runtime: w for w in (on_ranks(model, work, 2), replace(work, ranks=1))}
     batches, contexts = grid_axes(model, work)
     return {
         "name": a.name,
@@ -86,10 +87,12 @@ def page_data(found: Plan, gpus: Gpus) -> dict[str, Any]:
         },
         "legalRanks": {g: legal_ranks(m) for g, m in by_group.items()},
         "runtime": work.runtime,
+        "isShared": a.kind in KINDS,
+        "communication": asdict(COMMUNICATION_OVERHEAD),
         "device": work.device,
         "constants": {n: getattr(module, n) for module, names in CONSTANTS.items() for n in names},
         "slackDivisor": SLACK_DIVISOR,
-        "runners": {g: m.runner(work.on_ranks(1), "int8") for g, m in by_group.items()},
+        "runners": {g: m.runner(replace(work, ranks=1), "int8") for g, m in by_group.items()},
         "process": {r: asdict(w.expected_overhead) for r, w in runtimes.items()},
         "gpu": gpus.name,
         "budget": found.budget,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from halfweight.errors import DoesNotFitError
-from halfweight.memory.plan import Model, Plan, footprint, legal_ranks
+from halfweight.memory.plan import Model, Plan, footprint, legal_ranks, on_ranks
 from halfweight.memory.workload import GIB, Range, Weights, Workload
 from halfweight.quantization.scheme import GROUP_SIZES, Recipe, Scheme
 
@@ -32,7 +32,9 @@ def solve(
     """
     if quantity == "gpus":
         ranks = (
-            n for n in legal_ranks(model) if fits(model, workload.on_ranks(n), budget, weights)
+            n
+            for n in legal_ranks(model)
+            if fits(model, on_ranks(model, workload, n), budget, weights)
         )
         return next(ranks, None)
     if quantity == "group-size":
@@ -53,7 +55,8 @@ def with_group_size(model: Model, group_size: int) -> Model:
     scheme = next((d.scheme for d in model.decisions if d.scheme), Scheme())
     keep = tuple(d.tensor.name for d in model.decisions if d.scheme is None)
     recipe = model.recipe or Recipe(scheme, keep)
-    changed = replace(recipe, scheme=replace(recipe.scheme, group_size=group_size))
+    scheme = replace(recipe.scheme, group_size=group_size)
+    changed = replace(recipe, scheme=scheme, requantize=True)
     return Model.from_recipe(model.architecture, changed)
 
 
@@ -95,9 +98,9 @@ def grid_axes(model: Model, workload: Workload) -> tuple[list[int], list[int]]:
     return sorted(batches), sorted({*contexts, workload.context})
 
 
-def by_another_runtime(work: Workload, gpus: int) -> str:
+def by_another_runtime(model: Model, work: Workload, gpus: int) -> str:
     """What to add to an answer in GPUs: who runs it, where that is not who was asked for."""
-    runtime = work.on_ranks(gpus).runtime
+    runtime = on_ranks(model, work, gpus).runtime
     return "" if runtime == work.runtime else f", with --runtime {runtime}"
 
 
@@ -128,7 +131,7 @@ def advice(found: Plan) -> list[str]:
             continue
         value = solve(model, work, budget, quantity)
         if value is not None and value != now:
-            by = by_another_runtime(work, value) if quantity == "gpus" else ""
+            by = by_another_runtime(model, work, value) if quantity == "gpus" else ""
             lines.append(f"{word} {value} instead of {now} fits{by}")
     if work.kv_dtype == "16bit":
         smaller = footprint(model, replace(work, kv_dtype="int8"), "int8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from halfweight.errors import UsageError
@@ -25,6 +25,10 @@ class Range:
     likely: int
     high: int
 
+    def plus(self, other: Range) -> Range:
+        """Both together."""
+        return Range(self.low + other.low, self.likely + other.likely, self.high + other.high)
+
 
 ASSUMED_OVERHEAD: dict[DeviceKind, Range] = {
     "cuda": Range(MIB * 400, MIB * 860, MIB * 1400),
@@ -37,6 +41,8 @@ purpose."""
 SLACK_DIVISOR = 5
 """torch's CUDA allocator reserves a fifth more than what comes and goes: blocks rounded up, or cut
 so that they fit nothing else, mostly by the cache, whose layers are made one after the other."""
+COMMUNICATION_OVERHEAD = Range(MIB * 50, MIB * 300, MIB * 700)
+"""The buffers by which ranks of ours talk. An assumption."""
 ENGINE_OVERHEAD = Range(MIB * 700, MIB * 1700, MIB * 2700)
 """Of another engine: its own graphs, its allocator, and the buffers by which GPUs talk as well. An
 assumption."""
@@ -59,15 +65,11 @@ class Workload:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}", hint="give 1 or more")
 
-    def on_ranks(self, ranks: int) -> Workload:
-        """The same on so many GPUs, by vLLM where halfweight alone cannot."""
-        if self.runtime == "halfweight" and ranks > 1:
-            return replace(self, ranks=ranks, runtime="vllm", overhead=None)
-        return replace(self, ranks=ranks)
-
     @property
     def expected_overhead(self) -> Range:
         """What was measured, else what is assumed of the runtime on the device."""
-        if self.overhead is not None:
-            return self.overhead
-        return ASSUMED_OVERHEAD[self.device] if self.runtime == "halfweight" else ENGINE_OVERHEAD
+        own = ASSUMED_OVERHEAD[self.device] if self.runtime == "halfweight" else ENGINE_OVERHEAD
+        found = self.overhead or own
+        if self.runtime == "halfweight" and self.ranks > 1:
+            return found.plus(COMMUNICATION_OVERHEAD)
+        return found

@@ -7,7 +7,7 @@ as the file has them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class QuantizedExperts(nn.Module):
             gated.register_parameter(name, None)
         self.gated = gated
         self.experts = nn.ModuleList(experts)
+        self.after: Callable[[Tensor], Tensor] | None = None
+        """What the sum goes through where several ranks hold columns of each expert."""
 
     @classmethod
     def holding(
@@ -86,7 +88,7 @@ class QuantizedExperts(nn.Module):
             gated: Tensor = apply_gate(torch.cat((expert.gate(x), expert.up(x)), -1))
             y = expert.down(gated)
             out.index_add_(0, token, (y * top_k_weights[token, place, None]).to(out.dtype))
-        return out
+        return out if self.after is None else self.after(out)
 
 
 def has_experts(model: nn.Module) -> bool:

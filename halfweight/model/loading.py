@@ -70,7 +70,27 @@ def load(
     other, UsageError for a map over several devices, DoesNotFitError where the device lacks memory.
     """
     checkpoint = read_headers(resolve(os.fspath(model)))
-    device = indexed(device) if device_map is None else one_device(device_map)
+    return load_checkpoint(
+        checkpoint,
+        device=device if device_map is None else one_device(device_map),
+        dtype=dtype,
+        backend=backend,
+        activations=activations,
+        progress=progress,
+    )
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    activations: Activations = "exact",
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """`load` of a checkpoint whose headers are read, or of one rank's part of it (share.py)."""
+    device = indexed(device)
     chosen = choose_backend(device, backend)
     check_activations(chosen, activations)
     stored = quantized_modules(checkpoint)

@@ -36,6 +36,8 @@ from halfweight.checkpoint.shard import StoredTensor, broken
 
 CHUNK_BYTES = 8 << 20
 NUM_THREADS = 8
+NARROW_BYTES = 1 << 10
+"""Of a row's columns that are wanted: fewer are read with the rest of their row."""
 STAGING_BYTES = 2 * NUM_THREADS * CHUNK_BYTES
 DTYPES = {
     "F64": torch.float64,
@@ -64,20 +66,40 @@ _cuda: Any = torch.cuda
 
 @dataclass(frozen=True)
 class _Piece:
-    """Bytes of one tensor that lie in a chunk: where in the chunk, and where they go."""
+    """Bytes of one tensor that lie in a chunk: where in the chunk, and where they go.
+
+    A destination [rows, width] takes the first `width` of every `pitch` bytes.
+    """
 
     at: int
     destination: Tensor
+    pitch: int = 0
+
+    def source(self, buffer: Tensor) -> Tensor:
+        """The bytes where the chunk was read into `buffer`."""
+        if self.pitch:
+            return buffer.as_strided(self.destination.shape, (self.pitch, 1), self.at)
+        return buffer[self.at : self.at + self.destination.numel()]
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One read: shard[begin:end] and the pieces it holds."""
+    """Bytes of a shard that are staged together, and the pieces of tensors that they are.
+
+    `count` runs of `width` bytes, the first at `begin`, the others `pitch` bytes apart.
+    """
 
     shard: Path
     begin: int
-    end: int
+    width: int
     pieces: tuple[_Piece, ...]
+    count: int = 1
+    pitch: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """What is read."""
+        return self.width * self.count
 
 
 def map_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -100,7 +122,14 @@ def _view_of(mapped: mmap.mmap, tensor: StoredTensor) -> Tensor:
         return torch.empty(tensor.info.shape, dtype=dtype)
     raw = torch.frombuffer(mapped, dtype=torch.uint8, count=num_bytes, offset=tensor.begin)
     aligned = raw if tensor.begin % dtype.itemsize == 0 else raw.clone()
-    return aligned.view(dtype).view(tensor.info.shape)
+    return _shaped(aligned.view(dtype), tensor)
+
+
+def _shaped(numbers: Tensor, tensor: StoredTensor) -> Tensor:
+    """A tensor of the numbers that lie in a file from its first to its last."""
+    if tensor.pitch is None:
+        return numbers.view(tensor.info.shape)
+    return numbers.as_strided(tensor.info.shape, (tensor.pitch // numbers.itemsize, 1))
 
 
 class Tally:
@@ -149,7 +178,7 @@ def read_into(targets: Iterable[tuple[StoredTensor, Tensor]], tally: Tally | Non
                     if tally.stopped:
                         break
                     lane.move(chunk)
-                    tally.add(chunk.end - chunk.begin)
+                    tally.add(chunk.num_bytes)
         except BaseException:
             tally.stop()
             raise
@@ -165,11 +194,14 @@ def _cut(run: Iterable[tuple[StoredTensor, Tensor]]) -> Iterator[_Chunk]:
     pieces: list[_Piece] = []
     begin = end = 0
     for stored, target in run:
+        if stored.pitch is not None:
+            yield from _cut_columns(stored, target)
+            continue
         data = _bytes(stored, target)
         position = stored.begin
         while position < stored.end:
             if pieces and (position != end or end - begin == CHUNK_BYTES):
-                yield _Chunk(stored.shard, begin, end, tuple(pieces))
+                yield _Chunk(stored.shard, begin, end - begin, tuple(pieces))
                 pieces = []
             if not pieces:
                 begin = end = position
@@ -178,12 +210,33 @@ def _cut(run: Iterable[tuple[StoredTensor, Tensor]]) -> Iterator[_Chunk]:
             pieces.append(_Piece(position - begin, data[offset : offset + step]))
             position = end = position + step
     if pieces:
-        yield _Chunk(stored.shard, begin, end, tuple(pieces))
+        yield _Chunk(stored.shard, begin, end - begin, tuple(pieces))
+
+
+def _cut_columns(stored: StoredTensor, target: Tensor) -> Iterator[_Chunk]:
+    """Chunks of some columns of a matrix: of as many of its rows as fit, each row by itself.
+
+    Where a row has few bytes, all that lies between is read with them: a call costs more.
+    """
+    assert stored.pitch is not None
+    height, pitch = stored.info.shape[0], stored.pitch
+    data = _bytes(stored, target).view(height, -1)
+    width = data.shape[1]
+    is_narrow = width < NARROW_BYTES
+    most = max(1, CHUNK_BYTES // (pitch if is_narrow else width))
+    for row in range(0, height, most):
+        part, begin = data[row : row + most], stored.begin + row * pitch
+        count = len(part)
+        if is_narrow:
+            whole = (count - 1) * pitch + width
+            yield _Chunk(stored.shard, begin, whole, (_Piece(0, part, pitch),))
+        else:
+            yield _Chunk(stored.shard, begin, width, (_Piece(0, part.view(-1)),), count, pitch)
 
 
 def _bytes(stored: StoredTensor, target: Tensor) -> Tensor:
     assert target.is_contiguous(), stored.name
-    assert target.nbytes == stored.end - stored.begin, stored.name
+    assert target.nbytes == stored.info.num_bytes, stored.name
     return target.view(-1).view(torch.uint8)
 
 
@@ -222,21 +275,26 @@ class _Lane:
         buffer = self._buffers[turn]
         _read(chunk, buffer)
         for piece in chunk.pieces:
-            source = buffer[piece.at : piece.at + piece.destination.numel()]
-            piece.destination.copy_(source, non_blocking=True)
+            piece.destination.copy_(piece.source(buffer), non_blocking=True)
         if self._stream is not None:
             self._sent[turn] = self._stream.record_event()
 
 
 def _read(chunk: _Chunk, buffer: Tensor) -> None:
-    view = buffer.numpy().data[: chunk.end - chunk.begin]
+    view = buffer.numpy().data
     fd = os.open(chunk.shard, os.O_RDONLY)
     try:
-        position = chunk.begin
-        while view:
-            count = os.preadv(fd, [view], position)
-            if count == 0:
-                raise broken(chunk.shard, f"ends at byte {position}, expected {chunk.end}")
-            view, position = view[count:], position + count
+        for run in range(chunk.count):
+            at = run * chunk.width
+            _read_run(chunk, fd, view[at : at + chunk.width], chunk.begin + run * chunk.pitch)
     finally:
         os.close(fd)
+
+
+def _read_run(chunk: _Chunk, fd: int, view: memoryview, position: int) -> None:
+    end = position + len(view)
+    while view:
+        count = os.preadv(fd, [view], position)
+        if count == 0:
+            raise broken(chunk.shard, f"ends at byte {position}, expected {end}")
+        view, position = view[count:], position + count

@@ -106,9 +106,9 @@ def _empty_scales(stored: Mapping[str, StoredWeight], device: torch.device) -> d
 
 
 def _map_weights(stored: Mapping[str, StoredWeight], mapped: Mapping[str, Tensor]) -> Weights:
-    scales = _compact({name: mapped[f"{name}.weight_scale"] for name in stored})
+    scales = _compact({name: mapped[f"{name}.weight_scale"].contiguous() for name in stored})
     return {
-        name: QuantizedTensor(mapped[f"{name}.weight_packed"].view(torch.uint8), *of)
+        name: QuantizedTensor(mapped[f"{name}.weight_packed"].contiguous().view(torch.uint8), *of)
         for name, of in scales.items()
     }
 

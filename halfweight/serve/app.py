@@ -7,8 +7,9 @@ sees is made of these, as one body or as events. A client that goes away cancels
 from __future__ import annotations
 
 import asyncio
+import gc
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -32,7 +33,10 @@ from halfweight.serve.writer import INTERNAL, Job, Writer, error_body
 COMPLETION_TOKENS = 16
 """Default of /v1/completions, as OpenAI's."""
 MOST_REQUESTS = 1024
+SHORT_BYTES = 8192
+"""Of a request, up to which its jobs are made in less time than a thread would take to begin."""
 T = TypeVar("T")
+R = TypeVar("R", bound=schema.Request)
 
 
 class OverloadedError(HalfweightError):
@@ -55,10 +59,13 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        gc.collect()
+        gc.freeze()  # a collection of all that is loaded by now would stop every stream for 0.1 s
         yield
         await asyncio.to_thread(engine.close)
+        gc.unfreeze()
 
-    def authorized(request: Request) -> None:
+    async def authorized(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if api_key is not None and not secrets.compare_digest(given.encode(), api_key.encode()):
             raise HTTPException(401, "the API key is missing or wrong")
@@ -88,12 +95,12 @@ def build_app(
 
     @app.post("/v1/chat/completions", dependencies=private)
     async def chat(body: ChatRequest, http: Request) -> Response:
-        jobs = await asyncio.to_thread(service.chat_jobs, body)
+        jobs = await _made(service.chat_jobs, body, http)
         return await service.respond(body, jobs, Answer("chat.completion", name), http)
 
     @app.post("/v1/completions", dependencies=private)
     async def completions(body: CompletionRequest, http: Request) -> Response:
-        jobs = await asyncio.to_thread(service.completion_jobs, body)
+        jobs = await _made(service.completion_jobs, body, http)
         return await service.respond(body, jobs, Answer("text_completion", name), http)
 
     _handle_errors(app)
@@ -226,15 +233,24 @@ def _with_seed(request: EngineRequest, choice: int) -> EngineRequest:
     return replace(request, sampling=replace(request.sampling, seed=seed + choice))
 
 
-async def _merged(
+async def _made(make: Callable[[R], list[Job]], body: R, http: Request) -> list[Job]:
+    """The jobs of a request; a long text or a grammar keeps no other stream waiting."""
+    num_bytes = int(http.headers.get("content-length", SHORT_BYTES + 1))
+    if num_bytes <= SHORT_BYTES and body.grammar is None:
+        return make(body)
+    return await asyncio.to_thread(make, body)
+
+
+def _merged(
     streams: Sequence[AsyncGenerator[tuple[int, Piece]]],
 ) -> AsyncGenerator[tuple[int, Piece]]:
     """Pieces of all streams as they come; closing it closes them, the first error ends all."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as stream:
-            async for item in stream:
-                yield item
-        return
+    return streams[0] if len(streams) == 1 else _interleaved(streams)
+
+
+async def _interleaved(
+    streams: Sequence[AsyncGenerator[tuple[int, Piece]]],
+) -> AsyncGenerator[tuple[int, Piece]]:
     queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
 
     async def pump(stream: AsyncGenerator[tuple[int, Piece]]) -> None:

@@ -43,6 +43,8 @@ class Writer:
         self._body, self._jobs, self._answer = body, jobs, answer
         self._names, self._tokenizer = names, tokenizer
         self._wants_new = body.max_tokens != 0
+        self._begun: set[int] = set()
+        self._num_tokens = self._num_cached = 0
 
     async def collect(self, pieces: AsyncGenerator[tuple[int, Piece]]) -> dict[str, Any]:
         """The body of a response that is not streamed."""
@@ -60,17 +62,13 @@ class Writer:
         self, first: tuple[int, Piece], rest: AsyncGenerator[tuple[int, Piece]]
     ) -> AsyncIterator[str]:
         """Server-sent events: a delta a piece, then the usage if asked for, then [DONE]."""
-        begun: set[int] = set()
-        num_tokens = num_cached = 0
         async with aclosing(rest):
             try:
-                async for index, piece in _chain(first, rest):
-                    num_tokens += _num_tokens(piece)
-                    num_cached += piece.num_shared_tokens
-                    deltas = self._deltas(self._jobs[index], piece, first=index not in begun)
-                    begun.add(index)
-                    if deltas:
-                        yield "".join(_event(self._answer.chunk([delta])) for delta in deltas)
+                yield self._events(*first)
+                async for index, piece in rest:
+                    text = self._events(index, piece)
+                    if text:
+                        yield text
             except HalfweightError as error:
                 yield _event(error_body(error.message, "server_error"))
                 return
@@ -79,9 +77,17 @@ class Writer:
                 yield _event(error_body(INTERNAL, "server_error"))
                 return
         if self._body.stream_options.include_usage:
-            total = schema.usage(self._num_prompt_tokens, num_tokens, num_cached)
+            total = schema.usage(self._num_prompt_tokens, self._num_tokens, self._num_cached)
             yield _event(self._answer.chunk([], total))
         yield "data: [DONE]\n\n"
+
+    def _events(self, index: int, piece: Piece) -> str:
+        """The events of a piece, often one; its tokens are counted."""
+        self._num_tokens += _num_tokens(piece)
+        self._num_cached += piece.num_shared_tokens
+        deltas = self._deltas(self._jobs[index], piece, first=index not in self._begun)
+        self._begun.add(index)
+        return "".join(_event(self._answer.chunk([delta])) for delta in deltas)
 
     @property
     def _num_prompt_tokens(self) -> int:
@@ -133,16 +139,11 @@ def _num_tokens(piece: Piece) -> int:
     return len(piece.tokens) + isinstance(piece.stop, int)
 
 
-async def _chain(
-    first: tuple[int, Piece], rest: AsyncGenerator[tuple[int, Piece]]
-) -> AsyncIterator[tuple[int, Piece]]:
-    yield first
-    async for item in rest:
-        yield item
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {_encode(body)}\n\n"
 
 
 def error_body(message: str, kind: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def test_the_document_is_the_plan_in_bytes(capsys):
     code, found = answer(capsys, *SEVENTY, "--gpus", "4x24GB")
     assert (code, found["schema"], found["version"]) == (0, SCHEMA, VERSION)
     model = planned_model("llama-3-70b")
-    planned = footprint(model, Workload(8192, ranks=4, runtime="vllm"), "int8")
+    planned = footprint(model, Workload(8192, ranks=4), "int8")
     parts = found["footprints"]["int8"]["parts"]
     assert {p["name"]: p["bytes"] for p in parts} == {p.name: p.num_bytes for p in planned.parts}
     assert all(p["bytes"] == p["sharded"] + p["replicated"] for p in parts)
@@ -90,13 +90,28 @@ def test_without_gpus_it_plans_for_this_machine(capsys, monkeypatch):
     assert not {"decode step", "kernel workspace"} & set(names)
 
 
+def test_the_command_that_runs_a_plan_is_printed(capsys):
+    _, out, _ = run(capsys, *SEVENTY, "--gpus", "4x24GB", "--kv-dtype", "int8")
+    assert "on each of 4 GPUs (halfweight)" in " ".join(out.split())
+    assert "run: halfweight quantize llama-3-70b OUT\n" in out
+    limits = "--max-context 8192 --max-sequences 1"
+    assert f"run: halfweight serve OUT {limits} --tensor-parallel 4 --kv-cache int8\n" in out
+    _, out, _ = run(capsys, *SEVENTY, "--gpus", "4x24GB", "--runtime", "vllm")
+    assert "run: halfweight quantize llama-3-70b OUT --keep '*embed*' --keep 'lm_head*'\n" in out
+    assert "run: vllm serve OUT --max-model-len 8192 --max-num-seqs 1 --tensor-par" in out
+    code, out, _ = run(capsys, *SEVENTY, "--gpus", "2x24GB")
+    assert code == 3
+    assert "run: " not in out
+    _, out, _ = run(capsys, "plan", "gemma-3-4b", "--gpus", "2x24GB")
+    assert "on each of 2 GPUs (vllm)" in " ".join(out.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--gpus", "banana"), "'banana' is no size and no card"),
         (("--gpus", "2x24GB", "--tensor-parallel", "4"), "--tensor-parallel 4 with 2 GPUs"),
         (("--gpus", "3x24GB"), "3 GPUs do not divide 32 heads"),
-        (("--gpus", "2x24GB", "--runtime", "halfweight"), "halfweight runs on one GPU"),
         (("--gpus", "24GB", "--batch", "0"), "batch is 0"),
         (("--gpus", "24GB", "--group-size", "100"), "group size 100 is not supported"),
     ],

@@ -2,6 +2,7 @@
 
 import builtins
 import shutil
+import socket
 import sys
 
 import pytest
@@ -33,6 +34,7 @@ def run(monkeypatch, *arguments):
         given.update(app=app, host=host, port=port)
 
     monkeypatch.setattr(halfweight.serve.listen, "listen", listen)
+    monkeypatch.setattr(halfweight.serve.listen, "require_address", lambda host, port: None)
     with pytest.raises(SystemExit) as left:
         main(["serve", *map(str, arguments)])
     return left.value.code, given
@@ -65,6 +67,27 @@ def test_an_open_door_is_mentioned(folder, monkeypatch, capsys):
     assert "0.0.0.0 is reachable by others and there is no --api-key" in capsys.readouterr().err
     run(monkeypatch, folder, "--device", "cpu", "--host", "0.0.0.0", "--api-key", "k")
     assert "reachable" not in capsys.readouterr().err
+
+
+def refused(*arguments):
+    with pytest.raises(SystemExit) as left:
+        main(["serve", "no-such-model", *arguments])
+    return left.value.code
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert refused("--port", str(port)) == 2
+    message = f"error: 127.0.0.1:{port}: cannot be listened on (Address already in use)"
+    assert capsys.readouterr().err == f"{message}\nhint: --port 0 takes a free one\n"
+
+
+def test_an_address_of_another_machine_is_told(capsys):
+    assert refused("--host", "203.0.113.7", "--port", "0", "--api-key", "k") == 2
+    written = capsys.readouterr().err
+    assert written.startswith("error: 203.0.113.7:0: cannot be listened on (Cannot assign")
+    assert "hint: --host 127.0.0.1 is for this machine alone" in written
 
 
 def test_without_the_extra(folder, monkeypatch, capsys):

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 BACKENDS = [
     name
-    for name in ("cuda", "triton", "triton-invariant")
+    for name in ("cuda", "sm80", "triton", "triton-invariant")
     if torch.cuda.is_available() and operations.backend(name).unavailable(GPU) is None
 ]
 SHAPES = [(1, 32), (777, 96), (640, 576), (1001, 4096), (333, 14336), (129, 28672)]
@@ -191,7 +191,7 @@ def test_every_plan_of_a_configuration(config):
                 continue
             x = torch.randn(tokens, shape[1], device=GPU).half()
             expected = x.double() @ exact
-            for plan in tiles.plans(config, tokens, *shape, cuda._num_multiprocessors(0)):
+            for plan in tiles.plans(config, tokens, *shape, cuda.num_multiprocessors(0)):
                 results = [launch(x, tensor, plan) for _ in range(3)]
                 error = (results[0].double() - expected).norm() / expected.norm()
                 assert error < 1e-3, plan
@@ -210,7 +210,7 @@ def test_every_plan_for_int8_activations(config):
             rounded, steps = cuda.rounded_for(config, x)
             by_token = steps[1, :, :tokens].double().T.repeat_interleave(config.k_bytes, dim=1)
             expected = (rounded.double() * by_token[:, : shape[1]]) @ exact
-            for plan in tiles.plans(config, tokens, *shape, cuda._num_multiprocessors(0)):
+            for plan in tiles.plans(config, tokens, *shape, cuda.num_multiprocessors(0)):
                 results = [launch(rounded, tensor, plan, steps) for _ in range(3)]
                 error = (results[0].double() - expected).norm() / expected.norm()
                 assert error < 1e-3, plan

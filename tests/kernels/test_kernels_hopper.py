@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from halfweight.kernels.cuda import driver
 from halfweight.kernels.hopper import backend as cuda
 from halfweight.kernels.hopper.backend import source
 from halfweight.kernels.hopper.tiles import (
@@ -164,13 +165,13 @@ def test_machine_code_is_compiled_once_for_a_compiler_and_a_text(tmp_path, monke
     nvrtc = SimpleNamespace(nvrtcVersion=lambda: (0, 13, 0))
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(nvrtc=nvrtc))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cuda, "compile_cubin", lambda text: compiled.append(text) or b"code")
+    monkeypatch.setattr(driver, "compile_cubin", lambda text, _: compiled.append(text) or b"code")
     for text in ("one", "one", "two"):
-        assert cuda.cubin(text) == b"code"
+        assert driver.cubin(text, "sm_90a") == b"code"
     nvrtc.nvrtcVersion = lambda: (0, 13, 1)
-    cuda.cubin("one")
+    driver.cubin("one", "sm_90a")
     assert compiled == ["one", "two", "one"]
-    assert all(p.suffix == ".cubin" for p in (tmp_path / "halfweight" / "hopper").iterdir())
+    assert all(p.suffix == ".cubin" for p in (tmp_path / "halfweight" / "cuda").iterdir())
 
 
 def test_machine_code_that_cannot_be_kept_is_used_all_the_same(tmp_path, monkeypatch) -> None:
@@ -178,8 +179,8 @@ def test_machine_code_that_cannot_be_kept_is_used_all_the_same(tmp_path, monkeyp
     nvrtc = SimpleNamespace(nvrtcVersion=lambda: (0, 13, 0))
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(nvrtc=nvrtc))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cuda, "compile_cubin", lambda text: b"code")
-    assert cuda.cubin("one") == b"code"
+    monkeypatch.setattr(driver, "compile_cubin", lambda text, _: b"code")
+    assert driver.cubin("one", "sm_90a") == b"code"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's compiler, but no GPU")

@@ -25,7 +25,14 @@ from halfweight.memory.named_model import planned_model
 from halfweight.memory.plan import Model, footprint, kv_parts, legal_ranks
 from halfweight.memory.presets import preset
 from halfweight.memory.what_fits import advice, notes, require_fit, solve
-from halfweight.memory.workload import ASSUMED_OVERHEAD, ENGINE_OVERHEAD, MIB, Range, Workload
+from halfweight.memory.workload import (
+    ASSUMED_OVERHEAD,
+    COMMUNICATION_OVERHEAD,
+    ENGINE_OVERHEAD,
+    MIB,
+    Range,
+    Workload,
+)
 from halfweight.model import llama_like
 from halfweight.quantization.scheme import Recipe, Scheme, TensorInfo
 
@@ -65,12 +72,11 @@ def test_sizes_of_the_design():
 
 
 def test_the_partial_sums_are_those_of_the_hopper_kernels(monkeypatch):
-    meta = torch.device("meta")
-    monkeypatch.setattr(hopper, "_num_multiprocessors", lambda _: transient.MULTIPROCESSORS)
-    monkeypatch.setattr(torch, "device", lambda *_: meta)
-    sums, flags = hopper._workspace.__wrapped__(0, 0)
-    assert sums.nbytes == 4 * transient.MULTIPROCESSORS * transient.PARTIAL_SUMS
-    assert flags.nbytes < 1 << 10
+    monkeypatch.setattr(hopper, "num_multiprocessors", lambda _: transient.MULTIPROCESSORS)
+    monkeypatch.setattr(hopper, "workspace", lambda *sizes: sizes[2:])
+    num_floats, num_flags = hopper._workspace(0, 0)
+    assert num_floats == transient.MULTIPROCESSORS * transient.PARTIAL_SUMS
+    assert num_flags == transient.MULTIPROCESSORS
 
 
 def kv_bytes(model, work, weights="int8"):
@@ -396,14 +402,35 @@ def test_transformers_leaves_embedding_and_head_on_every_rank():
     assert found.bytes_of("int8 data") - divided.bytes_of("int8 data") == both * 3 / 4
 
 
-def test_halfweight_itself_runs_on_one_gpu():
-    with pytest.raises(UsageError, match="halfweight runs on one GPU, found 4"):
-        plan.plan(LLAMA_70B, Workload(ranks=4))
-    assert Workload().on_ranks(4).runtime == "vllm"
+def test_families_that_halfweight_cannot_divide_run_on_one_gpu():
+    gemma = Model.from_recipe(architecture(preset("gemma-3-4b")))
+    with pytest.raises(UsageError, match="halfweight runs a gemma3_text on one GPU, found 2"):
+        plan.plan(gemma, Workload(ranks=2))
+    assert plan.on_ranks(gemma, Workload(), 2).runtime == "vllm"
+    assert plan.on_ranks(LLAMA_70B, Workload(), 2) == Workload(ranks=2)
+
+
+def test_70b_runs_on_four_cards_of_24_gb_by_the_same_engine():
+    budget, work = parse_gpus("24GB").num_bytes, Workload(8192, 4, ranks=4)
+    found = plan.plan(LLAMA_70B, work, budget)
+    assert found.verdict == "fits"
+    assert found.sixteen_bit_verdict == "does not fit"
+    one = footprint(LLAMA_70B, replace(work, ranks=1), "int8")
+    parts, whole = ({p.name: p for p in f.parts} for f in (found.int8, one))
+    for name in ("int8 data", "scales", "KV cache"):
+        assert parts[name].num_bytes == pytest.approx(whole[name].num_bytes / 4, rel=1e-6)
+    assert parts["int8 data"].replicated == 0
+    assert parts["tables"] == whole["tables"]
+    rows = 64  # of recorded steps
+    assert parts["logits"].num_bytes - whole["logits"].num_bytes == 2 * rows * 128256 * 9 // 4
+    assert found.int8.process.high == one.process.high + COMMUNICATION_OVERHEAD.high
 
 
 def test_every_rank_together_holds_the_model():
     """Sharded parts times ranks, plus what each holds once, are the whole file's bytes."""
+    found = footprint(LLAMA_70B, Workload(ranks=4), "int8")
+    weights = [p for p in found.parts if p.name in plan.WEIGHT_PARTS]
+    assert sum(4 * p.sharded + p.replicated for p in weights) == LLAMA_70B.resident_bytes
     for runtime in ("vllm", "transformers-tp"):
         found = footprint(LLAMA_70B, Workload(ranks=4, runtime=runtime), "int8")
         weights = [p for p in found.parts if p.name in plan.WEIGHT_PARTS]
@@ -503,7 +530,8 @@ def test_a_measured_overhead_replaces_the_assumption():
     slack = found.slack
     assert found.total == Range(*(found.allocated + n for n in (10, 20 + slack, 30 + slack)))
     assert assumed.process == ASSUMED_OVERHEAD["cuda"]
-    elsewhere = footprint(LLAMA_8B, measured.on_ranks(4), "int8")
+    gemma = Model.from_recipe(architecture(preset("gemma-3-4b")))
+    elsewhere = footprint(gemma, plan.on_ranks(gemma, measured, 2), "int8")
     assert elsewhere.overhead == ENGINE_OVERHEAD, "what was measured is not another engine's"
 
 
@@ -529,6 +557,9 @@ def test_a_context_beyond_the_models_own_is_said_and_solved_for_all_the_same():
 def test_more_gpus_than_one_are_advised_with_who_runs_on_them():
     budget = parse_gpus("24GB").num_bytes
     lines = advice(plan.plan(LLAMA_70B, Workload(4096), budget))
+    assert "GPUs 4 instead of 1 fits" in lines
+    gemma = Model.from_recipe(architecture(preset("gemma-3-4b")))
+    lines = advice(plan.plan(gemma, Workload(4096), parse_gpus("4GB").num_bytes))
     assert "GPUs 4 instead of 1 fits, with --runtime vllm" in lines
     lines = advice(plan.plan(LLAMA_70B, Workload(4096, ranks=2, runtime="vllm"), budget))
     assert "GPUs 4 instead of 2 fits" in lines

@@ -13,7 +13,7 @@ from command_line import run
 
 from halfweight.memory.architecture import architecture
 from halfweight.memory.cards import parse_gpus
-from halfweight.memory.plan import Model, footprint, legal_ranks, plan
+from halfweight.memory.plan import Model, footprint, legal_ranks, on_ranks, plan
 from halfweight.memory.plan_page import page_data, render
 from halfweight.memory.presets import preset
 from halfweight.memory.what_fits import with_group_size
@@ -76,7 +76,7 @@ def expected():
             )
             for count, context, batch, kv_dtype, weights in grid:
                 work = replace(found.workload, context=context, batch=batch, kv_dtype=kv_dtype)
-                made = footprint(model, work.on_ranks(count), weights)
+                made = footprint(model, on_ranks(model, work, count), weights)
                 parts = [[p.name, p.sharded, p.replicated] for p in made.parts]
                 total = made.total
                 key = [name, size, count, context, batch, kv_dtype, weights]

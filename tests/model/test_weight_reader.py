@@ -211,3 +211,22 @@ def test_memory_allocated_is_that_of_the_tensors(tmp_path):
     allocated = torch.cuda.memory_allocated() - before
     assert abs(allocated / checkpoint.num_bytes - 1) < 1e-3
     assert_equal(targets, tensors)
+
+
+@pytest.mark.parametrize("narrow", [1, 1 << 20], ids=["a read for each row", "rows read whole"])
+def test_rows_and_columns_of_a_tensor_arrive(folder, monkeypatch, narrow):
+    monkeypatch.setattr(weight_reader, "NARROW_BYTES", narrow)
+    monkeypatch.setattr(weight_reader, "CHUNK_BYTES", 1000)
+    whole, targets, expected = tensors_of(folder), [], []
+    for stored in read_headers(folder).tensors:
+        if len(stored.info.shape) == 2:
+            rows, columns = stored.info.shape
+            cuts = [(stored.rows(3, rows - 2), (slice(3, rows - 2), slice(None)))]
+            cuts += [(stored.columns(5, columns - 7), (slice(None), slice(5, columns - 7)))]
+            for part, span in cuts:
+                targets.append((part, torch.zeros(part.info.shape, dtype=torch.bfloat16)))
+                expected.append(whole[stored.name][span])
+    weight_reader.read_into(targets)
+    assert len(targets) > 20
+    for (part, found), right in zip(targets, expected, strict=True):
+        assert torch.equal(found, right), part

@@ -1,6 +1,7 @@
 """The official client of OpenAI's API against `halfweight serve`'s application, over a socket."""
 
 import copy
+import gc
 import json
 import re
 import threading
@@ -96,7 +97,7 @@ def test_a_stream_adds_up_to_the_whole(client, prompt):
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
     assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
-    assert len(chunks) > 3
+    assert len(chunks) > 1
     assert len({chunk.id for chunk in chunks}) == 1
 
 
@@ -473,3 +474,19 @@ def test_stopping_leaves_the_model_as_it_was(model, tokenizer):
     with Server(fresh, tokenizer, cache_tokens=128):
         pass
     assert torch.equal(fresh(ids).logits, before)
+
+
+def test_what_was_loaded_is_not_collected_again_while_it_serves(model, tokenizer):
+    with Server(copy.deepcopy(model), tokenizer, cache_tokens=256):
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_long_request_is_answered_as_a_short_one(client, tokenizer):
+    options = {"model": "tiny", "max_tokens": 3, "temperature": 0}
+    short = client.completions.create(prompt="hello", **options)
+    ids = tokenizer("hello")["input_ids"]
+    long = client.completions.create(
+        prompt=ids, **options, extra_headers={"X-Padding": "x"}, user="x" * 9000
+    )
+    assert long.choices[0].text == short.choices[0].text

@@ -24,6 +24,7 @@ from halfweight.memory import engine_memory
 from halfweight.memory.devices import processor_device
 from halfweight.model.llama_like import difference, layer_linears
 from halfweight.model.modules import QuantizedEmbedding, QuantizedLinear
+from halfweight.model.share import shared
 
 PAGE_TOKENS = engine_memory.PAGE_TOKENS["cpu"]
 CACHE_SHARE = 0.5
@@ -112,6 +113,8 @@ def unsupported(model: PreTrainedModel) -> str | None:
     reason = difference(model)
     if reason is not None:
         return reason
+    if shared(model) is not None:
+        return "its compiled step has no sums between ranks"
     if model.model.layers[0].self_attn.head_dim % LANES:
         return f"its heads are not a multiple of {LANES} wide"
     embedding = model.get_input_embeddings()

@@ -43,7 +43,6 @@ from halfweight.engine.runners.gpu_steps import FewTokens, MixedStep, Parts, Rec
 from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.step import KvCache, Step
 from halfweight.kernels.triton.launch import device_info, launch
-from halfweight.memory.device_memory import available_bytes
 from halfweight.memory.engine_memory import (
     FEW_SEQUENCES,
     FEW_TOKENS,
@@ -54,6 +53,7 @@ from halfweight.memory.engine_memory import (
     recorded_rows,
 )
 from halfweight.model.llama_like import difference, layer_linears
+from halfweight.model.share import can_be_recorded, free_on_all
 
 log = logging.getLogger("halfweight")
 
@@ -95,6 +95,7 @@ class GpuRunner:
         self.max_sequences, self.max_step_tokens = max_sequences, max_step_tokens
         self.vocab_size = int(model.config.vocab_size)
         layers, shape = Layers(model), Shape.of(model)
+        self._can_be_recorded = can_be_recorded(model)
         limits = self._choose_pages(model, max_context, cache_tokens, shortens=shortens)
         pool = Pool(shape, model.config.num_hidden_layers, self.num_pages, kv_cache, self.device)
         self.cache_bytes = pool.nbytes
@@ -157,7 +158,7 @@ class GpuRunner:
         shortens: bool,
     ) -> Limits:
         """Set the context and the number of pages: as asked, else what the device has room for."""
-        sizes, free = sizes_of(model), available_bytes(self.device)
+        sizes, free = sizes_of(model), free_on_all(model)
         limits = Limits(
             int(max_context or model.config.max_position_embeddings),
             *(self.max_sequences, self.max_step_tokens, self.kv_cache),
@@ -183,7 +184,7 @@ class GpuRunner:
         self._updates = Inputs(2 * self._page_tables.max_pages, self.device)
         rows = recorded_rows(self.max_sequences)
         self._logits = torch.empty(rows, self.vocab_size, dtype=dtype, device=self.device)
-        self._recordings = Recordings(self.device)
+        self._recordings = Recordings(self.device, is_on=self._can_be_recorded)
         self._steps: dict[tuple[int, int], FewTokens] = {}
         self._reads: dict[int, ReadStep] = {}
         self._mixed = MixedStep(self._parts)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from halfweight.engine.runners.gpu_attention import PAGE_TOKENS, Shape
 from halfweight.errors import DoesNotFitError
 from halfweight.memory.engine_memory import Limits, Sizes, gpu_parts, page_bytes
+from halfweight.model.share import shared
 
 GIB = 1 << 30
 FIXED_BYTES = 768 << 20
@@ -18,8 +19,8 @@ LOGIT_ROWS = 2048
 
 
 def sizes_of(model: PreTrainedModel) -> Sizes:
-    """Those of a Llama-like model."""
-    config, shape = model.config, Shape.of(model)
+    """Those of a Llama-like model, or of a rank's part of one."""
+    config, shape, by = model.config, Shape.of(model), shared(model)
     return Sizes(
         int(config.num_hidden_layers),
         int(config.hidden_size),
@@ -29,6 +30,7 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
         shape.head_size,
         int(config.vocab_size),
         shape.dtype.itemsize,
+        1 if by is None else by.share.ranks,
     )
 
 

@@ -88,18 +88,19 @@ class Recordings:
     """Calls without arguments as CUDA graphs that share one pool of memory.
 
     The first call of a key runs as it is (kernels are compiled, workspaces allocated), the second
-    is recorded and replayed, all later ones are replayed. On a CPU all run as they are.
+    is recorded and replayed, all later ones are replayed. On a CPU all run as they are, and where
+    they wait for other ranks by ways that no graph holds.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, is_on: bool = True) -> None:
         self._graphs: dict[Any, Any] = {}
-        self._is_cuda = device.type == "cuda"
-        self._stream = _cuda.Stream(device) if self._is_cuda else None
-        self._pool = _cuda.graph_pool_handle() if self._is_cuda else None
+        self._is_on = device.type == "cuda" and is_on
+        self._stream = _cuda.Stream(device) if self._is_on else None
+        self._pool = _cuda.graph_pool_handle() if self._is_on else None
 
     def __call__(self, key: Any, call: Callable[[], None]) -> None:
         """Run the call or replay its graph."""
-        if not self._is_cuda:
+        if not self._is_on:
             call()
             return
         if key not in self._graphs:

@@ -48,9 +48,10 @@ from halfweight.engine.runners.row import (
 from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.step import Chunk, KvCache, Step
 from halfweight.memory import engine_memory
-from halfweight.memory.device_memory import available_bytes, out_of_memory
+from halfweight.memory.device_memory import out_of_memory
 from halfweight.memory.engine_memory import power_of_two
 from halfweight.model.experts import has_experts
+from halfweight.model.share import can_be_recorded, free_on_all
 
 log = logging.getLogger("halfweight")
 
@@ -98,7 +99,8 @@ class TransformersRunner:
         self._make_pools(cache_tokens, int8=kv_cache == "int8")
         on_cuda = self.device.type == "cuda"
         self._fixed_shapes = on_cuda if fixed_shapes is None else fixed_shapes
-        self._recorder = _Recorder(is_on=on_cuda and not has_experts(model))
+        records = on_cuda and can_be_recorded(model) and not has_experts(model)
+        self._recorder = _Recorder(is_on=records)
         self._buckets: dict[Layout, _Bucket] = {}
         self._check(kv_cache)
 
@@ -174,7 +176,7 @@ class TransformersRunner:
     def _make_pools(self, cache_tokens: int | None, *, int8: bool) -> None:
         size = sum(call.num_bytes(int8=int8) for call in self._calls if call.source is None)
         if cache_tokens is None:
-            room = _room(self.device, size, self.max_context)
+            room = _room(free_on_all(self._model), size, self.max_context)
             cache_tokens = min(room, self.max_sequences * self.max_context)
         self.num_pages = 1 + max(2, -(-cache_tokens // PAGE_TOKENS))
         self.pools: list[PagePool] = []
@@ -276,9 +278,8 @@ class _Bucket:
         return logits
 
 
-def _room(device: torch.device, token_bytes: int, max_context: int) -> int:
+def _room(free: int | None, token_bytes: int, max_context: int) -> int:
     """Tokens of cache that the device has room for; on a CPU one sequence at least."""
-    free = available_bytes(device)
     if free is None:
         return max(CPU_CACHE_TOKENS, max_context)
     return int(free * CACHE_SHARE) // token_bytes

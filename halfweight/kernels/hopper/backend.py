@@ -14,10 +14,8 @@ float32 activations, gathers) goes to the Triton backend too, by rule and not by
 from __future__ import annotations
 
 import ctypes
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfweight.cache_folder import cache_folder, write_whole
-from halfweight.errors import HalfweightError
+from halfweight.kernels.cuda.driver import (
+    Problem,
+    address,
+    check,
+    load,
+    num_multiprocessors,
+    workspace,
+)
+from halfweight.kernels.cuda.schedule import Plan
 from halfweight.kernels.hopper.tiles import (
     INT8,
     LARGE,
@@ -34,7 +39,6 @@ from halfweight.kernels.hopper.tiles import (
     Config,
     Int8,
     Large,
-    Plan,
     choose,
     choose_int8,
 )
@@ -46,8 +50,7 @@ GEMV_COLUMNS = 8192
 """One token with at most so many columns is the Triton backend's GEMV, which starts sooner."""
 INT8_GROUP = 128
 """Int8 activations meet groups of multiples of this, which hopper_int8.cu sums as integers."""
-OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17")
-"""What NVRTC is told."""
+ARCHITECTURE = "sm_90a"
 INT8_TOKENS = 512
 """Fewer tokens are multiplied exactly, which is faster as well."""
 
@@ -57,29 +60,8 @@ KINDS = {torch.int8: "uint8", torch.float16: "float16", torch.bfloat16: "bfloat1
 Shape = tuple[int, ...]
 
 
-class _Problem(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "exponents", "bias", "y")),
-        *((name, ctypes.c_void_p) for name in ("partials", "flags", "steps")),
-        *((name, ctypes.c_int) for name in ("num_tokens", "out_features", "in_features")),
-        *((name, ctypes.c_int) for name in ("group_size", "num_groups", "tiles_m", "tiles_n")),
-        *((name, ctypes.c_int) for name in ("tile_rows", "k_blocks", "whole_waves", "num_workers")),
-        ("steps_stride", ctypes.c_int),
-    ]
-
-
 _Arguments = ctypes.c_void_p * 3
 """Addresses of a kernel's arguments: two tensor maps and the problem."""
-
-
-def _check(result: tuple[Any, ...], what: str) -> Any:
-    status, *values = result
-    if int(status) != 0:
-        raise HalfweightError(
-            f"CUDA call {what} failed: {status!r}",
-            hint="load the model with backend='triton' and report this message",
-        )
-    return values[0] if len(values) == 1 else values
 
 
 def source(config: Config, groups: int, dtype: torch.dtype) -> str:
@@ -87,7 +69,8 @@ def source(config: Config, groups: int, dtype: torch.dtype) -> str:
     defines = {**config.defines(groups), "BF16": int(dtype == torch.bfloat16)}
     folder = Path(__file__).parent
     parts = [f"#define {name} {value}" for name, value in defines.items()]
-    parts.append((folder / "hopper.cuh").read_text())
+    for name in ("cuda/ptx.cuh", "cuda/schedule.cuh", "hopper/hopper.cuh"):
+        parts.append((folder.parent / name).read_text())
     if isinstance(config, Large):
         parts.append((folder / "hopper_wgmma.cuh").read_text())
         parts.append(_wgmma(config, "bf16" if dtype == torch.bfloat16 else "f16"))
@@ -128,55 +111,10 @@ def _wgmma(config: Large, kind: str) -> str:
     )
 
 
-def cubin(text: str) -> bytes:
-    """Machine code of `text`, from the cache where this compiler has made it before."""
-    from cuda.bindings import nvrtc
-
-    version = _check(nvrtc.nvrtcVersion(), "version")
-    name = sha256(repr((version, OPTIONS, text)).encode()).hexdigest()
-    path = cache_folder() / "hopper" / f"{name}.cubin"
-    if path.is_file():
-        return path.read_bytes()
-    compiled = compile_cubin(text)
-    with suppress(OSError):  # a cache that cannot be written is no reason to stop
-        write_whole(path, compiled)
-    return compiled
-
-
-def compile_cubin(text: str) -> bytes:
-    """Machine code of `text` for sm_90a through NVRTC; raises HalfweightError with its log."""
-    from cuda.bindings import nvrtc
-
-    program = _check(nvrtc.nvrtcCreateProgram(text.encode(), b"hopper.cu", 0, [], []), "create")
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(OPTIONS), list(OPTIONS))
-    if int(status) != 0:
-        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "log size")
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise HalfweightError(f"hopper.cu does not compile: {log.decode()}")
-    compiled: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "cubin size")
-    _check(nvrtc.nvrtcGetCUBIN(program, compiled), "cubin")
-    return compiled
-
-
-@cache
-def _module(config: Config, groups: int, dtype: torch.dtype, device: int) -> Any:
-    from cuda.bindings import driver
-
-    with torch.cuda.device(device):
-        torch.cuda.current_stream()
-        code = cubin(source(config, groups, dtype))
-        return _check(driver.cuModuleLoadData(code), "load")
-
-
 @cache
 def _kernel(config: Config, groups: int, dtype: torch.dtype, device: int) -> Any:
-    from cuda.bindings import driver
-
-    module = _module(config, groups, dtype, device)
-    kernel = _check(driver.cuModuleGetFunction(module, config.entry), "function")
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _check(driver.cuFuncSetAttribute(kernel, attribute, config.shared_bytes), "shared memory")
-    return kernel
+    text = source(config, groups, dtype)
+    return load(text, ARCHITECTURE, config.entry, config.shared_bytes, device)
 
 
 @lru_cache(maxsize=16384)
@@ -195,7 +133,7 @@ def _tensor_map(pointer: int, kind: str, sizes: Shape, strides: Shape, box: Shap
     }[kind]
     swizzles = driver.CUtensorMapSwizzle
     wide = box[0] * size == 128
-    return _check(
+    return check(
         driver.cuTensorMapEncodeTiled(
             dtype,
             len(sizes),
@@ -213,7 +151,7 @@ def _tensor_map(pointer: int, kind: str, sizes: Shape, strides: Shape, box: Shap
     )
 
 
-def _maps(plan: Plan, packed: Tensor, x: Tensor) -> tuple[Any, Any]:
+def _maps(plan: Plan[Config], packed: Tensor, x: Tensor) -> tuple[Any, Any]:
     """Tensor maps of the weights and the activations as `plan` reads them."""
     config = plan.config
     kind = KINDS[x.dtype]
@@ -234,21 +172,10 @@ def _maps(plan: Plan, packed: Tensor, x: Tensor) -> tuple[Any, Any]:
     )
 
 
-@cache
 def _workspace(device: int, stream: int) -> tuple[Tensor, Tensor]:
-    """Partial sums and flags for one stream: launches on one stream never overlap."""
-    blocks = _num_multiprocessors(device)
+    blocks = num_multiprocessors(device)
     sums = blocks * max(config.partial_floats for config in (*SMALL, *LARGE, *INT8))
-    where = torch.device("cuda", device)
-    return (
-        torch.empty(sums, dtype=torch.float32, device=where),
-        torch.zeros(blocks, dtype=torch.int32, device=where),
-    )
-
-
-@cache
-def _num_multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return workspace(device, stream, sums, blocks)
 
 
 @dataclass(frozen=True)
@@ -262,7 +189,9 @@ class _Start:
 
 
 @lru_cache(maxsize=16384)
-def _start(plan: Plan, group_size: int, dtype: torch.dtype, device: int, stream: int) -> _Start:
+def _start(
+    plan: Plan[Config], group_size: int, dtype: torch.dtype, device: int, stream: int
+) -> _Start:
     """It may start before the kernel ahead of it has ended: it waits before it reads x."""
     from cuda.bindings import driver
 
@@ -290,7 +219,7 @@ def _launch(
     exponents: Tensor,
     bias: Tensor | None,
     y: Tensor,
-    plan: Plan,
+    plan: Plan[Config],
     steps: Tensor | None = None,
 ) -> None:
     from cuda.bindings import driver
@@ -301,18 +230,16 @@ def _launch(
     stream = torch.cuda.current_stream(device).cuda_stream
     start = _start(plan, group_size, y.dtype, device, stream)
     w_map, x_map = _maps(plan, packed, x)
-    problem = _Problem(
-        *(scales.data_ptr(), exponents.data_ptr(), 0 if bias is None else bias.data_ptr()),
-        *(y.data_ptr(), start.partials.data_ptr(), start.flags.data_ptr()),
-        0 if steps is None else steps.data_ptr(),
+    problem = Problem(
+        *map(address, (scales, exponents, bias, y, start.partials, start.flags, steps)),
         *(num_tokens, out_features, in_features, group_size, num_groups),
         *(plan.tiles_m, plan.tiles_n, plan.rows, plan.k_blocks),
         *(plan.whole_waves, plan.num_workers),
         0 if steps is None else steps.shape[-1],
     )
     arguments = _Arguments(w_map.getPtr(), x_map.getPtr(), ctypes.addressof(problem))
-    address = ctypes.addressof(arguments)
-    _check(driver.cuLaunchKernelEx(start.launch, start.kernel, address, 0), "launch")
+    where = ctypes.addressof(arguments)
+    check(driver.cuLaunchKernelEx(start.launch, start.kernel, where, 0), "launch")
 
 
 def _divides_evenly(group_size: int, num_groups: int) -> bool:
@@ -346,7 +273,7 @@ def linear(
     y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     group_size = packed.shape[1] // scales.shape[1]
-    multiprocessors = _num_multiprocessors(x.device.index)
+    multiprocessors = num_multiprocessors(x.device.index)
     chosen = choose(rows.shape[0], *packed.shape, group_size, multiprocessors)
     _launch(rows, packed, scales.contiguous(), exponents, bias, y, chosen)
     return y.reshape(*x.shape[:-1], packed.shape[0])
@@ -383,7 +310,7 @@ def linear_int8(
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    chosen = choose_int8(rows.shape[0], *packed.shape, _num_multiprocessors(x.device.index))
+    chosen = choose_int8(rows.shape[0], *packed.shape, num_multiprocessors(x.device.index))
     rounded, steps = rounded_for(chosen.config, rows)
     y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.to(x.dtype).contiguous()

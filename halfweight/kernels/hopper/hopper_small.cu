@@ -37,17 +37,6 @@ __device__ __forceinline__ int row_in_eight(int fragment_row) {
     return (fragment_row & 1) * 4 + (fragment_row >> 1);
 }
 
-__device__ __forceinline__ void mma(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
-#if BF16
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-#else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-#endif
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // Weights are nobody's output: those of the first stages are asked for before the kernel ahead of
 // this one has ended, activations after.
 __device__ __forceinline__ void produce(const TensorMap* w_map, const TensorMap* x_map,

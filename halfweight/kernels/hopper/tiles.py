@@ -8,9 +8,12 @@ the times of all configurations and schedules on an H100 (benchmarks/hopper_tile
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+
+from halfweight.kernels.cuda import schedule
+from halfweight.kernels.cuda.schedule import Plan
 
 MEMORY_BYTES_PER_US = 2_930_000
 """What all multiprocessors together can read of the weights."""
@@ -42,6 +45,7 @@ class Small:
     threads = 384
     cluster = split = 1
     tile_us = 0.67
+    collect_us = 0.0
     shares_tiles = True
 
     @property
@@ -262,22 +266,6 @@ INT8 = (
 )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a product is computed: tiles of `rows` rows, the first `whole_waves` of them not shared
-    with another worker (a block, or a cluster of them).
-    """
-
-    config: Config
-    rows: int
-    tiles_m: int
-    tiles_n: int
-    k_blocks: int
-    whole_waves: int
-    num_workers: int
-    microseconds: float
-
-
 def candidates(num_tokens: int, in_features: int, group_size: int) -> list[Config]:
     """The configurations worth a thought for such a product.
 
@@ -296,80 +284,28 @@ def candidates(num_tokens: int, in_features: int, group_size: int) -> list[Confi
 
 def plans(
     config: Config, num_tokens: int, out_features: int, in_features: int, multiprocessors: int
-) -> list[Plan]:
+) -> list[Plan[Config]]:
     """Every way to deal the tiles of `config` to the multiprocessors."""
-    tiles_m = -(-num_tokens // config.tokens)
-    k_blocks = -(-in_features // config.k_bytes)
-    workers = multiprocessors // (config.cluster * config.split)
-    in_step = 2 * num_tokens * in_features <= L2_BYTES
-    found = []
-    for rows in config.row_counts(out_features, tiles_m, workers):
-        tiles_n = -(-out_features // (rows * config.cluster))
-        sizes = (rows, tiles_m * tiles_n, k_blocks, workers)
-        cases = _split(config, *sizes) if config.split > 1 else _schedules(config, *sizes, in_step)
-        for case in cases:
-            found.append(Plan(config, rows, tiles_m, tiles_n, k_blocks, *case))
-    return found
-
-
-Schedule = tuple[int, int, float]
-"""whole_waves, num_workers and microseconds of a Plan."""
-
-
-def _split(
-    config: Config, rows: int, tiles: int, k_blocks: int, workers: int
-) -> Iterator[Schedule]:
-    """A cluster for each tile, if there are as many."""
-    if isinstance(config, Large) and tiles <= workers and k_blocks >= config.split:
-        stage_us = config.stage_us(tiles * config.split, rows)
-        blocks = -(-k_blocks // config.split)
-        yield 1, tiles, blocks * stage_us + config.tile_us + config.collect_us
-
-
-def _schedules(
-    config: Config, rows: int, tiles: int, k_blocks: int, most_workers: int, in_step: bool
-) -> Iterator[Schedule]:
-    """Whole tiles only; what is left after whole waves shared; each tile cut evenly.
-
-    Of what is shared every worker has a part: who starts a tile waits for all others between.
-    """
-    workers = min(most_workers, tiles * k_blocks)
-    waves, parts = -(-tiles // workers), min(workers // tiles, k_blocks)
-
-    def us(num_workers: int, num_tiles: float, blocks: float, in_step: bool = True) -> float:
-        stage_us = config.stage_us(num_workers * config.cluster, rows, in_step)
-        return blocks * stage_us + num_tiles * config.tile_us
-
-    yield waves, workers, us(min(tiles, workers), waves, waves * k_blocks)
-    full, left = divmod(tiles, workers)
-    if config.shares_tiles and left and left * k_blocks >= workers:
-        share = left / workers
-        shared_us = us(workers, share, share * k_blocks, in_step) + config.fixup_us
-        yield full, workers, us(workers, full, full * k_blocks) + shared_us
-    if config.shares_tiles and parts > 1:
-        even_us = us(tiles * parts, 1, -(-k_blocks // parts))
-        yield 0, tiles * parts, even_us + config.even_fixup_us
+    sizes = (num_tokens, out_features, in_features)
+    return schedule.plans(config, *sizes, multiprocessors, L2_BYTES)
 
 
 @lru_cache(maxsize=4096)
 def choose(
     num_tokens: int, out_features: int, in_features: int, group_size: int, multiprocessors: int
-) -> Plan:
+) -> Plan[Config]:
     """The plan that should take the least time."""
     configs = candidates(num_tokens, in_features, group_size)
     return _fastest(configs, num_tokens, out_features, in_features, multiprocessors)
 
 
 @lru_cache(maxsize=4096)
-def choose_int8(num_tokens: int, out_features: int, in_features: int, multiprocessors: int) -> Plan:
+def choose_int8(
+    num_tokens: int, out_features: int, in_features: int, multiprocessors: int
+) -> Plan[Config]:
     """The plan that should take the least time for activations in int8."""
     return _fastest(INT8, num_tokens, out_features, in_features, multiprocessors)
 
 
-def preference(plan: Plan) -> tuple[float, int]:
-    """Least time first; of equals the fewest workers, which read x least often."""
-    return plan.microseconds, plan.num_workers
-
-
-def _fastest(configs: Sequence[Config], *sizes: int) -> Plan:
-    return min((p for c in configs for p in plans(c, *sizes)), key=preference)
+def _fastest(configs: Sequence[Config], *sizes: int) -> Plan[Config]:
+    return min((p for c in configs for p in plans(c, *sizes)), key=schedule.preference)

@@ -1,0 +1,160 @@
+"""Several ranks run one model: speed, the memory of the worst rank beside its plan, bytes read.
+
+    python benchmarks/tensor_parallel.py                          # small, ranks on the CPU
+    python benchmarks/tensor_parallel.py --preset llama-3-70b --ranks 4 --limit 24GB \\
+        --devices cuda:0,cuda:0,cuda:1,cuda:1 --batch 4 --prompt 2048 --new 128 --context 8192
+    python benchmarks/tensor_parallel.py --preset llama-3-70b --ranks 2 --batch 1 16 64
+
+Random INT8 weights of a preset's shapes are written to a folder and loaded from there by each rank,
+which reads its part alone. All requests of a batch come at once; the prompts are random and no two
+alike. `prefill_seconds` is the time until each has its first token, `tokens_per_second` all later
+tokens over their time. With --limit a rank cannot allocate more of its GPU. On GPUs `peak_bytes` is
+what the worst rank's allocator reserved at most, `planned_bytes` what the planner expects there;
+on a CPU the first is the process's largest size, and there is no plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from arguments import workplace
+from envelope import RESULTS, envelope, write_result
+from random_folder import write_random
+
+from halfweight.checkpoint.headers import read_headers
+from halfweight.engine.engine import Engine
+from halfweight.engine.parallel.job import peak_bytes
+from halfweight.engine.parallel.start import Running, start
+from halfweight.engine.sampler import Sampler
+from halfweight.memory.cards import parse_bytes
+from halfweight.memory.plan import Footprint, footprint
+from halfweight.memory.presets import preset
+from halfweight.memory.workload import Workload
+from halfweight.model.share import described, own_part
+
+SMALL: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 4096,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+SECONDS_TO_BEAT = 1.5
+"""In which each rank has told its largest size."""
+
+
+def ids(batch: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    found: list[list[int]] = torch.randint(
+        vocab_size, (batch, length), generator=generator
+    ).tolist()
+    return found
+
+
+def seconds(engine: Engine, prompts: list[list[int]], new_tokens: int) -> float:
+    begin = time.perf_counter()
+    engine.generate(prompts, max_new_tokens=new_tokens, temperature=0, stop_tokens=())
+    return time.perf_counter() - begin
+
+
+def measure(engine: Engine, batch: int, prompt: int, new: int) -> dict[str, float]:
+    """One row's times, after one batch that is not counted: graphs are recorded by then."""
+    vocab_size = 1000
+    seconds(engine, ids(batch, prompt, vocab_size, 0), 8)
+    prefill = seconds(engine, ids(batch, prompt, vocab_size, 1), 1)
+    whole = seconds(engine, ids(batch, prompt, vocab_size, 2), new)
+    return {
+        "tokens_per_second": batch * (new - 1) / (whole - prefill),
+        "prefill_seconds": prefill,
+    }
+
+
+def opened(options: argparse.Namespace, folder: Path, batch: int) -> Running:
+    tokens = batch * options.context
+    limits = {"max_context": options.context, "max_sequences": batch, "cache_tokens": tokens}
+    limits["kv_cache"] = options.kv_cache
+    device = None if options.devices else ("cuda" if torch.cuda.is_available() else "cpu")
+    loading = {"device": device, "dtype": torch.bfloat16, "backend": None, "activations": "exact"}
+    devices = options.devices.split(",") if options.devices else None
+    limit = parse_bytes(options.limit) if options.limit else None
+    return start(folder, options.ranks, devices, loading, limits, limit)
+
+
+def row(options: argparse.Namespace, folder: Path, batch: int) -> dict[str, Any]:
+    begin = time.perf_counter()
+    running = opened(options, folder, batch)
+    loaded = time.perf_counter() - begin
+    sampler = Sampler(running.runner.table, running.runner.vocab_size)
+    with Engine.over(running.runner, sampler, None) as engine:
+        times = measure(engine, batch, options.prompt, options.new)
+        time.sleep(SECONDS_TO_BEAT)
+        peaks = [peak_bytes(), *(member.peak_bytes for member in engine.ranks)]
+    on_gpu = running.runner.device.type == "cuda"
+    both = planned(options, folder, batch)
+    part = own_part(read_headers(folder), described(folder), 0, options.ranks)
+    return {
+        "model": options.preset or "small",
+        "ranks": options.ranks,
+        "limit_bytes": parse_bytes(options.limit) if options.limit else None,
+        "batch": batch,
+        **times,
+        "peak_bytes": max(peaks),
+        "planned_bytes": both["int8"].allocated + both["int8"].slack if on_gpu else None,
+        "bytes_read_a_rank": part.num_bytes,
+        "load_seconds": loaded,
+        "prompt_tokens": options.prompt,
+        "new_tokens": options.new,
+        "context": options.context,
+        "kv_cache": options.kv_cache,
+        "devices": options.devices or str(running.runner.device.type),
+        "planned_16bit_bytes": both["16bit"].total.likely if on_gpu else None,
+    }
+
+
+def planned(options: argparse.Namespace, folder: Path, batch: int) -> dict[str, Footprint]:
+    work = Workload(options.context, batch, options.kv_cache, options.ranks)
+    model = described(folder)
+    return {weights: footprint(model, work, weights) for weights in ("16bit", "int8")}
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--preset", help="sizes of the model [default: small ones]")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--devices", help="one a rank, separated by commas")
+    parser.add_argument("--limit", help="memory that a rank may have, as 24GB")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--kv-cache", choices=("16bit", "int8"), default="16bit")
+    parser.add_argument("--models", type=Path, help="folder that keeps the random models")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="tensor_parallel")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed()
+    rows: list[dict[str, Any]] = []
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    with workplace(options.models) as under:
+        folder = under / f"{options.preset or 'small'}-random-int8"
+        write_random(preset(options.preset) if options.preset else SMALL, folder)
+        for batch in options.batch:
+            rows.append(row(options, folder, batch))
+            print(rows[-1], flush=True)
+            write_result(options.name, envelope(device, {}), rows, out=options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+// Instructions that the kernels of all families use, from compute capability 8.0 on, and the numbers
+// they work on. Whatever is written in PTX stands here or in hopper/, so that a test can run the rest
+// without a GPU (tests/helpers/emulated_gpu.hpp).
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+typedef unsigned char u8;
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+    return (u32)__cvta_generic_to_shared(p);
+}
+__device__ __forceinline__ u8* shared_memory() {
+    extern __shared__ __align__(1024) u8 bytes[];
+    return bytes;
+}
+// 16 bytes to shared memory, while the thread goes on; zeros where there is nothing to read.
+__device__ __forceinline__ void copy16(u32 to, const void* from, bool is_there) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
+                 "l"(__cvta_generic_to_global(from)), "r"(is_there ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void end_copy_group() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Until at most PENDING groups of this thread's copies are on their way.
+template <int PENDING> __device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+template <int ID, int THREADS> __device__ __forceinline__ void named_sync() {
+    asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
+}
+__device__ __forceinline__ void set_flag(int* flag) {
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
+}
+__device__ __forceinline__ int read_flag(const int* flag) {
+    int ready;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(ready) : "l"(flag) : "memory");
+    return ready;
+}
+
+__device__ __forceinline__ uint4 load16(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
+}
+
+__device__ __forceinline__ void load_words(u32 address, u32 (&words)[4]) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(address));
+}
+__device__ __forceinline__ void load_words(u32 address, u32 (&words)[2]) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1]) : "r"(address));
+}
+
+// Two stored bytes q + 128 of a word -> two 16-bit q, exactly. `selector` says which bytes.
+__device__ __forceinline__ u32 to_16bit(u32 word, u32 selector) {
+    u32 r, v;
+#if BF16
+    // 0x43uu is 128 + (u & 127) with bit 7 in the exponent's last place: take it out of one
+    // operand and put its complement in the other, and the difference is u - 128.
+    asm("prmt.b32 %0, %1, 0x43434343, %2;" : "=r"(v) : "r"(word), "r"(selector));
+#if __CUDA_ARCH__ >= 900
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(r)
+        : "r"(v & 0xff7fff7fu), "r"((v ^ 0x00800080u) & 0xff80ff80u));
+#else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(v & 0xff7fff7fu), "r"(0x3f803f80u),
+        "r"(((v ^ 0x00800080u) & 0xff80ff80u) ^ 0x80008000u));
+#endif
+#else
+    // 0x64uu is 1024 + u
+    asm("prmt.b32 %0, %1, 0x64646464, %2;" : "=r"(v) : "r"(word), "r"(selector));
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(0x64806480u));
+#endif
+    return r;
+}
+enum : u32 { LOW_BYTES = 0x4140, HIGH_BYTES = 0x4342 };
+__device__ __forceinline__ u32 word(const uint4& v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 r;
+#if BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#endif
+    return r;
+}
+__device__ __forceinline__ float half_to_float(u16 v) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+    return f;
+}
+__device__ __forceinline__ float to_float(u16 v) {
+#if BF16
+    return __uint_as_float((u32)v << 16);
+#else
+    return half_to_float(v);
+#endif
+}
+
+__device__ __forceinline__ void mma(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
+#if BF16
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+#endif
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}

@@ -1,0 +1,89 @@
+// A product as every kernel of these families gets it, and the schedule of its tiles.
+//
+// Work: whole tiles first, then what is left is cut into equal runs of K blocks (stream-K), so that
+// every multiprocessor ends at the same time. A run that does not start its tile leaves its float32
+// sums in `partials`; the run that starts the tile adds them in a fixed order, so results do not
+// change from call to call. It waits only for blocks of a lower index, which the hardware starts
+// first, and for each of them: none may be without a run (schedule.py sees to it).
+
+struct Problem {
+    const u8* codes;
+    const signed char* exponents;
+    const u16* bias;
+    u16* y;
+    float* partials;
+    int* flags;
+    const float* steps;
+    int num_tokens, out_features, in_features, group_size, num_groups;
+    int tiles_m, tiles_n, tile_rows, k_blocks, whole_waves, num_workers, steps_stride;
+};
+
+// One run of K blocks [k_begin, k_end) of a tile.
+struct Segment { int tile, k_begin, k_end; };
+
+// The runs of one worker (a cluster): whole tiles, then its share of the stream-K remainder.
+struct Schedule {
+    const Problem& p;
+    int worker, wave;
+    int next, end;
+
+    __device__ Schedule(const Problem& problem, int worker_) : p(problem), worker(worker_), wave(0) {
+        next = share(worker);
+        end = share(worker + 1);
+    }
+    __device__ int share(int w) const {
+        int tiles = max(0, p.tiles_m * p.tiles_n - p.whole_waves * p.num_workers);
+        return (int)((long long)tiles * p.k_blocks * w / p.num_workers);
+    }
+    __device__ bool pop(Segment& s) {
+        if (wave < p.whole_waves) {
+            s = {wave * p.num_workers + worker, 0, p.k_blocks};
+            ++wave;
+            return s.tile < p.tiles_m * p.tiles_n;
+        }
+        if (next >= end) return false;
+        int tile = next / p.k_blocks;
+        s.tile = p.whole_waves * p.num_workers + tile;
+        s.k_begin = next - tile * p.k_blocks;
+        s.k_end = min(p.k_blocks, s.k_begin + end - next);
+        next += s.k_end - s.k_begin;
+        return true;
+    }
+    // The workers after this one that hold the rest of tile `s`: [worker + 1, last).
+    __device__ int last_sharer(const Segment& s) const {
+        int tile_end = (s.tile - p.whole_waves * p.num_workers + 1) * p.k_blocks;
+        int other = worker + 1;
+        while (other < p.num_workers && share(other) < tile_end) ++other;
+        return other;
+    }
+};
+
+// Leave this run's sums for the block that starts the tile. THREADS threads of barrier ID call it.
+template <int ID, int THREADS, int COUNT>
+__device__ __forceinline__ void leave_partial(const Problem& p, int slot, int thread,
+                                              const float (&sums)[COUNT]) {
+    float* mine = p.partials + (long long)slot * COUNT * THREADS + thread;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) __stcg(mine + i * THREADS, sums[i]);
+    __threadfence();
+    named_sync<ID, THREADS>();
+    if (thread == 0) set_flag(p.flags + slot);
+}
+
+// Add what the workers [first, last) left for this tile, in their order.
+template <int ID, int THREADS, int COUNT>
+__device__ __forceinline__ void add_partials(const Problem& p, int first, int last, int stride,
+                                             int rank, int thread, float (&sums)[COUNT]) {
+    for (int other = first + thread; other < last; other += THREADS) {
+        int* flag = p.flags + other * stride + rank;
+        while (!read_flag(flag)) {}
+        *flag = 0;
+    }
+    named_sync<ID, THREADS>();
+    for (int other = first; other < last; ++other) {
+        const float* theirs =
+            p.partials + (long long)(other * stride + rank) * COUNT * THREADS + thread;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) sums[i] += __ldcg(theirs + i * THREADS);
+    }
+}

@@ -1,0 +1,221 @@
+// Runs a kernel of halfweight/kernels/cuda on the CPU: in place of ptx.cuh, before schedule.cuh and
+// the kernel itself. Slow and simple; it is there to be right.
+//
+// Every thread of every block is a fiber. They run one at a time, in an order drawn anew for each
+// round, from one wait to the next: a barrier, a product of a warp, a flag that another block sets.
+// Copies to shared memory happen as late as the hardware may make them, when their thread waits for
+// them, and shared memory begins as noise: what is read too soon is wrong. Where all fibers wait for
+// ever, the run ends with -1.
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) alignas(n)
+#define __CUDA_ARCH__ 800
+
+typedef uint32_t u32;
+typedef uint64_t u64;
+typedef uint16_t u16;
+typedef uint8_t u8;
+struct uint4 { u32 x, y, z, w; };
+struct Index { unsigned x; };
+using std::max;
+using std::min;
+
+constexpr size_t STACK_BYTES = 96 << 10;
+
+// Threads that wait for each other: they go on once all `size` have arrived.
+struct Meeting { int arrived = 0, size = 0; u64 round = 0; };
+
+struct Copy { u32 to; const void* from; };
+
+struct Block {
+    std::vector<u8> shared;
+    Meeting all, named[16];
+    std::vector<Meeting> warps;
+    std::vector<u32> exchange;  // 10 words a lane: operands of a warp's product
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<u8[]> stack{new u8[STACK_BYTES]};
+    Index thread, block;
+    Block* home;
+    bool ended = false;
+    u64 steps = 0;
+    std::deque<std::vector<Copy>> groups{1};
+};
+
+inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline Fiber* current;
+inline ucontext_t scheduler;
+inline u64 progress;  // of all fibers: a round without any is a deadlock
+inline void (*entry)();
+
+#define threadIdx (current->thread)
+#define blockIdx (current->block)
+
+inline void pause() { swapcontext(&current->context, &scheduler); }
+
+inline void meet(Meeting& m, int size) {
+    u64 round = m.round;
+    ++progress;
+    if (++m.arrived == size) {
+        m.arrived = 0;
+        ++m.round;
+        return;
+    }
+    while (m.round == round) pause();
+}
+
+inline void __syncthreads() { meet(current->home->all, current->home->all.size); }
+inline void __syncwarp() { meet(current->home->warps[threadIdx.x / 32], 32); }
+template <int ID, int THREADS> void named_sync() { meet(current->home->named[ID], THREADS); }
+inline void __threadfence() {}
+template <class T> T __ldg(const T* p) { return *p; }
+template <class T> T __ldcg(const T* p) { return *p; }
+template <class T> void __stcg(T* p, T v) { *p = v; }
+inline void set_flag(int* flag) { *flag = 1, ++progress; }
+inline int read_flag(const int* flag) {
+    if (!*flag) pause();
+    return *flag;
+}
+
+inline u8* shared_memory() { return current->home->shared.data(); }
+inline u32 shared_address(const void* p) { return (u32)((const u8*)p - shared_memory()); }
+inline void copy16(u32 to, const void* from, bool is_there) {
+    current->groups.back().push_back({to, is_there ? from : nullptr});
+}
+inline void end_copy_group() { current->groups.emplace_back(); }
+template <int PENDING> void wait_for_copies() {
+    auto& groups = current->groups;  // the last is open
+    for (; groups.size() > PENDING + 1; groups.pop_front())
+        for (const Copy& c : groups.front()) {
+            u8* to = shared_memory() + c.to;
+            c.from ? (void)std::memcpy(to, c.from, 16) : (void)std::memset(to, 0, 16);
+        }
+}
+template <int COUNT> void load_words(u32 address, u32 (&words)[COUNT]) {
+    std::memcpy(words, shared_memory() + address, 4 * COUNT);
+}
+inline uint4 load16(u32 address) {
+    uint4 v;
+    std::memcpy(&v, shared_memory() + address, 16);
+    return v;
+}
+
+inline float __uint_as_float(u32 v) {
+    float f;
+    std::memcpy(&f, &v, 4);
+    return f;
+}
+inline float half_to_float(u16 v) {
+    _Float16 h;
+    std::memcpy(&h, &v, 2);
+    return (float)h;
+}
+#if BF16
+inline float to_float(u16 v) { return __uint_as_float((u32)v << 16); }
+inline u16 from_float(float f) {
+    u32 v;
+    std::memcpy(&v, &f, 4);
+    return std::isnan(f) ? 0x7fff : (u16)((v + 0x7fff + (v >> 16 & 1)) >> 16);
+}
+#else
+inline float to_float(u16 v) { return half_to_float(v); }
+inline u16 from_float(float f) {
+    _Float16 h = (_Float16)f;
+    u16 v;
+    std::memcpy(&v, &h, 2);
+    return v;
+}
+#endif
+inline u32 pack(float low, float high) { return from_float(low) | (u32)from_float(high) << 16; }
+enum : u32 { LOW_BYTES = 0, HIGH_BYTES = 16 };
+inline u32 to_16bit(u32 word, u32 shift) {
+    return pack((float)(word >> shift & 255) - 128, (float)(word >> (shift + 8) & 255) - 128);
+}
+
+// mma.m16n8k16: operands of all lanes are laid out, then each lane sums its four results.
+inline void mma(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
+    Meeting& warp = current->home->warps[threadIdx.x / 32];
+    u32* lanes = current->home->exchange.data() + threadIdx.x / 32 * 32 * 10;
+    int lane = threadIdx.x % 32;
+    u32* mine = lanes + lane * 10;
+    for (int i = 0; i < 4; ++i) mine[i] = a[i];
+    mine[4] = b0, mine[5] = b1;
+    meet(warp, 32);
+    auto half = [](u32 word, int place) { return to_float((u16)(word >> 16 * place)); };
+    for (int i = 0; i < 4; ++i) {
+        int row = lane / 4, column = lane % 4 * 2 + i % 2;
+        double sum = c[i];
+        for (int k = 0; k < 16; ++k) {
+            int quad = k % 8 / 2, high = k / 8;
+            u32 w = lanes[(row * 4 + quad) * 10 + i / 2 + 2 * high];
+            u32 x = lanes[(column * 4 + quad) * 10 + 4 + high];
+            sum += (double)half(w, k % 2) * half(x, k % 2);
+        }
+        c[i] = (float)sum;
+    }
+    meet(warp, 32);
+}
+
+inline void begin() {
+    entry();
+    current->ended = true;
+    ++progress;
+    pause();
+}
+
+// Run `kernel` by `threads` threads of each of `blocks` blocks. 0, or -1 where none can go on.
+inline int launch(void (*kernel)(), int blocks, int threads, int shared_bytes, unsigned seed) {
+    std::mt19937 random(seed);
+    std::vector<Block> homes(blocks);
+    entry = kernel;
+    fibers.clear();
+    for (int b = 0; b < blocks; ++b) {
+        homes[b].shared.resize(shared_bytes);
+        for (u8& byte : homes[b].shared) byte = (u8)random();
+        homes[b].all.size = threads;
+        homes[b].warps.resize(threads / 32);
+        homes[b].exchange.resize(threads * 10);
+        for (int t = 0; t < threads; ++t) {
+            fibers.push_back(std::make_unique<Fiber>());
+            Fiber& f = *fibers.back();
+            f.thread.x = t, f.block.x = b, f.home = &homes[b];
+            getcontext(&f.context);
+            f.context.uc_stack.ss_sp = f.stack.get();
+            f.context.uc_stack.ss_size = STACK_BYTES;
+            f.context.uc_link = nullptr;
+            makecontext(&f.context, begin, 0);
+        }
+    }
+    std::vector<int> order(fibers.size());
+    for (size_t i = 0; i < order.size(); ++i) order[i] = (int)i;
+    std::shuffle(order.begin(), order.end(), random);
+    for (size_t running = fibers.size(); running > 0;) {
+        u64 before = progress;
+        size_t shift = random() % order.size();
+        for (size_t i = 0; i < order.size(); ++i) {
+            current = fibers[order[(i + shift) % order.size()]].get();
+            if (current->ended) continue;
+            swapcontext(&scheduler, &current->context);
+            running -= current->ended;
+        }
+        if (progress == before && running > 0) return -1;
+    }
+    return 0;
+}

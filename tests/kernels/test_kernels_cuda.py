@@ -1,0 +1,233 @@
+"""w8a16.cu without a GPU: in an emulator, compiled for every architecture; its choice of tiles."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfweight.kernels.cuda import backend
+from halfweight.kernels.cuda.driver import Problem
+from halfweight.kernels.cuda.schedule import Plan, plans
+from halfweight.kernels.cuda.tiles import SHAPES, Card, Form, Shape, choose, forms, run_of
+
+RTX_3090 = Card(82, 101376, 102400, 6 << 20, 936_000, 1695, 512)
+RTX_4090 = Card(128, 101376, 102400, 72 << 20, 1_008_000, 2520, 512)
+A100 = Card(108, 166912, 167936, 40 << 20, 2_039_000, 1410, 1024)
+H200 = Card(132, 232448, 233472, 50 << 20, 4_800_000, 1980, 1300)
+CARDS = {"3090": RTX_3090, "4090": RTX_4090, "a100": A100, "h200": H200}
+EMULATOR = Path(__file__).parents[1] / "helpers" / "emulated_gpu.hpp"
+ENTRY = """
+static Operands operands;
+extern "C" int run(const Operands* o, int blocks, int threads, int bytes, unsigned seed) {
+    operands = *o;
+    return launch([] { w8a16(operands); }, blocks, threads, bytes, seed);
+}
+"""
+
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's compiler")
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """(form, run, scales' dtype, dtype, changes of the text) -> the kernel on the CPU."""
+    folder, built = tmp_path_factory.mktemp("emulated"), {}
+
+    def build(*choice, changes=()):
+        if (choice, changes) not in built:
+            text = backend.source(*choice)
+            begin, end = text.index("// Instructions that"), text.index("// A product as every")
+            text = text[:begin] + EMULATOR.read_text() + text[end:] + ENTRY
+            for old, new in changes:
+                assert old in text
+                text = text.replace(old, new)
+            path = folder / f"{len(built)}.cpp"
+            path.write_text(text)
+            command = ["g++", "-O1", "-std=c++17", "-w", "-shared", "-fPIC", "-o"]
+            subprocess.run([*command, path.with_suffix(".so"), path], check=True)
+            built[choice, changes] = ctypes.CDLL(str(path.with_suffix(".so"))).run
+        return built[choice, changes]
+
+    return build
+
+
+def operands(sizes, group_size, scales_dtype, dtype):
+    """x, packed, scales, exponents, bias, and the product in float64."""
+    tokens, rows, columns = sizes
+    x = torch.randn(tokens, columns).to(dtype)
+    packed = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
+    num_groups = columns // group_size
+    exponents = None
+    if scales_dtype == torch.uint8:
+        scales = torch.randint(1, 256, (rows, num_groups), dtype=torch.uint8)
+        exponents = torch.randint(-14, -10, (rows,), dtype=torch.int8)
+        factors = torch.ldexp(scales.double(), exponents.double()[:, None])
+    else:
+        scales = (torch.rand(rows, num_groups) / 64).to(scales_dtype)
+        factors = scales.double()
+    bias = torch.randn(rows).to(dtype)
+    weight = (packed.double() - 128) * factors.repeat_interleave(group_size, 1)
+    return x, packed, scales, exponents, bias, x.double() @ weight.T + bias.double()
+
+
+def product(kernel, plan: Plan[Form], x, packed, scales, exponents, bias, seed=0):
+    """The emulated product; y, partial sums and shared memory begin as noise or NaN."""
+    (tokens, columns), rows, num_groups = x.shape, packed.shape[0], scales.shape[1]
+    y = torch.full((tokens, rows), torch.nan, dtype=x.dtype)
+    partials = torch.full((plan.num_workers * plan.config.shape.partial_floats,), torch.nan)
+    flags = torch.zeros(plan.num_workers, dtype=torch.int32)
+    problem = Problem(
+        *map(backend.address, (scales, exponents, bias, y, partials, flags, None)),
+        *(tokens, rows, columns, columns // num_groups, num_groups),
+        *(plan.tiles_m, plan.tiles_n, plan.rows, plan.k_blocks),
+        *(plan.whole_waves, plan.num_workers, 0),
+    )
+    given = backend._Operands(packed.data_ptr(), x.data_ptr(), problem)
+    sizes = (plan.num_workers, plan.config.shape.threads, plan.config.shared_bytes, seed)
+    assert kernel(ctypes.byref(given), *sizes) == 0
+    assert not flags.any()  # ready for the next product
+    return y
+
+
+def error(y, expected):
+    return ((y.double() - expected).norm() / expected.norm()).item()
+
+
+def schedules(form, sizes, workers):
+    """Plans of every kind: whole tiles, a shared rest, all tiles shared."""
+    return {plan.whole_waves: plan for plan in plans(form, *sizes, workers, 1 << 20)}.values()
+
+
+F16, BF16, F32, GRID8 = torch.float16, torch.bfloat16, torch.float32, torch.uint8
+CASES = [
+    # shape, card, (tokens, rows, columns), group size, scales, dtype
+    (SHAPES[0], RTX_3090, (5, 70, 1056), 32, GRID8, F16),
+    (SHAPES[1], A100, (8, 100, 1600), 1600, F16, BF16),
+    (SHAPES[4], RTX_3090, (13, 130, 1152), 128, GRID8, BF16),
+    (SHAPES[6], A100, (31, 90, 1344), 192, F32, F16),
+    (SHAPES[8], RTX_3090, (17, 150, 1056), 32, BF16, F16),
+    (SHAPES[11], H200, (61, 150, 768), 256, GRID8, F16),
+    (SHAPES[12], A100, (200, 90, 576), 64, GRID8, F16),
+    (SHAPES[13], H200, (130, 129, 384), 128, F16, BF16),
+]
+
+
+@needs_gxx
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[2]}-{c[3]}")
+def test_the_product_is_the_exact_one_rounded(emulated, case):
+    shape, card, sizes, group_size, scales_dtype, dtype = case
+    form = Form(shape, card)
+    *given, expected = operands(sizes, group_size, scales_dtype, dtype)
+    kernel = emulated(form, run_of(group_size, given[2].shape[1]), scales_dtype, dtype)
+    found = schedules(form, sizes, 5)
+    assert len(found) > 1
+    for seed, plan in enumerate(found):
+        y = product(kernel, plan, *given, seed=seed)
+        assert y.isfinite().all()
+        assert error(y, expected) < (3e-4 if dtype == F16 else 2.4e-3)  # of y's own rounding
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("wait_for_copies<STAGES - 2>();", "wait_for_copies<STAGES - 1>();"),
+        ("__syncthreads();  // the block's", "// the block's"),
+        ("scales[i / (NT * 4)][i % 4 / 2]", "scales[i / (NT * 4)][0]"),
+    ],
+    ids=["a copy not waited for", "a barrier left out", "another row's scale"],
+)
+def test_the_emulator_sees(emulated, change):
+    shape, card, sizes, group_size, scales_dtype, dtype = CASES[2]
+    form = Form(shape, card)
+    *given, expected = operands(sizes, group_size, scales_dtype, dtype)
+    kernel = emulated(form, 128, scales_dtype, dtype, changes=(change,))
+    plan = next(iter(schedules(form, sizes, 5)))
+    assert not error(product(kernel, plan, *given), expected) < 3e-2
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
+def test_every_architecture_compiles_it(architecture, tmp_path):
+    """The form with most registers, and the one with fewest tokens."""
+    card = {"sm_80": A100, "sm_90": H200, "sm_100": H200}.get(architecture, RTX_4090)
+    for shape, run, dtype in ((SHAPES[0], 32, BF16), (SHAPES[12], 128, F16)):
+        used, spilled = compiled(Form(shape, card), run, dtype, architecture, tmp_path)
+        assert 0 < used <= 255
+        assert spilled <= 32
+
+
+def compiled(form, run, dtype, architecture, folder):
+    """Registers of a thread and bytes that it spills, from ptxas."""
+    path = folder / "kernel.cu"
+    path.write_text(backend.source(form, run, GRID8, dtype))
+    command = ["nvcc", "-cubin", "-std=c++17", f"-arch={architecture}", "-Xptxas", "-v", "-o"]
+    done = subprocess.run(
+        [*command, path.with_suffix(".cubin"), path], capture_output=True, text=True, check=True
+    )
+    (used,) = re.findall(r"Used (\d+) registers", done.stderr)
+    (spilled,) = re.findall(r"(\d+) bytes spill stores", done.stderr)
+    return int(used), int(spilled)
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+@pytest.mark.parametrize("tokens", [2, 8, 9, 16, 33, 64, 65, 100, 129, 256])
+def test_every_card_has_a_form_for_every_number_of_tokens(card, tokens):
+    for form in forms(card, tokens):
+        assert form.shared_bytes <= card.block_bytes
+        assert (form.shared_bytes + 1024) * form.shape.blocks <= card.shared_bytes
+        assert form.k_bytes % 128 == 0
+        assert form.shape.threads == 256
+    for rows, columns in ((28672, 4096), (6144, 4096), (48, 1536)):
+        plan = choose(card, tokens, rows, columns)
+        assert plan.tiles_m * plan.config.tokens >= tokens
+        assert plan.tiles_n * plan.rows >= rows
+        assert plan.k_blocks * plan.config.k_bytes >= columns
+        assert plan.num_workers <= card.multiprocessors * plan.config.shape.blocks
+
+
+def test_the_bound_is_the_slowest_part():
+    """A card of twice the memory rate takes half the time where memory is what it waits for."""
+    form = Form(SHAPES[0], RTX_3090)
+    fast = Form(SHAPES[0], replace(RTX_3090, memory_bytes_per_us=1_872_000))
+    assert form.stage_us(82, 32) == pytest.approx(82 * 32 * 512 / 936_000)
+    assert fast.stage_us(82, 32) == pytest.approx(82 * 32 * 512 / 1_872_000)
+    large = Form(Shape(2, 8, 2, 2, 2, 1), RTX_3090)
+    clocks = 128 * 64 * 128 / 512
+    assert large.stage_us(82, 64) == pytest.approx((1.15 * clocks + 200) / 1695)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "num_groups", "run"),
+    [
+        (32, 9, 32),
+        (96, 2, 32),
+        (64, 2, 64),
+        (192, 3, 64),
+        (128, 2, 128),
+        (384, 2, 128),
+        (37, 1, 128),
+    ],
+)
+def test_scales_are_met_at_whole_groups(group_size, num_groups, run):
+    assert run_of(group_size, num_groups) == run
+
+
+def test_what_it_does_not_take():
+    x, packed = torch.zeros(4, 64, dtype=F16), torch.zeros(8, 64, dtype=torch.uint8)
+    scales = torch.ones(8, 2, dtype=F16)
+    assert backend.takes(x, packed, scales)
+    assert backend.takes(x, packed, scales[:, :1])
+    assert not backend.takes(x.float(), packed, scales)
+    assert not backend.takes(x[:1], packed, scales)  # the GEMV
+    assert not backend.takes(x, packed, torch.ones(8, 4, dtype=F16))  # groups of 16
+    assert not backend.takes(x, packed, scales[:1])  # one scale a tensor
+    assert not backend.takes(x, packed.T.contiguous().T, scales)
+    assert not backend.takes(torch.zeros(257, 64, dtype=F16), packed, scales)
