@@ -6,7 +6,8 @@ MODEL is a 16-bit folder, INT8 what `halfweight quantize MODEL INT8` made of it.
 process of its own, on the CPU: the model is loaded, every linear but the head gets an adapter of
 rank 8, and `--steps` steps of AdamW see the same `--tokens` random tokens. `peak_bytes` is the
 largest resident memory of the process over what it had before the model, so touched pages of mapped
-weights count; `weight_bytes` are the frozen parameters. The ceiling is the weights themselves: no
+weights count; what the INT8 kernels take once, whatever the model, is `kernel_bytes` and not in it.
+`weight_bytes` are the frozen parameters. The ceiling is the weights themselves: no
 training holds less. Times on a CPU say little, and are there to be compared within a run.
 """
 
@@ -38,6 +39,7 @@ class Row:
     steps: int
     weight_bytes: int
     adapter_bytes: int
+    kernel_bytes: int
     peak_bytes: int
     seconds_per_step: float
     first_loss: float
@@ -57,6 +59,7 @@ def train(folder: Path, weights: str, checkpointing: bool, tokens: int, steps: i
 
     loaders: dict[str, Any] = {"INT8": halfweight.load}
     load = loaders.get(weights, AutoModelForCausalLM.from_pretrained)
+    kernel_bytes = _load_kernels() if weights == "INT8" else 0
     before = process_bytes("VmRSS")
     model = load(folder, dtype=torch.bfloat16)
     config = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -67,6 +70,9 @@ def train(folder: Path, weights: str, checkpointing: bool, tokens: int, steps: i
     trained = [parameter for parameter in made.parameters() if parameter.requires_grad]
     frozen = [parameter for parameter in made.parameters() if not parameter.requires_grad]
     generator = torch.Generator().manual_seed(0)
+    for name, parameter in sorted(made.named_parameters()):
+        if "lora_A" in name:  # peft draws them in no fixed order
+            parameter.data.uniform_(-0.05, 0.05, generator=generator)
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=generator)
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     losses, begin = [], time.perf_counter()
@@ -83,11 +89,26 @@ def train(folder: Path, weights: str, checkpointing: bool, tokens: int, steps: i
         steps,
         sum(parameter.nbytes for parameter in frozen),
         sum(parameter.nbytes for parameter in trained),
+        kernel_bytes,
         process_bytes("VmHWM") - before,
         (time.perf_counter() - begin) / steps,
         losses[0],
         losses[-1],
     )
+
+
+def _load_kernels() -> int:
+    """What the process grows by at the first products, of few tokens and of many."""
+    from halfweight.kernels import operations
+    from halfweight.quantization.numerics import quantize
+    from halfweight.quantization.scheme import Scheme
+
+    before = process_bytes("VmRSS")
+    weight = quantize(torch.ones(64, 64), Scheme(64))
+    parts = (weight.packed, weight.scales, weight.exponents)
+    for tokens in (1, 64):
+        operations.linear(torch.ones(tokens, 64, dtype=torch.bfloat16), *parts, None, "cpu")
+    return process_bytes("VmRSS") - before
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

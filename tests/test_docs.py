@@ -15,6 +15,7 @@ import pytest
 import readme_tables
 import serve_table
 import torch
+import training
 
 from halfweight.cli import main
 
@@ -134,6 +135,11 @@ def test_the_kernels_pages_tables_are_those_of_the_results():
 def test_the_table_of_chosen_tiles_is_that_of_the_result():
     page = (ROOT / "docs" / "kernels.md").read_text()
     assert hopper_tiles.markdown(readme_tables.results("hopper_tiles")["results"]) in page
+
+
+def test_the_training_pages_table_is_that_of_the_result():
+    page = (ROOT / "docs/training.md").read_text()
+    assert training.markdown(readme_tables.results("training")["results"]) in page
 
 
 def test_a_results_command_names_no_folder_of_the_machine(monkeypatch, tmp_path):

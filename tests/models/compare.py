@@ -1,8 +1,9 @@
 """Is a tiny model in INT8 the same model? Equal to plain transformers with the stored weights.
 
-A model goes the user's way: saved in 16 bits, quantized, verified, loaded, saved again. What it
-must equal is not the 16-bit model but transformers' own, loaded from a file whose weights are those
-that INT8 stands for: every weight of every module, and the logits, to float tolerance.
+A model goes the user's way: saved in 16 bits, quantized, verified, loaded by us and by
+from_pretrained, its ties worked out again, saved again. What it must equal is not the 16-bit model
+but transformers' own, loaded from a file whose weights are those that INT8 stands for: every weight
+of every module, and the logits, to float tolerance.
 """
 
 from __future__ import annotations
@@ -105,6 +106,14 @@ def check_folder(folder: Path, keep: tuple[str, ...] = ()) -> Outcome:
         stage = "forward"
         if fault := unequal_logits(model, reference):
             return Outcome("wrong", fault)
+        stage = "ties again"
+        model.tie_weights()
+        if fault := unequal_weights(model, reference):
+            return Outcome("wrong", f"ties again: {fault}")
+        stage = "from_pretrained"
+        by_transformers = type(model).from_pretrained(int8, dtype=torch.float32)
+        if fault := unequal_weights(by_transformers, reference):
+            return Outcome("wrong", f"from_pretrained: {fault}")
         stage = "save"
         model.save_pretrained(folder / "again")
         if fault := other_tensors(int8, folder / "again"):
