@@ -126,7 +126,8 @@ def _resident_bytes(checkpoint: Checkpoint, modules: Mapping[str, StoredWeight])
     """Bytes in memory, if the manifest tells in which format the scales are held there."""
     if not (checkpoint.root / MANIFEST_NAME).exists():
         return None
-    name = read_manifest(checkpoint.root)["job"]["recipe"]["scheme"]["scale_format"]
+    recipe = read_manifest(checkpoint.root)["job"].get("recipe")
+    name = recipe["scheme"]["scale_format"] if recipe else None
     if name not in SCALE_FORMATS:
         return None
     quantized = sum(

@@ -26,9 +26,12 @@ CONVERSION = [
         "checkpoint/sources/__init__.py",
         "checkpoint/sources/folder.py",
         "checkpoint/sources/gguf.py",
+        "checkpoint/sources/int8_folder.py",
     ),
     *("conversion/convert.py", "conversion/shard_writer.py", "conversion/verification.py"),
-    *("conversion/workspace.py", "model/loadability.py"),
+    *("conversion/workspace.py", "conversion/parts.py", "conversion/export.py"),
+    *(f"conversion/exports/{name}.py" for name in ("form", "gptq", "gguf", "gguf_parameters")),
+    *("conversion/exports/gguf_vocabulary.py", "model/loadability.py"),
 ]
 
 
