@@ -51,7 +51,7 @@ from halfweight.checkpoint.headers import quantized_modules, read_headers
 from halfweight.checkpoint.shard import StoredTensor
 from halfweight.evaluation.comparison import SplitModel, load_model, split, tokenize
 from halfweight.evaluation.scoring import Estimate, Sample, TokenScores, sample, score, summarize
-from halfweight.quantization.fast_pass import as_float32
+from halfweight.quantization.float_bytes import as_float32
 from halfweight.quantization.numerics import QuantizedTensor, dequantize
 from halfweight.quantization.scheme import Recipe, TensorInfo
 

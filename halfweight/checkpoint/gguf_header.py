@@ -9,6 +9,7 @@ then takes the long way.
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -50,6 +51,23 @@ SCALARS = {
 }
 """GGUF's number of a type -> struct's letter."""
 STRING, ARRAY = 8, 9
+Q8_0 = 8
+"""GGUF's number of the type that is INT8."""
+SPLIT_NAME = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf", re.DOTALL)
+OUTER_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output.weight": "lm_head.weight",
+}
+LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+LAYER_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 FLOAT_TYPES = {0: "F32", 1: "F16", 30: "BF16"}
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FLOAT16_ARCHITECTURES = ("bloom", "gpt2", "llama")
@@ -60,10 +78,14 @@ LONGEST_STRING = 1 << 24
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """The config that a file describes, and the numbers in all its tensors."""
+    """The config that a file describes, the numbers in all its tensors, those that are INT8 in it.
+
+    The names are those of transformers.
+    """
 
     config: dict[str, Any]
     num_parameters: int
+    int8: frozenset[str] = frozenset()
 
 
 class _Walk:
@@ -105,16 +127,21 @@ class _Walk:
 
 @dataclass(frozen=True)
 class _Fields:
-    """What a header holds: its fields, tensors by name, and the types of its matrices."""
+    """What a header holds: its fields, shapes and types of tensors by name."""
 
     values: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
-    kinds: Collection[int]
+    types: Mapping[str, int]
+
+    @property
+    def kinds(self) -> set[int]:
+        """The types of its matrices."""
+        return {self.types[name] for name, shape in self.shapes.items() if len(shape) == 2}
 
 
 def read_gguf_header(path: Path) -> GgufHeader | None:
     """The config that a file describes, or None where it is not one that this knows."""
-    found = _read(path)
+    found = _read_joined(path)
     if found is None:
         return None
     try:
@@ -122,18 +149,67 @@ def read_gguf_header(path: Path) -> GgufHeader | None:
     except (KeyError, IndexError, TypeError):
         return None
     own = [shape for name, shape in found.shapes.items() if not name.startswith("rope_freqs")]
-    return None if config is None else GgufHeader(config, sum(map(prod, own)))
+    int8 = {_model_name(name) for name in found.shapes if found.types[name] == Q8_0}
+    if config is None or None in int8:
+        return None
+    return GgufHeader(config, sum(map(prod, own)), frozenset(filter(None, int8)))
 
 
-def refuse_split(path: Path) -> None:
-    """Raise CheckpointError for one of several files that hold a model together."""
+def gguf_files(path: Path) -> tuple[Path, ...]:
+    """The file itself, or all files of the split model that it is one of, in order.
+
+    Raises CheckpointError where one is missing or the names are not llama.cpp's.
+    """
     found = _read(path)
     count = found.values.get("split.count") if found is not None else None
-    if isinstance(count, int) and count > 1:
+    if type(count) is not int or count <= 1:
+        return (path,)
+    named = SPLIT_NAME.fullmatch(path.name)
+    if named is None or int(named[2]) != count:
         raise CheckpointError(
-            f"{path}: one of {count} files of a split model, expected a whole one",
-            hint="join them: `llama-gguf-split --merge FIRST_FILE WHOLE.gguf`",
+            f"{path}: one of {count} files of a split model, expected NAME-00001-of-0000N.gguf",
+            hint="give the files their names back; a download must not rename them",
         )
+    files = tuple(
+        path.with_name(f"{named[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)
+    )
+    for number, file in enumerate(files):
+        _check_part(file, number, count)
+    return files
+
+
+def _check_part(file: Path, number: int, count: int) -> None:
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file}: missing, one of {count} files of a split model", hint="download it too"
+        )
+    found = _read(file)
+    values = {} if found is None else found.values
+    if (values.get("split.no"), values.get("split.count")) != (number, count):
+        raise CheckpointError(
+            f"{file}: is not part {number} of {count} of a split model, as its name says",
+            hint="download the file again",
+        )
+
+
+def _read_joined(path: Path) -> _Fields | None:
+    """The header of a whole model: the first file's fields, the tensors of all."""
+    parts = [_read(file) for file in gguf_files(path)]
+    if not parts or any(part is None for part in parts):
+        return None
+    found = [part for part in parts if part is not None]
+    shapes = {name: shape for part in found for name, shape in part.shapes.items()}
+    types = {name: kind for part in found for name, kind in part.types.items()}
+    return _Fields(found[0].values, shapes, types)
+
+
+def _model_name(name: str) -> str | None:
+    """A matrix of one of MODEL_TYPES as transformers calls it."""
+    if name in OUTER_NAMES:
+        return OUTER_NAMES[name]
+    found = LAYER_NAME.fullmatch(name)
+    own = LAYER_NAMES.get(found[2]) if found else None
+    return None if found is None or own is None else f"model.layers.{found[1]}.{own}.weight"
 
 
 def decoded_dtype(architecture: Any, kinds: Collection[str]) -> str:
@@ -146,7 +222,7 @@ def decoded_dtype(architecture: Any, kinds: Collection[str]) -> str:
 
 def file_dtype(path: Path) -> str:
     """`decoded_dtype` of a file, as torch calls it. Raises CheckpointError if it is no GGUF."""
-    found = _read(path)
+    found = _read_joined(path)
     if found is None:
         raise CheckpointError(
             f"{path}: its header cannot be read as GGUF", hint="download the file again"
@@ -180,13 +256,12 @@ def _fields(walk: _Walk) -> _Fields | None:
         name = walk.string()
         fields[name] = walk.value(walk.number("I"))
     shapes: dict[str, tuple[int, ...]] = {}
-    kinds = set()
+    types = {}
     for _ in range(num_tensors):
         name = walk.string()
         shapes[name] = tuple(walk.number("Q") for _ in range(walk.number("I")))
-        kind, _ = walk.number("I"), walk.number("Q")
-        kinds |= {kind} if len(shapes[name]) == 2 else set()
-    return _Fields(fields, shapes, kinds)
+        types[name], _ = walk.number("I"), walk.number("Q")
+    return _Fields(fields, shapes, types)
 
 
 def _config(found: _Fields) -> dict[str, Any] | None:

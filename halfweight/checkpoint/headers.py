@@ -10,11 +10,12 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfweight.checkpoint.forms import ORIGINAL, Form, form_of
 from halfweight.checkpoint.json_files import (
     CompressedTensors,
     Index,
@@ -25,6 +26,7 @@ from halfweight.checkpoint.json_files import (
 )
 from halfweight.checkpoint.shard import Shard, StoredTensor, broken, read_shard, some
 from halfweight.errors import CheckpointError, HalfweightError
+from halfweight.quantization.scheme import TensorInfo
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -53,6 +55,11 @@ class Checkpoint:
     def num_bytes(self) -> int:
         """Bytes of all tensors' data."""
         return sum(tensor.info.num_bytes for tensor in self.tensors)
+
+    @property
+    def form(self) -> Form | None:
+        """The quantized form of others that it is in, None for 16 bits and for our own."""
+        return form_of(self.config, (tensor.info for tensor in self.tensors))
 
 
 @dataclass(frozen=True)
@@ -135,20 +142,30 @@ def read_headers(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{path}: no such file or folder", hint="check the path")
     config = path / "config.json"
     content = read_json(config, ModelConfig) if config.exists() else {}
-    return Checkpoint(path, tuple(_read_shards(path)), content)
+    try:
+        return Checkpoint(path, tuple(_read_shards(path)), content)
+    except CheckpointError:
+        if (form := form_of(content, ())) is not None and form.name.startswith("EXL"):
+            raise form.refused(path) from None  # the index beside it is that of the 16-bit model
+        raise
 
 
 def own_dtype(checkpoint: Checkpoint) -> str:
     """The torch dtype that a checkpoint is in: config.json's, else that of most of its floats."""
-    text = checkpoint.config.get("text_config")
-    for part in (checkpoint.config, text if isinstance(text, dict) else {}):
+    return model_dtype(checkpoint.config, (tensor.info for tensor in checkpoint.tensors))
+
+
+def model_dtype(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> str:
+    """`own_dtype` by a config and headers."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
         name = str(part.get("dtype") or part.get("torch_dtype")).removeprefix("torch.")
         if name in TORCH_DTYPES.values():
             return name
     totals = dict.fromkeys(TORCH_DTYPES, 0)
-    for tensor in checkpoint.tensors:
-        if tensor.info.dtype in totals and not tensor.name.endswith(".weight_scale"):
-            totals[tensor.info.dtype] += tensor.info.num_bytes
+    for tensor in tensors:
+        if tensor.dtype in totals and not tensor.name.endswith(".weight_scale"):
+            totals[tensor.dtype] += tensor.num_bytes
     most = max(totals, key=lambda dtype: totals[dtype])
     return TORCH_DTYPES[most] if totals[most] else "bfloat16"
 
@@ -156,9 +173,11 @@ def own_dtype(checkpoint: Checkpoint) -> str:
 def quantized_modules(checkpoint: Checkpoint) -> dict[str, StoredWeight]:
     """Module name -> its stored INT8 weight, for every quantized module of a checkpoint.
 
-    Raises CheckpointError if a module is incomplete, or packed in a way halfweight does not run
-    (other than 8 bits, zero points, reordered groups).
+    Raises CheckpointError if a module is incomplete, or quantized in a way halfweight does not run
+    (by others' forms, other than 8 bits, zero points, reordered groups).
     """
+    if (form := checkpoint.form) is not None:
+        raise form.refused(checkpoint.root)
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     modules = [n.removesuffix(".weight_packed") for n in tensors if n.endswith(".weight_packed")]
     if modules:
@@ -169,7 +188,9 @@ def quantized_modules(checkpoint: Checkpoint) -> dict[str, StoredWeight]:
 def _stored_weight(tensors: dict[str, StoredTensor], module: str) -> StoredWeight:
     for extra in ("weight_zero_point", "weight_g_idx"):
         if f"{module}.{extra}" in tensors:
-            raise _unsupported(f"module {module} has {extra}, expected symmetric groups in order")
+            raise CheckpointError(
+                f"module {module} has {extra}, expected symmetric groups in order", hint=ORIGINAL
+            )
     packed = tensors[f"{module}.weight_packed"]
     scale, record = (tensors.get(f"{module}.weight_{part}") for part in ("scale", "shape"))
     if scale is None or record is None:
@@ -194,16 +215,6 @@ def _stored_weight(tensors: dict[str, StoredTensor], module: str) -> StoredWeigh
 def _check_quantization_config(checkpoint: Checkpoint) -> None:
     config = checkpoint.config.get("quantization_config") or {}
     check_types(checkpoint.root / "config.json", config, CompressedTensors)
-    for name, group in (config.get("config_groups") or {}).items():
-        weights = group.get("weights") or {}
-        found = tuple(weights.get(key) for key in ("num_bits", "type", "symmetric"))
-        if found != (8, "int", True):
-            words = dict(zip(("num_bits", "type", "symmetric"), found, strict=True))
-            raise _unsupported(f"config.json {name} is {words}, expected 8-bit symmetric int")
-
-
-def _unsupported(message: str) -> CheckpointError:
-    return CheckpointError(message, hint="quantize the 16-bit model with `halfweight quantize`")
 
 
 def _read_shards(root: Path) -> Iterator[Shard]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from halfweight.checkpoint.forms import Form
 from halfweight.checkpoint.headers import (
     Checkpoint,
     StoredWeight,
@@ -18,9 +19,9 @@ from halfweight.checkpoint.headers import (
     read_headers,
     resolve,
 )
-from halfweight.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from halfweight.checkpoint.scale_formats import stored_schemes
 from halfweight.checkpoint.sources.source import is_tied
-from halfweight.quantization.scheme import GROUP_SIZES, SCALE_FORMATS, Recipe, Scheme, TensorInfo
+from halfweight.quantization.scheme import Recipe, TensorInfo
 
 PARTS = {"weight_packed": "int8", "weight_scale": "scales", "weight_shape": "shape_records"}
 
@@ -54,8 +55,9 @@ class Plan:
 class Contents:
     """A checkpoint in figures. `bytes_by_kind`: int8, scales, shape_records, then other dtypes.
 
-    `num_params` counts weights once, however they are stored. `resident_bytes` is None where the
-    headers cannot tell. `plan` is None for a checkpoint that is already quantized.
+    `num_params` counts weights once, however they are stored. `plan` is None for a checkpoint that
+    is already quantized, unless `quantize` reads its form. `form` names a form of others, `remedy`
+    says what to do with it.
     """
 
     path: Path
@@ -63,9 +65,11 @@ class Contents:
     file_bytes: int
     num_params: int
     bytes_by_kind: dict[str, int]
-    resident_bytes: int | None
+    resident_bytes: int
     plan: Plan | None
     entries: tuple[Entry, ...]
+    form: str | None = None
+    remedy: str | None = None
 
     @property
     def data_bytes(self) -> int:
@@ -85,7 +89,8 @@ def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> Cont
     """
     path = resolve(model)
     checkpoint = read_headers(path)
-    modules = quantized_modules(checkpoint)
+    form = checkpoint.form
+    modules = {} if form else quantized_modules(checkpoint)
     entries = tuple(_entries(checkpoint, modules))
     by_kind: dict[str, int] = {}
     for tensor in checkpoint.tensors:
@@ -98,9 +103,11 @@ def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> Cont
         file_bytes=sum(shard.num_bytes for shard in checkpoint.shards),
         num_params=sum(TensorInfo(e.name, "U8", e.shape).num_elements for e in entries),
         bytes_by_kind={kind: by_kind[kind] for kind in order if kind in by_kind},
-        resident_bytes=_resident_bytes(checkpoint, modules) if modules else checkpoint.num_bytes,
-        plan=None if modules else _plan(checkpoint, recipe or Recipe()),
+        resident_bytes=_resident_bytes(checkpoint, modules),
+        plan=None if modules else _plan(checkpoint, form, recipe or Recipe()),
         entries=entries,
+        form=form.described if form else None,
+        remedy=form.remedy(path) if form else None,
     )
 
 
@@ -122,27 +129,23 @@ def _kind(tensor: TensorInfo, modules: Mapping[str, StoredWeight]) -> str:
     return PARTS.get(part, tensor.dtype) if module in modules else tensor.dtype
 
 
-def _resident_bytes(checkpoint: Checkpoint, modules: Mapping[str, StoredWeight]) -> int | None:
-    """Bytes in memory, if the manifest tells in which format the scales are held there."""
-    if not (checkpoint.root / MANIFEST_NAME).exists():
-        return None
-    recipe = read_manifest(checkpoint.root)["job"].get("recipe")
-    name = recipe["scheme"]["scale_format"] if recipe else None
-    if name not in SCALE_FORMATS:
-        return None
-    quantized = sum(
-        Scheme(w.group_size if w.group_size in GROUP_SIZES else "row", name)
-        .resident_bytes(w.shape)
-        .total
-        for w in modules.values()
-    )
+def _resident_bytes(checkpoint: Checkpoint, modules: Mapping[str, StoredWeight]) -> int:
+    schemes = stored_schemes(checkpoint, modules)
+    quantized = sum(schemes[n].resident_bytes(w.shape).total for n, w in modules.items())
     kept = [t.info.num_bytes for t in checkpoint.tensors if _kind(t.info, modules) == t.info.dtype]
     return quantized + sum(kept)
 
 
-def _plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+def _plan(checkpoint: Checkpoint, form: Form | None, recipe: Recipe) -> Plan | None:
     tied = is_tied(checkpoint.config)
     tensors = [t.info for t in checkpoint.tensors]
+    if form is not None and not form.is_read:
+        return None
+    if form is not None:
+        from halfweight.checkpoint.sources.others import as_the_model_has_them
+
+        tensors, matrices = as_the_model_has_them(form, checkpoint.config, tensors)
+        tensors += [matrix.info for matrix in matrices]
     stored = [t for t in tensors if not (tied and t.name.endswith("lm_head.weight"))]
     decisions = recipe.decide_all(stored)
     return Plan(sum(d.disk_bytes for d in decisions), sum(d.resident_bytes for d in decisions))

@@ -31,6 +31,7 @@ class TensorRecord(msgspec.Struct):
     squared_error: float
     squared_norm: float
     crushed_groups: int
+    scale_format: str | None = None
 
 
 class FileRecord(msgspec.Struct):

@@ -35,8 +35,12 @@ def quantize(
         typer.Option(metavar="GLOB", help="Tensors to keep as they are; may be given repeatedly."),
     ] = None,
     group_size: Annotated[
-        str, typer.Option(help="Weights that share a scale: 32, 64, 128, 256 or 'row'.")
-    ] = "128",
+        str | None,
+        typer.Option(
+            help="Weights that share a scale: 32, 64, 128, 256 or 'row' [default: 128; what is "
+            "INT8 in SRC is kept as it is]."
+        ),
+    ] = None,
     scale: Annotated[
         str, typer.Option(help="Scale format: grid8, bfloat16, float16 or float32.")
     ] = "grid8",
@@ -63,7 +67,8 @@ def quantize(
     """Quantize a model to INT8. Interrupted or killed, the same command goes on where it was."""
     from halfweight.conversion import convert, parts
 
-    scheme = Scheme(_group_size(group_size), scale, scale_choice)  # type: ignore[arg-type]
+    size = _group_size(group_size or "128")
+    scheme = Scheme(size, scale, scale_choice)  # type: ignore[arg-type]
     with stop_on_ctrl_c() as stop, bytes_bar() as bar:
         task = bar.add_task("reading headers", total=None)
 
@@ -74,7 +79,7 @@ def quantize(
         report = convert.quantize(
             source,
             out,
-            Recipe(scheme, tuple(keep or ())),
+            Recipe(scheme, tuple(keep or ()), requantize=group_size is not None),
             jobs=jobs,
             overwrite=overwrite,
             progress=show,
@@ -266,9 +271,12 @@ def _print_contents(found: Contents) -> None:
     stdout.print(table)
     stdout.print(f"{found.num_params:,} parameters, {found.bits_per_weight:.3f} bits each")
     stdout.print(f"safetensors files: {found.num_files}, {size(found.file_bytes)}")
+    if found.form is not None:
+        line = f"this is {found.form}: {found.remedy}"
+        stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+    if found.form is None and found.plan is None:
+        stdout.print(f"in memory under halfweight: {size(found.resident_bytes)}")
     if found.plan is None:
-        if found.resident_bytes is not None:
-            stdout.print(f"in memory under halfweight: {size(found.resident_bytes)}")
         return
     for where, num_bytes in (
         ("on disk", found.plan.disk_bytes),

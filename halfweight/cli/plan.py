@@ -39,7 +39,9 @@ def plan(
     kv_dtype: Annotated[
         Literal["16bit", "int8"], typer.Option(help="Numbers of the KV cache.")
     ] = "16bit",
-    group_size: Annotated[str, typer.Option(help="32, 64, 128, 256 or row.")] = "128",
+    group_size: Annotated[
+        str | None, typer.Option(help="32, 64, 128, 256 or row [default: 128, see `quantize`].")
+    ] = None,
     scale: Annotated[str, typer.Option(help="Scale format: see `quantize`.")] = "grid8",
     keep: Annotated[list[str] | None, typer.Option(help="Glob kept in 16 bits; repeat.")] = None,
     tensor_parallel: Annotated[
@@ -75,9 +77,10 @@ def plan(
     from halfweight.memory.named_model import planned_model
     from halfweight.memory.plan import plan as make_plan
 
-    size_or_row: Any = int(group_size) if group_size.isdigit() else group_size
-    scheme = Scheme(size_or_row, scale)
-    found = planned_model(model, Recipe(scheme, tuple(keep or ())))
+    asked = group_size or "128"
+    size_or_row: Any = int(asked) if asked.isdigit() else asked
+    recipe = Recipe(Scheme(size_or_row, scale), tuple(keep or ()), group_size is not None)
+    found = planned_model(model, recipe)
     target = _target(gpus, budget, reserve)
     ranks = tensor_parallel or target.gpus.count
     if ranks > target.gpus.count:

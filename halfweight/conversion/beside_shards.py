@@ -16,7 +16,7 @@ from halfweight.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, file_s
 from halfweight.checkpoint.sources.source import Source
 from halfweight.checkpoint.sources.turned import turned_names
 from halfweight.conversion.workspace import Workspace
-from halfweight.quantization.scheme import GroupSize
+from halfweight.quantization.scheme import GroupSize, Recipe
 
 
 def describe_job(source: Source, layout: Layout) -> dict[str, Any]:
@@ -28,9 +28,17 @@ def describe_job(source: Source, layout: Layout) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "halfweight": __version__,
         "source": {"name": base_model(source.name), **source.fingerprint()},
-        "recipe": json.loads(json.dumps(asdict(layout.recipe))),
+        "recipe": _recipe(layout.recipe, source),
         **{key: names for key, names in of_model.items() if names},
     }
+
+
+def _recipe(recipe: Recipe, source: Source) -> dict[str, Any]:
+    """The recipe as JSON has it; `requantize` only where it makes a difference."""
+    fields: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
+    if not (recipe.requantize and any(tensor.int8 for tensor in source.tensors)):
+        del fields["requantize"]
+    return fields
 
 
 def write_beside_shards(workspace: Workspace, source: Source, layout: Layout) -> None:

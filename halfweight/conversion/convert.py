@@ -20,7 +20,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -44,7 +44,7 @@ from halfweight.conversion.verification import check_structure
 from halfweight.conversion.workspace import Workspace, remove_leftovers
 from halfweight.errors import CheckpointError
 from halfweight.model.loadability import fit_aside, model_tensors
-from halfweight.quantization.scheme import Recipe
+from halfweight.quantization.scheme import Decision, Recipe
 
 log = logging.getLogger("halfweight")
 
@@ -179,11 +179,20 @@ def _report(
         num_kept=len(layout.decisions) - len(tensors),
         source_bytes=source.stored_bytes,
         disk_bytes=sum(decision.disk_bytes for decision in layout.decisions),
-        resident_bytes=sum(decision.resident_bytes for decision in layout.decisions),
+        resident_bytes=sum(_resident_bytes(d, tensors) for d in layout.decisions),
         relative_error=math.sqrt(error / norm) if norm else 0.0,
         resumed_shards=resumed_shards,
         notes=tuple(_notes(layout, tensors)),
     )
+
+
+def _resident_bytes(decision: Decision, records: Mapping[str, Any]) -> int:
+    """Bytes in memory, in the scale format that was found where the source chose the scales."""
+    record = records.get(decision.tensor.name, {})
+    if decision.scheme is None or "scale_format" not in record:
+        return decision.resident_bytes
+    scheme = replace(decision.scheme, scale_format=record["scale_format"])
+    return replace(decision, scheme=scheme).resident_bytes
 
 
 def _notes(layout: Layout, tensors: dict[str, Any]) -> Iterator[str]:

@@ -15,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfweight.checkpoint.layout import OutputShard, header, module_of, scale_dtype, with_dtypes
+from halfweight.checkpoint.sources.matrices import Int8Rows
 from halfweight.checkpoint.sources.source import Source
 from halfweight.conversion.parts import Advance, Part
 from halfweight.errors import CheckpointError
-from halfweight.quantization.fast_pass import QuantizedRows, as_float32, quantize_rows
+from halfweight.quantization.fast_pass import QuantizedRows, RowStatistics, quantize_rows
+from halfweight.quantization.float_bytes import as_float32
+from halfweight.quantization.grid8 import lies_on_grid8
 from halfweight.quantization.scheme import DTYPE_BYTES, FLOAT_DTYPE_BYTES, Decision, TensorInfo
 
 BLOCK_BYTES = 1_000_000
@@ -144,6 +147,9 @@ def _reserve(fd: int, num_bytes: int) -> None:
 def _convert_block(source: Source, block: _Block) -> QuantizedRows | NDArray[np.uint8]:
     """A block's rows quantized, or where the tensor is kept its bytes."""
     decision, tensor = block.decision, block.decision.tensor
+    if decision.keeps_int8:
+        row_bytes = DTYPE_BYTES[tensor.dtype] * tensor.shape[1]
+        return _kept(source.read_int8(tensor, block.begin // row_bytes, block.end // row_bytes))
     raw = source.read(tensor, block.begin, block.end)
     if decision.scheme is None:
         if (
@@ -153,6 +159,13 @@ def _convert_block(source: Source, block: _Block) -> QuantizedRows | NDArray[np.
             raise _not_finite(source, tensor)
         return raw
     return quantize_rows(raw, tensor.dtype, decision.scheme, tensor.shape[1])
+
+
+def _kept(rows: Int8Rows) -> QuantizedRows:
+    """Rows that are INT8 in the source, without an error of ours."""
+    statistics = np.zeros(len(rows.packed), RowStatistics)
+    statistics["squared_norm"] = np.square(rows.values(), dtype=np.float64).sum(axis=1)
+    return QuantizedRows(rows.packed, rows.scales, statistics)
 
 
 def _not_finite(source: Source, tensor: TensorInfo) -> CheckpointError:
@@ -220,14 +233,21 @@ class _Finished:
 
     @property
     def record(self) -> dict[str, Any]:
-        """Group size, errors and crushed groups, for the manifest."""
+        """Group size, errors and crushed groups, for the manifest.
+
+        Of what was INT8 in the source also the format that memory will hold its scales in.
+        """
         assert self.decision.scheme is not None
-        return {
+        record = {
             "group_size": self.decision.scheme.group_size,
             "squared_error": float(self.statistics["squared_error"].sum()),
             "squared_norm": float(self.statistics["squared_norm"].sum()),
             "crushed_groups": int(self.statistics["crushed_groups"].sum()),
         }
+        if not self.decision.keeps_int8:
+            return record
+        on_grid = lies_on_grid8(self.scales)
+        return record | {"scale_format": "grid8" if on_grid else self.decision.scheme.scale_format}
 
     def write(self, fd: int, offsets: dict[str, int]) -> None:
         """Write scales and shape record."""

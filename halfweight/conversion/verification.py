@@ -22,7 +22,7 @@ from halfweight.checkpoint.manifest import MANIFEST_NAME, file_sha256, read_mani
 from halfweight.checkpoint.shard import StoredTensor, broken
 from halfweight.errors import CheckpointError
 from halfweight.model.loadability import check_loads
-from halfweight.quantization.fast_pass import as_float32
+from halfweight.quantization.float_bytes import as_float32
 
 
 @dataclass(frozen=True)

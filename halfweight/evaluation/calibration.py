@@ -31,7 +31,7 @@ from halfweight.checkpoint.headers import StoredWeight, quantized_modules, read_
 from halfweight.conversion.convert import Refinement
 from halfweight.errors import UsageError
 from halfweight.evaluation.comparison import load_model, tokenize
-from halfweight.quantization.fast_pass import as_float32
+from halfweight.quantization.float_bytes import as_float32
 from halfweight.quantization.numerics import OFFSET, QMAX
 
 CONTEXT, NUM_WINDOWS = 1024, 16

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from halfweight.cache_folder import cache_folder
-from halfweight.checkpoint.gguf_header import file_dtype, refuse_split
+from halfweight.checkpoint.gguf_header import file_dtype, gguf_files
 from halfweight.checkpoint.headers import own_dtype, read_headers, resolve
 from halfweight.errors import CheckpointError, DiskFullError, UsageError, VerificationError
 from halfweight.evaluation.scoring import (
@@ -222,8 +222,7 @@ def _transformers_source(path: Path) -> tuple[Path, dict[str, str]]:
     """A model as transformers takes it: its folder, and the .gguf file in it if it is one."""
     if path.is_dir():
         return path, {}
-    refuse_split(path)
-    return path.parent, {"gguf_file": path.name}
+    return path.parent, {"gguf_file": gguf_files(path)[0].name}
 
 
 def _state_bytes(path: Path, dtype: torch.dtype | None) -> int:

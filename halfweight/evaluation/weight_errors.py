@@ -25,7 +25,7 @@ from halfweight.checkpoint.shard import StoredTensor
 from halfweight.checkpoint.sources import open_source
 from halfweight.checkpoint.sources.source import Source
 from halfweight.errors import CheckpointError
-from halfweight.quantization.fast_pass import as_float32
+from halfweight.quantization.float_bytes import as_float32
 from halfweight.quantization.scheme import DTYPE_BYTES, TensorInfo
 
 QMAX, OFFSET = 127, 128

@@ -6,24 +6,24 @@ hundred kilobytes whatever the model's size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from halfweight.checkpoint.gguf_header import read_gguf_header, refuse_split
+from halfweight.checkpoint.forms import Form, form_of
+from halfweight.checkpoint.gguf_header import read_gguf_header
 from halfweight.checkpoint.headers import HUB_ID, Checkpoint, quantized_modules, read_headers
 from halfweight.checkpoint.json_files import ModelConfig, read_json
-from halfweight.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from halfweight.checkpoint.scale_formats import stored_scheme, stored_schemes
 from halfweight.checkpoint.sources.source import is_tied
 from halfweight.errors import CheckpointError
 from halfweight.memory.architecture import architecture
 from halfweight.memory.plan import Model
 from halfweight.memory.presets import PRESETS, preset
 from halfweight.quantization.scheme import (
-    GROUP_SIZES,
-    SCALE_FORMATS,
+    Q8_0_SCHEME,
     Decision,
-    GroupSize,
     Recipe,
     Scheme,
     TensorInfo,
@@ -57,11 +57,14 @@ def planned_model(name: str, recipe: Recipe | None = None) -> Model:
 
 def _from_gguf(path: Path, recipe: Recipe) -> Model:
     """By its header alone if that accounts for every number in the file, else as the converter."""
-    refuse_split(path)
     if (header := read_gguf_header(path)) is not None:
         found = architecture(header.config, path.stem)
         if found.num_parameters == header.num_parameters:
-            return Model.from_recipe(found, recipe)
+            tensors = (
+                replace(tensor, int8=Q8_0_SCHEME) if tensor.name in header.int8 else tensor
+                for tensor in found.tensors
+            )
+            return Model.from_recipe(replace(found, tensors=tuple(tensors)), recipe)
     from halfweight.checkpoint.sources import open_source
 
     source = open_source(path)
@@ -69,9 +72,10 @@ def _from_gguf(path: Path, recipe: Recipe) -> Model:
 
 
 def _from_folder(checkpoint: Checkpoint, name: str, recipe: Recipe) -> Model:
-    quantized_modules(checkpoint)  # refuses what halfweight does not run
+    form = checkpoint.form
+    modules = {} if form and form.is_read else quantized_modules(checkpoint)
     tensors = [tensor.info for tensor in checkpoint.tensors]
-    return _model(checkpoint.config, name, tensors, recipe, _scale_format(checkpoint))
+    return _model(checkpoint.config, name, tensors, recipe, stored_schemes(checkpoint, modules))
 
 
 def _model(
@@ -79,19 +83,36 @@ def _model(
     name: str,
     tensors: Sequence[TensorInfo],
     recipe: Recipe,
-    scale_format: str,
+    schemes: Mapping[str, Scheme],
 ) -> Model:
-    """The model of these headers: by the recipe, or as it is where it is quantized already."""
+    """The model of these headers: by the recipe, or as it is where it is quantized already.
+
+    `schemes` of its modules in INT8; what is not named is taken to be held as the file has it.
+    """
+    if (form := form_of(config, tensors)) is not None:
+        tensors = _of_others(form, config, name, tensors)
     by_name = {tensor.name: tensor for tensor in tensors}
     modules = [n.removesuffix(".weight_packed") for n in by_name if n.endswith(".weight_packed")]
     if not modules:
         return Model.from_recipe(architecture(config, name, _own(config, tensors)), recipe)
     parts = {f"{m}.weight_{part}" for m in modules for part in ("packed", "scale", "shape")}
-    decisions = [_decision(m, by_name, scale_format) for m in modules]
+    decisions = [_decision(m, by_name, schemes) for m in modules]
     kept = [tensor for tensor in tensors if tensor.name not in parts]
     decisions += [Decision(tensor, None, "in 16 bits in the file") for tensor in kept]
     found = architecture(config, name, [decision.tensor for decision in decisions])
     return Model(found, tuple(decisions))
+
+
+def _of_others(
+    form: Form, config: Mapping[str, Any], name: str, tensors: Sequence[TensorInfo]
+) -> list[TensorInfo]:
+    """What `quantize` would find in a checkpoint of others."""
+    if not form.is_read:
+        raise form.refused(name)
+    from halfweight.checkpoint.sources.others import as_the_model_has_them
+
+    plain, matrices = as_the_model_has_them(form, config, tensors)
+    return [*plain, *(matrix.info for matrix in matrices)]
 
 
 def _own(config: dict[str, Any], tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
@@ -100,26 +121,13 @@ def _own(config: dict[str, Any], tensors: Sequence[TensorInfo]) -> list[TensorIn
     return [tensor for tensor in tensors if not (tied and tensor.name.endswith("lm_head.weight"))]
 
 
-def _decision(module: str, by_name: dict[str, TensorInfo], scale_format: str) -> Decision:
-    rows, words = by_name[f"{module}.weight_packed"].shape
-    group_size: GroupSize = 4 * words // by_name[f"{module}.weight_scale"].shape[1]
-    if group_size not in GROUP_SIZES:
-        group_size = "row"
-    tensor = TensorInfo(f"{module}.weight", "BF16", (rows, 4 * words))
-    return Decision(tensor, Scheme(group_size, scale_format), "")
-
-
-def _scale_format(checkpoint: Checkpoint) -> str:
-    """As the manifest says; a file without one may come from elsewhere: its own dtype."""
-    if not (checkpoint.root / MANIFEST_NAME).exists():
-        return "bfloat16"
-    name: str = read_manifest(checkpoint.root)["job"]["recipe"]["scheme"]["scale_format"]
-    if name not in SCALE_FORMATS:
-        raise CheckpointError(
-            f"{checkpoint.root / MANIFEST_NAME}: scale format {name!r} is not known",
-            hint=f"expected one of {', '.join(SCALE_FORMATS)}; a newer halfweight may know it",
-        )
-    return name
+def _decision(
+    module: str, by_name: Mapping[str, TensorInfo], schemes: Mapping[str, Scheme]
+) -> Decision:
+    packed = by_name[f"{module}.weight_packed"]
+    scheme = schemes.get(module) or stored_scheme(packed, by_name[f"{module}.weight_scale"])
+    shape = (packed.shape[0], 4 * packed.shape[1])
+    return Decision(TensorInfo(f"{module}.weight", "BF16", shape), scheme, "")
 
 
 def _from_hub(name: str, recipe: Recipe) -> Model:
@@ -148,4 +156,4 @@ def _from_hub(name: str, recipe: Recipe) -> Model:
         for file in files
         for tensor, info in file.tensors.items()
     ]
-    return _model(config, name, tensors, recipe, "bfloat16")
+    return _model(config, name, tensors, recipe, {})

@@ -53,7 +53,8 @@ def with_group_size(model: Model, group_size: int) -> Model:
     scheme = next((d.scheme for d in model.decisions if d.scheme), Scheme())
     keep = tuple(d.tensor.name for d in model.decisions if d.scheme is None)
     recipe = model.recipe or Recipe(scheme, keep)
-    changed = replace(recipe, scheme=replace(recipe.scheme, group_size=group_size))
+    scheme = replace(recipe.scheme, group_size=group_size)
+    changed = replace(recipe, scheme=scheme, requantize=True)
     return Model.from_recipe(model.architecture, changed)
 
 

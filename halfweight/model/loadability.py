@@ -203,7 +203,7 @@ def fit_aside(
         "where": str(where),
         "config": config,
         "tensors": [astuple(t) for t in tensors],
-        "recipe": {"scheme": asdict(recipe.scheme), "keep": recipe.keep},
+        "recipe": asdict(recipe),
     }
     done = subprocess.run(
         [sys.executable, "-m", "halfweight.model.loadability"],
@@ -222,8 +222,12 @@ def fit_aside(
 
 
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
-    tensors = [TensorInfo(name, dtype, tuple(shape)) for name, dtype, shape in question["tensors"]]
-    recipe = Recipe(Scheme(**question["recipe"]["scheme"]), tuple(question["recipe"]["keep"]))
+    tensors = [
+        TensorInfo(name, dtype, tuple(shape), Scheme(*int8) if int8 else None)
+        for name, dtype, shape, int8 in question["tensors"]
+    ]
+    asked = question["recipe"]
+    recipe = Recipe(Scheme(**asked["scheme"]), tuple(asked["keep"]), asked["requantize"])
     try:
         return asdict(fit_on_meta(question["where"], question["config"], tensors, recipe))
     except CheckpointError as error:

@@ -19,7 +19,7 @@ from halfweight.model.experts import QuantizedExperts
 from halfweight.model.modules import PARTS, QuantizedWeight, disk_tensors
 from halfweight.model.packed_weight import PackedWeight, gather, whole
 from halfweight.model.placement import DTYPE_HOLDER
-from halfweight.quantization.scheme import GROUP_SIZES, Decision, GroupSize, Scheme, TensorInfo
+from halfweight.quantization.scheme import Decision, Scheme, TensorInfo, stored_group_size
 
 SUFFIX = ".weight_packed"
 
@@ -31,18 +31,14 @@ def saved_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         if name.endswith(SUFFIX):
             module = name.removesuffix(SUFFIX)
             shape = (tensor.shape[0], tensor.shape[1] * 4)
-            scheme = Scheme(_group_size(shape[1], tensors[f"{module}.weight_scale"].shape[1]))
+            num_groups = tensors[f"{module}.weight_scale"].shape[1]
+            scheme = Scheme(stored_group_size(shape[1], num_groups))
             info = TensorInfo(f"{module}.weight", "BF16", shape)
             decisions.append(Decision(info, scheme, ""))
         elif name.endswith(".weight") and tensor.dim() == 2:
             info = TensorInfo(name, "BF16", (tensor.shape[0], tensor.shape[1]))
             decisions.append(Decision(info, None, ""))
     return quantization_config(decisions)
-
-
-def _group_size(in_features: int, num_groups: int) -> GroupSize:
-    size = in_features // num_groups
-    return "row" if num_groups == 1 and size not in GROUP_SIZES else size
 
 
 def stored_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:

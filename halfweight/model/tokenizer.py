@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halfweight.checkpoint.gguf_header import refuse_split
+from halfweight.checkpoint.gguf_header import gguf_files
 from halfweight.checkpoint.json_files import read_json
 from halfweight.errors import CheckpointError, UsageError
 
@@ -33,7 +33,7 @@ def open_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     if path.is_file():
-        refuse_split(path)
+        path = gguf_files(path)[0]
     where = {"gguf_file": path.name} if path.is_file() else {}
     folder = path.parent if path.is_file() else path
     try:

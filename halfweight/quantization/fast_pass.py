@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfweight.quantization.fast_pass_vectors import CANDIDATES, LANES, squared_errors, store_group
+from halfweight.quantization.float_bytes import as_float32
+from halfweight.quantization.grid8 import MAX_EXPONENT, MIN_EXPONENT
 from halfweight.quantization.scheme import Scheme
 
 QMAX = np.float32(127)
 CODE_OFFSETS = np.array([0, -1, 1, -2, 2, -3, 3], dtype=np.float32)
 SCALE_FACTORS = 1 + CODE_OFFSETS / np.float32(256)
 MAX_ORDERED_GROUP = 256
-MIN_EXPONENT, MAX_EXPONENT = -120, 119
 F16_REBIAS = np.float32(2.0**112)
 ONE = np.float32(1)
 NORM = CANDIDATES - 1
@@ -82,16 +83,6 @@ def quantize_rows(
         statistics,
     )
     return QuantizedRows(packed, scales, statistics)
-
-
-def as_float32(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """The values that bytes of safetensors' `dtype` stand for."""
-    if dtype == "F16":
-        return raw.view(np.float16).astype(np.float32)
-    bits = _bits(raw, dtype)
-    if dtype == "BF16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-    return bits.view(np.float32)
 
 
 def _bits(raw: NDArray[np.uint8], dtype: str) -> NDArray[Any]:

@@ -25,13 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from halfweight.errors import CheckpointError
+from halfweight.quantization.grid8 import MAX_EXPONENT, MIN_EXPONENT, grid8_from_bits
 from halfweight.quantization.scheme import Scheme
 
 QMAX = 127
@@ -40,8 +40,6 @@ OFFSET = 128
 SUM_LANES = 16
 MAX_ORDERED_GROUP = 256
 """Longer groups (a row, a tensor: for comparison only) are summed in float64 in torch's order."""
-MIN_EXPONENT, MAX_EXPONENT = -120, 119
-"""Range of grid8's row exponent: scales and their reciprocals stay normal float32 numbers."""
 MIN_SCALE = 2.0**-120
 CODE_OFFSETS = (0, -1, 1, -2, 2, -3, 3)
 """grid8 codes tried around the absmax code (the smallest that clips nothing), nearest first."""
@@ -127,9 +125,9 @@ def grid8_from_scales(scales: Tensor) -> tuple[Tensor, Tensor] | None:
     values = scales.detach().to(torch.bfloat16)
     bits = values.view(torch.int16)
     if bits.device.type == "cpu":  # in one thread: steps so short would wait for torch's threads
-        codes, exponents, on_grid = _grid8_from_bits(bits.numpy(), np)
+        codes, exponents, on_grid = grid8_from_bits(bits.numpy(), np)
     else:
-        codes, exponents, on_grid = _grid8_from_bits(bits, torch)
+        codes, exponents, on_grid = grid8_from_bits(bits, torch)
     if not bool(on_grid) or not (values.dtype == scales.dtype or bool((values == scales).all())):
         return None
     return torch.as_tensor(codes), torch.as_tensor(exponents)
@@ -147,21 +145,6 @@ def check_finite(weight: Tensor, name: str) -> None:
         f"tensor {name}: {count} of {weight.numel()} weights not finite, first {value} at {index}",
         hint="repair the source checkpoint; a NaN or Inf weight has no INT8 value",
     )
-
-
-def _grid8_from_bits(bits: Any, xp: Any) -> tuple[Any, Any, Any]:
-    """Codes, exponents and whether they are exact, of bfloat16 as int16; xp is numpy or torch.
-
-    The 8 significant bits of each scale, shifted to the largest exponent of its row.
-    """
-    top = xp.amax(bits, axis=-1, keepdims=True) >> 7
-    shifts = (top - (bits >> 7)).clip(max=8)
-    significands = (bits & 0x7F) | 0x80
-    codes = significands >> shifts
-    exponents = top[..., 0] - (127 + 7)
-    in_range = (exponents >= MIN_EXPONENT) & (exponents <= MAX_EXPONENT)
-    on_grid = ((codes << shifts) == significands).all() & in_range.all()
-    return xp.asarray(codes, dtype=xp.uint8), xp.asarray(exponents, dtype=xp.int8), on_grid
 
 
 def _quantize_grid8(groups: Tensor, least_squares: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ GroupSize = int | Literal["row", "tensor"]
 ScaleChoice = Literal["absmax", "least_squares"]
 
 GROUP_SIZES = (32, 64, 128, 256)
+"""What halfweight quantizes to. Files of others have groups of any size, run as they are."""
 FALLBACK_GROUP_SIZES = (128, 64, 32)
 """Tried in this order where the asked group size does not divide in_features."""
 
@@ -75,18 +76,19 @@ class WeightBytes:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one weight matrix is quantized. The default is halfweight's: grid8, groups of 128."""
+    """How one weight matrix is quantized. The default is halfweight's: grid8, groups of 128.
+
+    `group_size` is one of GROUP_SIZES in what a Recipe makes, any number in what others made.
+    """
 
     group_size: GroupSize = 128
     scale_format: str = "grid8"
     scale_choice: ScaleChoice = "least_squares"
 
     def __post_init__(self) -> None:
-        if self.group_size not in (*GROUP_SIZES, "row", "tensor"):
-            raise UsageError(
-                f"group size {self.group_size!r} is not supported",
-                hint=f"use one of {', '.join(map(str, GROUP_SIZES))}, row, tensor",
-            )
+        size = self.group_size
+        if not (isinstance(size, int) and size > 0) and size not in ("row", "tensor"):
+            raise _not_a_group_size(size)
         if self.scale_format not in SCALE_FORMATS:
             raise UsageError(
                 f"scale format {self.scale_format!r} is not known",
@@ -147,13 +149,21 @@ class Scheme:
         return WeightBytes(prod(shape), prod(self.scales_shape(shape)) * scale_bytes, 16)
 
 
+Q8_0_SCHEME = Scheme(32, "float16", "absmax")
+"""GGUF's own INT8."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint as its header describes it; no data."""
+    """One tensor of a checkpoint as its header describes it; no data.
+
+    `int8` is the scheme of a weight whose INT8 values the checkpoint has, if in another layout.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    int8: Scheme | None = None
 
     @property
     def num_elements(self) -> int:
@@ -173,6 +183,11 @@ class Decision:
     tensor: TensorInfo
     scheme: Scheme | None
     reason: str
+
+    @property
+    def keeps_int8(self) -> bool:
+        """Whether INT8 values of the source are taken as they are."""
+        return self.scheme is not None and self.scheme == self.tensor.int8
 
     @property
     def resident_bytes(self) -> int:
@@ -196,16 +211,24 @@ class Decision:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do with a whole checkpoint: one scheme, and globs of tensors kept in 16 bits."""
+    """What to do with a whole checkpoint: one scheme, and globs of tensors kept in 16 bits.
+
+    What is INT8 in the source stays as it is, unless `requantize` gives it the scheme as well.
+    """
 
     scheme: Scheme = Scheme()
     keep: tuple[str, ...] = ()
+    requantize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scheme.group_size not in (*GROUP_SIZES, "row", "tensor"):
+            raise _not_a_group_size(self.scheme.group_size)
 
     def decide(self, tensor: TensorInfo) -> Decision:
         """Quantize or keep one tensor, with the reason in words.
 
         Linears, embeddings and the output head are quantized: every 2-D floating point tensor
-        named `*.weight` that is not in ALWAYS_KEPT or `keep`.
+        named `*.weight` that is not in ALWAYS_KEPT or `keep`. One that is INT8 already stays so.
         """
         if tensor.dtype not in FLOAT_DTYPE_BYTES:
             return Decision(tensor, None, f"{tensor.dtype} is not a floating point type")
@@ -214,6 +237,10 @@ class Recipe:
         for pattern in (*ALWAYS_KEPT, *self.keep):
             if fnmatch.fnmatchcase(tensor.name, pattern):
                 return Decision(tensor, None, f"kept by {pattern!r}")
+        if tensor.int8 is not None and not self.requantize:
+            groups = tensor.int8.group_size
+            size = "one scale a row" if groups == "row" else f"groups of {groups}"
+            return Decision(tensor, tensor.int8, f"INT8 in the source, kept bit for bit: {size}")
         scheme = self.scheme.for_in_features(tensor.shape[1])
         if scheme is None:
             return Decision(tensor, None, f"no group size divides in_features {tensor.shape[1]}")
@@ -226,3 +253,16 @@ class Recipe:
     def decide_all(self, tensors: Iterable[TensorInfo]) -> list[Decision]:
         """`decide` for each tensor, in the given order."""
         return [self.decide(tensor) for tensor in tensors]
+
+
+def stored_group_size(in_features: int, num_groups: int) -> GroupSize:
+    """The group size of a weight that lies in a file with `num_groups` scales a row."""
+    size = in_features // num_groups
+    return "row" if num_groups == 1 and size not in GROUP_SIZES else size
+
+
+def _not_a_group_size(size: object) -> UsageError:
+    return UsageError(
+        f"group size {size!r} is not supported",
+        hint=f"use one of {', '.join(map(str, GROUP_SIZES))}, row, tensor",
+    )

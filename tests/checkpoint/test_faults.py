@@ -169,7 +169,7 @@ def test_already_quantized(source):
         convert.quantize(source.parent / "once", source.parent / "twice")
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
 def test_eight_bit_weights_without_a_config_that_says_so(source, dtype):
     def narrow(tensors):
         if "lm_head.weight" in tensors:
@@ -328,7 +328,7 @@ def test_packed_modules_that_halfweight_does_not_run(source, tmp_path):
     group = config["quantization_config"]["config_groups"]["group_0"]["weights"]
     group["num_bits"] = 4
     edit_json(out / "config.json", **config)
-    with pytest.raises(CheckpointError, match=r"'num_bits': 4.* expected 8-bit symmetric int"):
+    with pytest.raises(CheckpointError, match="this is a compressed-tensors 4-bit checkpoint"):
         quantized_modules(read_headers(out))
 
 

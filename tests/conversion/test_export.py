@@ -233,8 +233,10 @@ def test_verify_finds_what_is_not_of_the_form(int8, tmp_path):
     name = "model.layers.0.mlp.up_proj.scales"
     save_file(tensors | {name: tensors[name][:, :4].clone()}, out / "model.safetensors")
     (out / "extra.gguf").write_bytes(b"GGUF")
-    assert f"{name.rpartition('.')[0]}.scales is" in halfweight.verify(out).problems[-1]
-    edit_json(out / "config.json", quantization_config={})
+    assert f"tensor {name} is F16 [1, 4]" in halfweight.verify(out).problems[-1]
+    halfweight.export(int8, tmp_path / "plain", "dequantized")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tmp_path / "plain" / name, out / name)
     assert "no GPTQ module in it" in halfweight.verify(out).problems[-1]
     manifest = json.loads((out / "halfweight.json").read_text())
     edit_json(out / "halfweight.json", job={**manifest["job"], "export": {"to": "gguf-q8_0"}})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mutation import mutated_bytes, mutated_json, mutated_shard
 
-from halfweight.checkpoint.gguf_header import file_dtype, read_gguf_header, refuse_split
+from halfweight.checkpoint.gguf_header import file_dtype, gguf_files, read_gguf_header
 from halfweight.checkpoint.headers import own_dtype, quantized_modules, read_headers
 from halfweight.checkpoint.inspection import inspect
 from halfweight.checkpoint.sources import open_source
@@ -71,7 +71,7 @@ def _journal(folder: Path) -> None:
 
 def _gguf(folder: Path) -> None:
     path = folder / "tiny.gguf"
-    refuse_split(path)
+    gguf_files(path)
     file_dtype(path)
     if (header := read_gguf_header(path)) is not None:
         architecture(header.config, path.stem)

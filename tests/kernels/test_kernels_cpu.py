@@ -67,6 +67,14 @@ def test_scale_formats_and_groups(scale_format, group_size, tokens):
     assert_equal_products(torch.randn(tokens, 768), tensor, torch.randn(37))
 
 
+@pytest.mark.parametrize("group_size", [4, 8, 24, 48, 96, 192])
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_groups_of_others(group_size, tokens):
+    """Of sizes that halfweight does not make."""
+    tensor = weight((37, 384), group_size, "float16")
+    assert_equal_products(torch.randn(tokens, 384), tensor, torch.randn(37))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 4, 33])
 def test_activation_dtypes_and_bias(dtype, tokens):

@@ -105,6 +105,16 @@ def test_scale_formats_and_groups(name, scale_format, group_size):
     assert relative_error(multiply(x, tensor, None, EXACT[name]), x, tensor) < 1e-3
 
 
+@pytest.mark.parametrize("name", [*PLAIN, "int8"])
+@pytest.mark.parametrize("group_size", [8, 24, 48, 96])
+def test_groups_of_others(name, group_size):
+    """Of sizes that halfweight does not make: a kernel that cannot take them leaves them to one."""
+    tensor = weight((20, 192), group_size, "float16")
+    x = torch.randn(3, 192, device=DEVICE).half()
+    config = (EXACT | INT8)[name]
+    assert relative_error(multiply(x, tensor, None, config), x, tensor) < 1e-3 + (name == "int8")
+
+
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("shape", [(1, 32), (5, 96), (16, 1056), (130, 64)], ids=str)
 def test_odd_shapes(name, shape):

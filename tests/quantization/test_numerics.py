@@ -101,9 +101,9 @@ def codes_by_definition(row):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_codes_are_those_of_the_definition(dtype, by_torch, monkeypatch):
     if by_torch:  # as on a GPU
-        of_bits = numerics._grid8_from_bits
+        of_bits = numerics.grid8_from_bits
         as_on_a_gpu = lambda bits, _: of_bits(torch.from_numpy(bits), torch)  # noqa: E731
-        monkeypatch.setattr(numerics, "_grid8_from_bits", as_on_a_gpu)
+        monkeypatch.setattr(numerics, "grid8_from_bits", as_on_a_gpu)
     exponents = range(-24, 8) if dtype == torch.float16 else range(-128, 121)
     rows = [
         torch.tensor([[float(code), float(most)]]).double() * 2.0**exponent

@@ -62,10 +62,17 @@ def test_decisions_say_why():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"group_size": 100}, {"scale_format": "int4"}, {"scale_choice": "best"},
-     {"group_size": "tensor"}],
+    [{"group_size": 0}, {"group_size": "colour"}, {"scale_format": "int4"},
+     {"scale_choice": "best"}, {"group_size": "tensor"}],
 )  # fmt: skip
 def test_impossible_schemes_are_refused_with_a_remedy(arguments):
     with pytest.raises(UsageError) as caught:
         Scheme(**arguments)
     assert caught.value.hint
+
+
+def test_a_recipe_makes_groups_that_kernels_are_fast_with():
+    assert Scheme(100).scales_shape((2, 400)) == (2, 4), "somebody else's"
+    with pytest.raises(UsageError, match="group size 100 is not supported") as caught:
+        Recipe(Scheme(100))
+    assert caught.value.hint == "use one of 32, 64, 128, 256, row, tensor"

@@ -8,9 +8,10 @@ file: source.py, the protocol.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halfweight.checkpoint.headers import resolve
+from halfweight.checkpoint.headers import read_headers, resolve
 from halfweight.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -32,6 +33,24 @@ def open_source(model: str | os.PathLike[str]) -> Source:
             f"{path}: a single file, expected a model folder or a .gguf file",
             hint="quantize needs config.json and the tokenizer beside the weights",
         )
-    from halfweight.checkpoint.sources.folder import FolderSource
+    return _open_folder(path, str(model))
 
-    return FolderSource(path, str(model))
+
+def _open_folder(path: Path, name: str) -> Source:
+    """A folder of safetensors, in 16 bits or in a form that is read."""
+    from halfweight.checkpoint.sources.folder import FolderSource, require_floats
+    from halfweight.checkpoint.sources.others import OthersFolder
+
+    checkpoint = read_headers(path)
+    if not checkpoint.config:
+        raise CheckpointError(
+            f"{path}: no config.json, expected a model folder",
+            hint="quantize needs the folder that transformers loads",
+        )
+    form = checkpoint.form
+    if form is None:
+        require_floats(checkpoint)
+        return FolderSource(checkpoint, name)
+    if not form.is_read:
+        raise form.refused(path)
+    return OthersFolder(checkpoint, name, form)

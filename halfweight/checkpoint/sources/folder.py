@@ -10,9 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfweight.checkpoint.headers import LEGAL_PREFIXES, Checkpoint, check_inside, read_headers
+from halfweight.checkpoint.forms import ORIGINAL
+from halfweight.checkpoint.headers import (
+    LEGAL_PREFIXES,
+    Checkpoint,
+    check_inside,
+    quantized_modules,
+)
 from halfweight.checkpoint.json_files import read_json
 from halfweight.checkpoint.shard import Shard, StoredTensor, broken
+from halfweight.checkpoint.sources.matrices import Int8Rows
 from halfweight.checkpoint.sources.source import CODE_KEYS, is_tied, publishable
 from halfweight.errors import CheckpointError
 from halfweight.quantization.scheme import FLOAT_DTYPE_BYTES, TensorInfo
@@ -27,16 +34,9 @@ SPAN = 4_000_000
 class FolderSource:
     """A Hugging Face folder of safetensors shards."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        """Reads and checks all headers; `name` is what the user called the folder."""
-        self.path = path
-        checkpoint = read_headers(path)
-        if not checkpoint.config:
-            raise CheckpointError(
-                f"{path}: no config.json, expected a model folder",
-                hint="quantize needs the folder that transformers loads",
-            )
-        _refuse_quantized(path, checkpoint)
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        """`name` is what the user called the folder."""
+        self.path = checkpoint.root
         self.name = name
         self.config = publishable(checkpoint.config)
         self._checkpoint = checkpoint
@@ -46,6 +46,13 @@ class FolderSource:
 
     def read(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) of a tensor; raises CheckpointError if the file got shorter."""
+        return self._read_stored(tensor, begin, end)
+
+    def read_int8(self, tensor: TensorInfo, begin: int, end: int) -> Int8Rows:
+        """Never asked for: no weight is in INT8."""
+        raise NotImplementedError(tensor.name)
+
+    def _read_stored(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
         return read_stored(self._stored[tensor.name], begin, end)
 
     def _is_tied_head(self, head: TensorInfo) -> bool:
@@ -60,7 +67,8 @@ class FolderSource:
 
     def _same_bytes(self, a: TensorInfo, b: TensorInfo) -> bool:
         spans = ((i, min(i + SPAN, a.num_bytes)) for i in range(0, a.num_bytes, SPAN))
-        return all(np.array_equal(self.read(a, *span), self.read(b, *span)) for span in spans)
+        read = self._read_stored
+        return all(np.array_equal(read(a, *span), read(b, *span)) for span in spans)
 
     def fingerprint(self) -> dict[str, Any]:
         """Name, size and header hash of each shard, and the hash of config.json."""
@@ -119,20 +127,19 @@ def _same_form(a: TensorInfo, b: TensorInfo) -> bool:
     return (a.dtype, a.shape) == (b.dtype, b.shape)
 
 
-def _refuse_quantized(path: Path, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if the weights are already in some quantized form."""
-    hint = "quantize the 16-bit original instead"
-    config = checkpoint.config.get("quantization_config")
-    if config:
-        method = config.get("quant_method") if isinstance(config, dict) else None
-        raise CheckpointError(f"{path}: already quantized by {method or 'some method'}", hint=hint)
+def require_floats(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if the weights are already quantized, by us or in an unknown form."""
+    path = checkpoint.root
+    if quantized_modules(checkpoint):
+        raise CheckpointError(
+            f"{path}: already quantized by compressed-tensors, in 8 bits",
+            hint="run it as it is, or quantize the 16-bit model that it was made from",
+        )
     for tensor in checkpoint.tensors:
         is_weight = len(tensor.info.shape) == 2 and "weight" in tensor.name
-        if tensor.info.dtype.startswith("F8") or (
-            is_weight and tensor.info.dtype not in FLOAT_DTYPE_BYTES
-        ):
+        if is_weight and tensor.info.dtype not in FLOAT_DTYPE_BYTES:
             found = f"already quantized: tensor {tensor.name} is {tensor.info.dtype}"
-            raise CheckpointError(f"{path}: {found}, expected 16 or 32 bits", hint=hint)
+            raise CheckpointError(f"{path}: {found}, expected 16 or 32 bits", hint=ORIGINAL)
 
 
 def _shard_fingerprint(shard: Shard) -> dict[str, Any]:

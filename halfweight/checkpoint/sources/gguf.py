@@ -3,33 +3,36 @@
 gguf-py decodes the blocks; transformers knows each architecture's names and the layouts that
 llama.cpp permutes. Both are used as they stand: a model is built on the meta device to learn the
 names, then tensors are decoded one at a time as the conversion asks for them.
+
+Q8_0 is symmetric INT8 in groups of 32: those matrices are not decoded but kept bit for bit, in the
+order of rows that transformers gives them. A split model is read from all its files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from halfweight.checkpoint.gguf_header import TORCH_DTYPES, decoded_dtype, refuse_split
+from halfweight.checkpoint.gguf_header import TORCH_DTYPES, decoded_dtype, gguf_files
+from halfweight.checkpoint.sources.matrices import Held, Int8Rows
+from halfweight.checkpoint.sources.q8_0 import unpack_q8_0
 from halfweight.checkpoint.sources.source import publishable
 from halfweight.errors import CheckpointError, HalfweightError, UsageError
-from halfweight.quantization.scheme import TensorInfo
+from halfweight.quantization.scheme import Q8_0_SCHEME, TensorInfo
 
 log = logging.getLogger("halfweight")
 
 DECODE_WEIGHTS = 16_000_000
 """Weights decoded at a time: gguf-py makes several float32 copies."""
-CACHED_TENSORS = 2
-"""Blocks of two neighbouring tensors can be asked for at the same time."""
+ALWAYS_TIED = ("falcon", "bloom")
+"""Architectures that transformers ties whatever the file holds."""
 
 
 class GgufSource:
@@ -38,33 +41,38 @@ class GgufSource:
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
         self.path = path
-        self._lock = Lock()
-        self._decoded: OrderedDict[str, NDArray[np.uint8]] = OrderedDict()
-        refuse_split(path)
+        self._held: Held[NDArray[np.uint8]] = Held()
+        self._files = gguf_files(path)
         with _named(path):
             self._open()
 
     def read(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) of a tensor, decoded."""
-        with self._lock:
-            if tensor.name not in self._decoded:
-                with _named(self.path):
-                    self._decoded[tensor.name] = self._decode(tensor)
-                while len(self._decoded) > CACHED_TENSORS:
-                    self._decoded.popitem(last=False)
-            return self._decoded[tensor.name][begin:end]
+        return self._held.get(tensor.name, lambda: self._decode(tensor))[begin:end]
+
+    def read_int8(self, tensor: TensorInfo, begin: int, end: int) -> Int8Rows:
+        """Rows [begin, end) of a matrix in Q8_0."""
+        blocks = self._stored[tensor.name].data[self._orders[tensor.name][begin:end]]
+        packed, scales = unpack_q8_0(blocks)
+        return Int8Rows(packed, scales.astype(np.float32)).sound(tensor.name)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Name and size of the file, and the hash of all that precedes the weights."""
-        with open(self.path, "rb") as file:
-            head = hashlib.sha256(file.read(self._reader.data_offset)).hexdigest()
-        size = self.path.stat().st_size
-        return {"shards": [{"name": self.path.name, "bytes": size, "header_sha256": head}]}
+        """Name and size of each file, and the hash of all that precedes its weights."""
+        return {
+            "shards": [
+                {
+                    "name": path.name,
+                    "bytes": path.stat().st_size,
+                    "header_sha256": _head_sha256(path, reader.data_offset),
+                }
+                for path, reader in zip(self._files, self._readers, strict=True)
+            ]
+        }
 
     def state(self) -> list[Any]:
-        """Size and modification time of the file."""
-        status = self.path.stat()
-        return [[self.path.name, status.st_size, status.st_mtime_ns]]
+        """Size and modification time of each file."""
+        found = [(path.name, path.stat()) for path in self._files]
+        return [[name, status.st_size, status.st_mtime_ns] for name, status in found]
 
     def write_companions(self, folder: Path) -> None:
         """Write the tokenizer and generation config that the file holds."""
@@ -72,7 +80,7 @@ class GgufSource:
 
         with _named(self.path):
             tokenizer = AutoTokenizer.from_pretrained(
-                self.path.parent, gguf_file=self.path.name, trust_remote_code=False
+                self.path.parent, gguf_file=self._files[0].name, trust_remote_code=False
             )
             tokenizer.save_pretrained(folder)
             config = PreTrainedConfig.from_dict(dict(self.config))
@@ -88,13 +96,17 @@ class GgufSource:
             get_gguf_hf_weights_map,
         )
 
-        self._reader = GGUFReader(self.path)
-        field = self._reader.get_field("general.architecture")
+        self._readers = [GGUFReader(path) for path in self._files]
+        self._all = [tensor for reader in self._readers for tensor in reader.tensors]
+        field = self._readers[0].get_field("general.architecture")
         architecture = field.contents() if field else ""
-        kinds = {t.tensor_type.name for t in self._reader.tensors if _is_2d(t)}
-        self._dtype = decoded_dtype(architecture, kinds)
-        config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        self._dtype = decoded_dtype(
+            architecture, {t.tensor_type.name for t in self._all if _is_2d(t)}
+        )
+        config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self._files[0].name)
         config.dtype = TORCH_DTYPES[self._dtype]
+        if architecture not in ALWAYS_TIED:  # transformers has looked at the first file alone
+            config.tie_word_embeddings = all(t.name != "output.weight" for t in self._all)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         config.architectures = [type(model).__name__]
@@ -104,13 +116,37 @@ class GgufSource:
         )
         names = get_gguf_hf_weights_map(model, self._processor)
         shapes = {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
-        self._stored = {names[t.name]: t for t in self._reader.tensors if t.name in names}
+        self._stored = {names[t.name]: t for t in self._all if t.name in names}
+        self._orders = dict(self._row_orders())
         self.tensors = tuple(self._info(name, shapes) for name in self._stored)
         self.stored_bytes = sum(int(t.n_bytes) for t in self._stored.values())
-        log.warning("%s: decoded from %s to %s", self.path, self._kinds(), self._dtype)
+        self._log()
 
-    def _kinds(self) -> str:
-        return ", ".join(sorted({t.tensor_type.name for t in self._reader.tensors}))
+    def _row_orders(self) -> Iterator[tuple[str, NDArray[np.int64]]]:
+        """Name and order of rows of every matrix in Q8_0, which transformers at most reorders.
+
+        What it does else to one (other shapes, other values) is done to decoded values.
+        """
+        for name, stored in self._stored.items():
+            if stored.tensor_type.name != "Q8_0" or not _is_2d(stored):
+                continue
+            rows = np.arange(stored.data.shape[0])
+            marked = np.stack([rows, rows + 0.25], axis=1)
+            try:
+                done = self._processor.process(weights=marked.copy(), name=stored.name).weights
+                order = np.asarray(done)[:, 0].astype(np.int64)
+                if np.array_equal(done, marked[order]):
+                    yield name, order
+            except Exception:  # a layout of its own, for which two columns are too few
+                continue
+
+    def _log(self) -> None:
+        decoded = [t for name, t in self._stored.items() if name not in self._orders]
+        kinds = ", ".join(sorted({tensor.tensor_type.name for tensor in decoded}))
+        if self._orders:
+            log.info("%s: %d tensors in Q8_0 kept bit for bit", self.path, len(self._orders))
+        if kinds:
+            log.warning("%s: decoded from %s to %s", self.path, kinds, self._dtype)
 
     def _info(self, name: str, shapes: dict[str, tuple[int, ...]]) -> TensorInfo:
         stored = self._stored[name]
@@ -121,9 +157,14 @@ class GgufSource:
                 f"tensor of the model, expected {name} {list(shapes.get(name, ()))}",
                 hint="quantize the safetensors of this model instead",
             )
-        return TensorInfo(name, self._dtype, shapes[name])
+        int8 = Q8_0_SCHEME if name in self._orders else None
+        return TensorInfo(name, self._dtype, shapes[name], int8)
 
     def _decode(self, tensor: TensorInfo) -> NDArray[np.uint8]:
+        with _named(self.path):
+            return self._decoded(tensor)
+
+    def _decoded(self, tensor: TensorInfo) -> NDArray[np.uint8]:
         import torch
         from gguf import dequantize
 
@@ -138,6 +179,11 @@ class GgufSource:
         values = torch.from_numpy(np.ascontiguousarray(weights))
         decoded = values.to(getattr(torch, TORCH_DTYPES[self._dtype]))
         return decoded.reshape(-1).view(torch.uint8).numpy()
+
+
+def _head_sha256(path: Path, num_bytes: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(num_bytes)).hexdigest()
 
 
 def _is_2d(tensor: Any) -> bool:

@@ -30,7 +30,7 @@ from halfweight.checkpoint.shard import StoredTensor
 from halfweight.checkpoint.sources.folder import copy_companions, fingerprint, read_stored, state
 from halfweight.checkpoint.sources.source import publishable
 from halfweight.errors import CheckpointError
-from halfweight.quantization.fast_pass import as_float32
+from halfweight.quantization.float_bytes import as_float32
 
 HELD_WEIGHTS = 3
 """Whose scales or bytes are kept: blocks of neighbours are in work at the same time."""

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from halfweight.checkpoint.sources.matrices import Int8Rows
+
 CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
 """Keys by which a checkpoint asks for its own Python to be run: never copied."""
 
@@ -30,6 +32,10 @@ class Source(Protocol):
 
     def read(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) of a tensor, in the dtype that `tensors` states."""
+        ...
+
+    def read_int8(self, tensor: TensorInfo, begin: int, end: int) -> Int8Rows:
+        """Rows [begin, end) of a weight that is INT8 in the source, as `tensor.int8` says."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from halfweight.checkpoint.forms import ORIGINAL
+from halfweight.errors import CheckpointError
 from halfweight.quantization.scheme import DTYPE_BYTES, TensorInfo
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from halfweight.checkpoint.sources.matrices import Int8Rows
     from halfweight.checkpoint.sources.source import Source
 
 
@@ -33,6 +36,7 @@ class TurnedSource:
         self._stored = {t.name: t for t in source.tensors if t.name in self.names}
         self._lock = Lock()
         self._held: tuple[str, NDArray[np.uint8]] | None = None
+        _refuse_int8(self._stored.values())
         self.tensors = tuple(
             replace(t, shape=t.shape[::-1]) if t.name in self.names else t for t in source.tensors
         )
@@ -53,6 +57,10 @@ class TurnedSource:
                 self._held = (stored.name, turned)
             return self._held[1]
 
+    def read_int8(self, tensor: TensorInfo, begin: int, end: int) -> Int8Rows:
+        """Rows of a weight that is INT8 in the source, which is none that is turned."""
+        return self._source.read_int8(tensor, begin, end)
+
     def fingerprint(self) -> dict[str, Any]:
         """That of the source."""
         return self._source.fingerprint()
@@ -64,6 +72,15 @@ class TurnedSource:
     def write_companions(self, folder: Path) -> None:
         """Those of the source."""
         self._source.write_companions(folder)
+
+
+def _refuse_int8(tensors: Iterable[TensorInfo]) -> None:
+    for tensor in tensors:
+        if tensor.int8 is not None:
+            raise CheckpointError(
+                f"tensor {tensor.name}: INT8 of a layer whose weight lies as [K, N] is not read",
+                hint=ORIGINAL,
+            )
 
 
 def turned_source(source: Source, names: Iterable[str]) -> Source:

@@ -15,59 +15,35 @@ from numpy.typing import NDArray
 from halfweight.checkpoint import layout
 from halfweight.checkpoint.headers import INDEX_NAME, read_headers
 from halfweight.checkpoint.layout import OutputShard, module_of, plan_shards
-from halfweight.checkpoint.sources.int8_folder import OFFSET, Int8Folder
+from halfweight.checkpoint.sources.int8_folder import Int8Folder
 from halfweight.checkpoint.sources.source import Source
 from halfweight.checkpoint.sources.turned import turned_source
 from halfweight.conversion.beside_shards import write_json
 from halfweight.conversion.exports.form import Form
+from halfweight.conversion.exports.source import ExportSource, dequantized
 from halfweight.conversion.shard_writer import shard_part
 from halfweight.model.loadability import rehearse
 from halfweight.quantization.float_bytes import as_bytes
 from halfweight.quantization.scheme import DTYPE_BYTES, Decision, TensorInfo
 
 
-class DequantizedSource:
+class DequantizedSource(ExportSource):
     """An Int8Folder as a Source of 16-bit weights; `tensors` are named as those of its source."""
 
     def __init__(self, folder: Int8Folder) -> None:
-        self.name, self.path, self.config = folder.name, folder.path, folder.config
-        self._folder = folder
-        self.tensors = tuple(
+        own = (
             TensorInfo(f"{module}.weight", folder.dtype, weight.shape)
             for module, weight in folder.weights.items()
-        ) + tuple(stored.info for stored in folder.plain.values())
-        self.stored_bytes = folder.stored_bytes
+        )
+        super().__init__(folder, (*own, *(stored.info for stored in folder.plain.values())))
 
     def read(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) of a tensor."""
-        if tensor.name in self._folder.plain:
-            return self._folder.read(tensor.name, begin, end)
+        if tensor.name in self.folder.plain:
+            return self.folder.read(tensor.name, begin, end)
         size = DTYPE_BYTES[tensor.dtype]
-        values = dequantized(self._folder, module_of(tensor), begin // size, end // size)
+        values = dequantized(self.folder, module_of(tensor), begin // size, end // size)
         return as_bytes(values, tensor.dtype)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """That of the folder."""
-        return self._folder.fingerprint()
-
-    def state(self) -> list[Any]:
-        """That of the folder."""
-        return self._folder.state()
-
-    def write_companions(self, folder: Path) -> None:
-        """Those of the folder."""
-        self._folder.write_companions(folder)
-
-
-def dequantized(folder: Int8Folder, module: str, begin: int, end: int) -> NDArray[np.float32]:
-    """Weights [begin, end) of a module in row-major order: whole groups are read around them."""
-    group = folder.weights[module].group_size
-    first, last = begin // group, -(-end // group)
-    values = folder.packed(module, first * group, last * group).astype(np.float32)
-    values -= OFFSET
-    groups = values.reshape(-1, group)
-    groups *= folder.scales(module).reshape(-1, 1)[first:last]
-    return values[begin - first * group : end - first * group]
 
 
 def plan(folder: Int8Folder) -> Form:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from halfweight import __version__
 from halfweight.checkpoint import layout
 from halfweight.checkpoint.json_files import is_plain_name
 from halfweight.checkpoint.shard import broken
-from halfweight.checkpoint.sources.int8_folder import OFFSET, Int8Folder
-from halfweight.conversion.exports.dequantized import dequantized
+from halfweight.checkpoint.sources.int8_folder import Int8Folder
+from halfweight.checkpoint.sources.q8_0 import BLOCK_BYTES, GROUP_SIZE, pack_q8_0
 from halfweight.conversion.exports.form import Form, float16_rounding, rounding_notes
 from halfweight.conversion.exports.gguf_parameters import (
     INSTEAD,
@@ -39,15 +40,13 @@ from halfweight.conversion.exports.gguf_vocabulary import (
     add_vocabulary,
     read_vocabulary,
 )
+from halfweight.conversion.exports.source import ExportSource, bytes_of_rows, dequantized
 from halfweight.conversion.parts import Advance, Part
 from halfweight.conversion.shard_writer import write_tensors
 from halfweight.errors import CheckpointError, UsageError
-from halfweight.quantization.fast_pass import as_float32
-from halfweight.quantization.float_bytes import as_bytes
+from halfweight.quantization.float_bytes import as_bytes, as_float32
 from halfweight.quantization.scheme import DTYPE_BYTES, TensorInfo
 
-BLOCK, BLOCK_BYTES = 32, 34
-"""Weights of a group of Q8_0, and the bytes that they take with their scale."""
 Q8_0 = "Q8_0"
 ALIGNMENT = 32
 """Of each tensor in a file, by GGUF's default."""
@@ -76,7 +75,7 @@ class GgufTensor:
         """Bytes of a row, or of a value where there is one dimension."""
         columns = prod(self.shape[1:])
         if self.kind == Q8_0:
-            return columns // BLOCK * BLOCK_BYTES
+            return columns // GROUP_SIZE * BLOCK_BYTES
         return columns * DTYPE_BYTES[self.kind]
 
     @property
@@ -85,34 +84,17 @@ class GgufTensor:
         return TensorInfo(self.name, "U8", (self.shape[0] * self.row_bytes,))
 
 
-class GgufTensors:
+class GgufTensors(ExportSource):
     """The tensors of a file as a Source of bytes."""
 
     def __init__(self, folder: Int8Folder, tensors: tuple[GgufTensor, ...]) -> None:
-        self.name, self.path, self.config = folder.name, folder.path, folder.config
-        self.stored_bytes = folder.stored_bytes
-        self.tensors = tuple(tensor.info for tensor in tensors)
-        self._folder = folder
+        super().__init__(folder, tuple(tensor.info for tensor in tensors))
         self._by_name = {tensor.name: tensor for tensor in tensors}
 
     def read(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) of a tensor."""
         found = self._by_name[tensor.name]
-        first, last = begin // found.row_bytes, -(-end // found.row_bytes)
-        data = self._rows(found, first, last).reshape(-1)
-        return data[begin - first * found.row_bytes : end - first * found.row_bytes]
-
-    def fingerprint(self) -> dict[str, Any]:
-        """That of the folder."""
-        return self._folder.fingerprint()
-
-    def state(self) -> list[Any]:
-        """That of the folder."""
-        return self._folder.state()
-
-    def write_companions(self, folder: Path) -> None:
-        """Those of the folder."""
-        self._folder.write_companions(folder)
+        return bytes_of_rows(partial(self._rows, found), found.row_bytes, begin, end)
 
     def _rows(self, tensor: GgufTensor, first: int, last: int) -> NDArray[np.uint8]:
         """Bytes of rows [first, last) of the file's order."""
@@ -120,32 +102,29 @@ class GgufTensors:
             return as_bytes(tensor.values[first:last], tensor.kind)
         order = rows_of_heads(tensor.shape[0], tensor.num_heads)[first:last]
         low, high = int(order.min()), int(order.max()) + 1
-        columns = prod(tensor.shape[1:])
         if tensor.kind == Q8_0:
             return self._blocks(tensor, order, low, high)
-        stored = self._folder.plain.get(tensor.source)
-        if stored is None:
-            module = tensor.source.removesuffix(".weight")
-            values = dequantized(self._folder, module, low * columns, high * columns)
-        else:
-            row = columns * DTYPE_BYTES[stored.info.dtype]
-            raw = self._folder.read(tensor.source, low * row, high * row)
-            values = as_float32(raw, stored.info.dtype)
+        columns = prod(tensor.shape[1:])
+        values = self._values(tensor.source, low * columns, high * columns)
         rows = values.reshape(-1, columns)[order - low] + np.float32(tensor.offset)
         return as_bytes(rows, tensor.kind)
+
+    def _values(self, source: str, begin: int, end: int) -> NDArray[np.float32]:
+        stored = self.folder.plain.get(source)
+        if stored is None:
+            return dequantized(self.folder, source.removesuffix(".weight"), begin, end)
+        size = DTYPE_BYTES[stored.info.dtype]
+        return as_float32(self.folder.read(source, begin * size, end * size), stored.info.dtype)
 
     def _blocks(
         self, tensor: GgufTensor, order: NDArray[np.int64], low: int, high: int
     ) -> NDArray[np.uint8]:
-        """Rows of Q8_0: the scale of each group before each 32 of its weights."""
+        """Rows of Q8_0; a group of ours is several of 32."""
         module, columns = tensor.source.removesuffix(".weight"), tensor.shape[1]
-        packed = self._folder.packed(module, low * columns, high * columns).reshape(-1, columns)
-        scales = self._folder.scales(module)[order].astype(np.float16)
-        repeats = self._folder.weights[module].group_size // BLOCK
-        blocks = np.empty((len(order), columns // BLOCK, BLOCK_BYTES), np.uint8)
-        blocks[..., :2] = np.repeat(scales, repeats, axis=1)[..., None].view(np.uint8)
-        blocks[..., 2:] = (packed[order - low] ^ OFFSET).reshape(len(order), -1, BLOCK)
-        return blocks
+        packed = self.folder.packed(module, low * columns, high * columns).reshape(-1, columns)
+        scales = self.folder.scales(module)[order].astype(np.float16)
+        repeats = self.folder.weights[module].group_size // GROUP_SIZE
+        return pack_q8_0(packed[order - low], np.repeat(scales, repeats, axis=1))
 
 
 def rows_of_heads(num_rows: int, num_heads: int) -> NDArray[np.int64]:
@@ -246,7 +225,7 @@ def _kind(folder: Int8Folder, source: str, shape: tuple[int, ...]) -> str:
     """Q8_0 where a weight is in INT8 and its groups are of 32s; else its own dtype or float32."""
     weight = folder.weights.get(source.removesuffix(".weight"))
     if weight is not None:
-        return folder.dtype if weight.group_size % BLOCK else Q8_0
+        return folder.dtype if weight.group_size % GROUP_SIZE else Q8_0
     return "F32" if len(shape) == 1 else folder.plain[source].info.dtype
 
 

@@ -2,21 +2,16 @@
 
 A module P of the repeated layers with weight [N, K] becomes
 
-    P.qweight  int32 [K/4, N]     byte i of element [k, n] is q[n, 4k + i] + 128
-    P.scales   float16 [K/G, N]
-    P.qzeros   int32 [K/G, N/4]   bytes 127: the zero point 128, less one, as GPTQ's first version
-                                  stores it and every reader expects
-    P.g_idx    int32 [K]          k // G: groups in order
-
-so qweight is our own weight_packed, transposed: not a bit of a weight changes. G is one for the
-model, the smallest of the folder's; a longer group's scale is repeated. Embedding and head are
-dequantized: most readers know them in 16 bits only.
+P.qweight, P.scales, P.qzeros and P.g_idx, whose layout gptq_packing.py says. P.qweight is our own
+weight_packed, transposed: not a bit of a weight changes. Zero points are those of GPTQ's first
+version, which every reader knows. G is one for the model, the smallest of the folder's; a longer
+group's scale is repeated. Embedding and head are dequantized: most readers know them in 16 bits
+only.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -25,9 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfweight import __version__
-from halfweight.checkpoint.headers import StoredWeight, read_headers
+from halfweight.checkpoint.headers import StoredWeight
 from halfweight.checkpoint.layout import module_of
 from halfweight.checkpoint.shard import broken, some
+from halfweight.checkpoint.sources import open_source
+from halfweight.checkpoint.sources.gptq_packing import (
+    ordered_g_idx,
+    pack_qweight,
+    symmetric_qzeros,
+)
 from halfweight.checkpoint.sources.int8_folder import Int8Folder
 from halfweight.conversion.beside_shards import write_json
 from halfweight.conversion.exports.dequantized import (
@@ -41,6 +42,7 @@ from halfweight.conversion.exports.form import (
     float16_scales,
     rounding_notes,
 )
+from halfweight.conversion.exports.source import ExportSource, Rows, bytes_of_rows
 from halfweight.conversion.shard_writer import shard_part
 from halfweight.errors import CheckpointError
 from halfweight.quantization.scheme import TensorInfo
@@ -48,23 +50,20 @@ from halfweight.quantization.scheme import TensorInfo
 GROUP_SIZES = (32, 64, 128)
 """That vLLM's kernels and gptqmodel have, besides one scale a row; longer groups are split."""
 IN_LAYERS = re.compile(r"\.\d+\.")
-ZERO_POINT_BYTES = 127
 INSTEAD = "halfweight export --to dequantized writes a checkpoint that GPTQ tools take"
 
 
-class GptqSource:
+class GptqSource(ExportSource):
     """An Int8Folder as a Source of GPTQ's tensors, groups of `group_size` (None: one a row)."""
 
     def __init__(self, folder: Int8Folder, modules: list[str], group_size: int | None) -> None:
         self._plain = DequantizedSource(folder)
-        self.name, self.path, self.config = folder.name, folder.path, folder.config
-        self.stored_bytes = folder.stored_bytes
-        self._folder, self._group_size = folder, group_size
+        self._group_size = group_size
+        self._modules = frozenset(modules)
         quantized = {f"{module}.weight" for module in modules}
         own = (t for module in modules for t in self._tensors(module, folder.weights[module]))
         others = (t for t in self._plain.tensors if t.name not in quantized)
-        self.tensors = (*own, *others)
-        self._modules = frozenset(modules)
+        super().__init__(folder, (*own, *others))
 
     def read(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
         """Bytes [begin, end) of a tensor."""
@@ -72,22 +71,7 @@ class GptqSource:
         if module not in self._modules or part == "bias":
             return self._plain.read(tensor, begin, end)
         row_bytes = tensor.num_bytes // tensor.shape[0]
-        first, last = begin // row_bytes, -(-end // row_bytes)
-        rows = self._rows(module, part)(first, last)
-        data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
-        return data[begin - first * row_bytes : end - first * row_bytes]
-
-    def fingerprint(self) -> dict[str, Any]:
-        """That of the folder."""
-        return self._folder.fingerprint()
-
-    def state(self) -> list[Any]:
-        """That of the folder."""
-        return self._folder.state()
-
-    def write_companions(self, folder: Path) -> None:
-        """Those of the folder."""
-        self._folder.write_companions(folder)
+        return bytes_of_rows(self._rows(module, part), row_bytes, begin, end)
 
     def _group(self, weight: StoredWeight) -> int:
         return self._group_size or weight.shape[1]
@@ -102,21 +86,20 @@ class GptqSource:
             TensorInfo(f"{module}.g_idx", "I32", (columns,)),
         )
 
-    def _rows(self, module: str, part: str) -> Callable[[int, int], NDArray[Any]]:
-        """How rows [first, last) of a module's tensor are made."""
-        weight = self._folder.weights[module]
+    def _rows(self, module: str, part: str) -> Rows:
+        """How rows of a module's tensor are made; those of qweight are columns of ours."""
+        weight = self.folder.weights[module]
         group = self._group(weight)
         if part == "qweight":
-            packed = self._folder.whole(module).view(np.int32)
-            return lambda first, last: packed[:, first:last].T
+            packed = self.folder.whole(module)
+            return lambda first, last: pack_qweight(packed[:, 4 * first : 4 * last])
         if part == "scales":
-            scales = float16_scales(self._folder, module)
+            scales = float16_scales(self.folder, module)
             repeats = weight.group_size // group
             return lambda first, last: np.repeat(scales, repeats, axis=1)[:, first:last].T
         if part == "qzeros":
-            columns = weight.shape[0]
-            return lambda first, last: np.full((last - first, columns), ZERO_POINT_BYTES, np.uint8)
-        return lambda first, last: np.arange(first, last, dtype=np.int32) // group
+            return lambda first, last: symmetric_qzeros(last - first, weight.shape[0])
+        return lambda first, last: ordered_g_idx(last, group)[first:]
 
 
 def plan(folder: Int8Folder) -> Form:
@@ -172,26 +155,13 @@ def quantization_config(group_size: int | None, kept: list[str]) -> dict[str, An
 
 
 def check(out: Path) -> None:
-    """Raise CheckpointError unless each qweight has the scales, zeros and order that it needs."""
-    shapes = {t.name: (t.info.dtype, t.info.shape) for t in read_headers(out).tensors}
-    config = read_headers(out).config.get("quantization_config") or {}
-    modules = [n.removesuffix(".qweight") for n in shapes if n.endswith(".qweight")]
-    if not modules or config.get("quant_method") != "gptq":
+    """Read headers and small parts as `quantize` does; raises CheckpointError for what it refuses.
+
+    Those are shapes that do not fit each other, groups out of order, zero points other than 128.
+    """
+    tensors = open_source(out).tensors
+    if not any(tensor.int8 is not None for tensor in tensors):
         raise broken(out, "no GPTQ module in it")
-    for module in modules:
-        _, (words, rows) = shapes[f"{module}.qweight"]
-        group = config["group_size"] if config["group_size"] > 0 else 4 * words
-        groups = 4 * words // group
-        expected = {
-            "qweight": ("I32", (words, rows)),
-            "scales": ("F16", (groups, rows)),
-            "qzeros": ("I32", (groups, rows // 4)),
-            "g_idx": ("I32", (4 * words,)),
-        }
-        for part, form in expected.items():
-            found = shapes.get(f"{module}.{part}")
-            if found != form:
-                raise broken(out, f"{module}.{part} is {found}, expected {form}")
 
 
 def _group_size(folder: Int8Folder, modules: list[str]) -> int | None:

@@ -277,6 +277,10 @@ KERNELS: dict[str, Callable[[_Product, Config], None]] = {
 """Config.kernel -> what computes y of a product."""
 
 
+GROUP_MULTIPLES = {"gemv": SEGMENT, "matmul": 16, "two_int8": 32, "int8": 32, "dequantize": 1}
+"""What must divide a group: a GEMV's segment, the least depth of a tensor core's product."""
+
+
 def _power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
@@ -298,8 +302,8 @@ def product(
     y = x.new_empty((rows.shape[0], out_features))
     if y.numel() > 0:
         config = choose(rows.shape[0], (out_features, in_features))
-        if not _takes_operands(config, rows, packed, scales):
-            config = Config("matmul")
+        others = (Config("matmul"), Config("dequantize"))
+        config = next(c for c in (config, *others) if _takes_operands(c, rows, packed, scales))
         bias = None if bias is None else bias.to(x.dtype).contiguous()
         exponents = None if exponents is None else exponents.contiguous()
         parts = (_unit_stride(packed), _unit_stride(scales), exponents, bias)
@@ -308,15 +312,21 @@ def product(
 
 
 def _takes_operands(config: Config, x: Tensor, packed: Tensor, scales: Tensor) -> bool:
-    """Whether a kernel computes this product; matmul computes any.
+    """Whether a kernel computes this product; dequantize computes any.
 
     The GEMV begins to read weights before the kernel before it has ended, so they must not be
     copies made here.
     """
-    if not takes(config, x.dtype, *x.shape):
+    if not takes(config, x.dtype, *x.shape) or not takes_groups(config, packed, scales):
         return False
     aligned = packed.data_ptr() % SEGMENT == 0 and packed.stride(0) % SEGMENT == 0
     return config.kernel != "gemv" or (aligned and packed.stride(1) == 1 == scales.stride(1))
+
+
+def takes_groups(config: Config, packed: Tensor, scales: Tensor) -> bool:
+    """Whether a kernel finds one scale for all that it multiplies at once."""
+    num_groups = scales.shape[1]
+    return num_groups == 1 or packed.shape[1] // num_groups % GROUP_MULTIPLES[config.kernel] == 0
 
 
 def _unit_stride(matrix: Tensor) -> Tensor:

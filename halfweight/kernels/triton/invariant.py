@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from halfweight.errors import UsageError
 from halfweight.kernels.operations import Backend
 from halfweight.kernels.triton import backend as triton
 from halfweight.kernels.triton.tables import Config
@@ -28,7 +29,16 @@ def config_for(tokens: int, shape: tuple[int, int]) -> Config:
 def linear(
     x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """Like `triton.linear`, bit for bit the same for a row in any batch."""
+    """Like `triton.linear`, bit for bit the same for a row in any batch.
+
+    Raises UsageError for groups that only the vendor's product takes.
+    """
+    if not triton.takes_groups(Config("matmul"), packed, scales):
+        raise UsageError(
+            f"backend 'triton-invariant' needs groups of a multiple of 16, found group size "
+            f"{packed.shape[1] // scales.shape[1]}",
+            hint="choose backend 'triton'",
+        )
     return triton.product(x, packed, scales, exponents, bias, config_for)
 
 
