@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from threading import Event
 
 import pytest
@@ -304,6 +305,31 @@ def test_scales_that_are_not_finite_are_named(int8, tmp_path):
         CheckpointError, match=r"embed_tokens\.weight_scale: 1 of 323 scales not pos"
     ):
         halfweight.export(folder, tmp_path / "out", "dequantized")
+
+
+def peak_of_an_export(folder, rows):
+    """Traced bytes at most while an embedding of `rows` rows is exported."""
+    from safetensors.torch import save_file
+
+    source = folder / "src"
+    source.mkdir(parents=True)
+    config = {"architectures": ["NoSuchModel"], "model_type": "llama"}
+    (source / "config.json").write_text(json.dumps(config))
+    save_file({"embed.weight": torch.randn(rows, 1024).bfloat16()}, source / "model.safetensors")
+    halfweight.quantize(source, folder / "int8", jobs=2)
+    halfweight.export(folder / "int8", folder / "warm", "dequantized", jobs=2)
+    tracemalloc.start()
+    halfweight.export(folder / "int8", folder / "out", "dequantized", jobs=2)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_does_not_grow_with_the_tensor(tmp_path):
+    """Blocks of it pass through, whatever their number."""
+    small, large = (peak_of_an_export(tmp_path / str(n), n) for n in (16384, 65536))
+    assert large < 1.5 * small  # threads meet differently each time
+    assert large < 65536 * 1024 * 2 / 4  # a quarter of what it writes
 
 
 def test_the_card_names_the_model_that_was_quantized(int8, tmp_path):
