@@ -65,10 +65,17 @@ class RecipeRecord(msgspec.Struct):
     scheme: SchemeRecord
 
 
-class JobRecord(msgspec.Struct):
-    """What a folder was made from, in the manifest."""
+class ExportRecord(msgspec.Struct):
+    """The form of an export, in the manifest."""
 
-    recipe: RecipeRecord
+    to: str
+
+
+class JobRecord(msgspec.Struct):
+    """What a folder was made from, in the manifest: a recipe's work, or an export's."""
+
+    recipe: RecipeRecord | None = None
+    export: ExportRecord | None = None
 
 
 class Manifest(msgspec.Struct):

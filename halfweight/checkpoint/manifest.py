@@ -14,6 +14,8 @@ from halfweight.checkpoint.json_files import Manifest, read_json
 
 MANIFEST_NAME = "halfweight.json"
 FORMAT_VERSION = 1
+HASHED_BYTES = 1 << 20
+"""Read at a time."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -21,7 +23,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return read_json(folder / MANIFEST_NAME, Manifest)
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file as hex."""
+def file_sha256(path: Path, begin: int = 0, end: int | None = None) -> str:
+    """sha256 as hex of a file, or of its bytes [begin, end)."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if end is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        file.seek(begin)
+        while begin < end and (block := file.read(min(HASHED_BYTES, end - begin))):
+            digest.update(block)
+            begin += len(block)
+        return digest.hexdigest()

@@ -64,7 +64,10 @@ def _recorded(checkpoint: Checkpoint) -> _Recorded | None:
     manifest = read_manifest(checkpoint.root)
     records = {n: r for shard in manifest["shards"].values() for n, r in shard["tensors"].items()}
     named = {n: r["scale_format"] for n, r in records.items() if r.get("scale_format")}
-    default: str = manifest["job"]["recipe"]["scheme"]["scale_format"]
+    recipe = manifest["job"].get("recipe")
+    if recipe is None:
+        return None
+    default: str = recipe["scheme"]["scale_format"]
     for name in {default, *named.values()} - SCALE_FORMATS.keys():
         raise CheckpointError(
             f"{path}: scale format {name!r} is not known",

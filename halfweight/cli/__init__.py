@@ -72,6 +72,7 @@ from halfweight.cli import (  # noqa: E402, F401  commands register themselves o
     convert,
     demo,
     evaluate,
+    export,
     measure,
     plan,
     run,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from halfweight.cli import app
-from halfweight.cli.output import bytes_bar, print_json, size, stderr, stdout
+from halfweight.cli.output import bytes_bar, print_json, size, stderr, stdout, stop_on_ctrl_c
 from halfweight.errors import InterruptedConversionError, UsageError, VerificationError
 from halfweight.quantization.scheme import GroupSize, Recipe, Scheme
 
@@ -68,14 +65,14 @@ def quantize(
     json_output: Json = False,
 ) -> None:
     """Quantize a model to INT8. Interrupted or killed, the same command goes on where it was."""
-    from halfweight.conversion import convert
+    from halfweight.conversion import convert, parts
 
     size = _group_size(group_size or "128")
     scheme = Scheme(size, scale, scale_choice)  # type: ignore[arg-type]
-    with _stop_on_ctrl_c() as stop, bytes_bar() as bar:
+    with stop_on_ctrl_c() as stop, bytes_bar() as bar:
         task = bar.add_task("reading headers", total=None)
 
-        def show(progress: convert.Progress) -> None:
+        def show(progress: parts.Progress) -> None:
             done, total = progress.done_bytes, progress.total_bytes
             bar.update(task, description=progress.tensor, completed=done, total=total)
 
@@ -222,24 +219,6 @@ def _raise_if(stop: Event) -> None:
 
 def _group_size(text: str) -> GroupSize:
     return int(text) if text.isdigit() else text  # type: ignore[return-value]  # Scheme checks it
-
-
-@contextmanager
-def _stop_on_ctrl_c() -> Iterator[Event]:
-    """The first Ctrl-C sets the event (finish the shard); the second ends the process at once."""
-    stop = Event()
-
-    def on_signal(*_: object) -> None:
-        if stop.is_set():
-            os._exit(InterruptedConversionError.exit_code)
-        stop.set()
-        stderr.print("finishing this step; Ctrl-C again stops now, both can be resumed")
-
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _fields(report: ConversionReport) -> dict[str, Any]:

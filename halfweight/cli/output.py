@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from halfweight.errors import HalfweightError
+from halfweight.errors import HalfweightError, InterruptedConversionError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -52,3 +57,21 @@ def bytes_bar() -> Progress:
         transient=True,
         disable=not stderr.is_terminal,
     )
+
+
+@contextmanager
+def stop_on_ctrl_c() -> Iterator[Event]:
+    """The first Ctrl-C sets the event (finish the shard); the second ends the process at once."""
+    stop = Event()
+
+    def on_signal(*_: object) -> None:
+        if stop.is_set():
+            os._exit(InterruptedConversionError.exit_code)
+        stop.set()
+        stderr.print("finishing this step; Ctrl-C again stops now, both can be resumed")
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -46,18 +46,24 @@ def write_beside_shards(workspace: Workspace, source: Source, layout: Layout) ->
     folder = workspace.checkpoint
     source.write_companions(folder)
     config = {**source.config, "quantization_config": quantization_config(layout.decisions)}
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     if len(layout.shards) > 1:
-        _write_json(folder / INDEX_NAME, index(layout.shards))
+        write_json(folder / INDEX_NAME, index(layout.shards))
     (folder / "README.md").write_text(_card(source, layout))
-    entries = workspace.finished
+    write_manifest(workspace, [shard.name for shard in layout.shards])
+
+
+def write_manifest(workspace: Workspace, shards: Iterable[str]) -> None:
+    """Write the manifest of all files that are there, `shards` as journalled; fsync all others."""
+    folder = workspace.checkpoint
+    entries = {name: workspace.finished[name] for name in shards}
     others = sorted(p for p in folder.iterdir() if p.name not in (MANIFEST_NAME, *entries))
     manifest = {
         "job": workspace.job,
-        "shards": {shard.name: entries[shard.name] for shard in layout.shards},
+        "shards": entries,
         "files": {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in others},
     }
-    _write_json(folder / MANIFEST_NAME, manifest)
+    write_json(folder / MANIFEST_NAME, manifest)
     for path in (*others, folder / MANIFEST_NAME):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -71,7 +77,8 @@ def base_model(name: str) -> str:
     return path.resolve().name
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file as people read it."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -2,9 +2,9 @@
 
 All headers are checked and every byte of the output is planned first. Then blocks of rows go from
 the source's file through one fused pass to their place in an output shard, a few at a time on
-`jobs` threads; nothing holds a whole tensor but its scales. A finished shard is fsynced, hashed as
-read back from the file, and journalled while the next is under way. See `workspace` for what
-happens when the process dies, and `layout` for the form of the output.
+`jobs` threads; nothing holds a whole tensor but its scales. See `parts` for how a shard becomes
+durable, `workspace` for what happens when the process dies, and `layout` for the form of the
+output.
 
 Before all that the load of the result is rehearsed, on meta: what no model could hold in INT8 is
 kept, and a source that is no whole model is refused. Before publishing the output is compared with
@@ -16,35 +16,33 @@ goes into any file.
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 from halfweight.checkpoint.layout import Layout, lay_out
-from halfweight.checkpoint.manifest import MANIFEST_NAME, file_sha256, read_manifest
+from halfweight.checkpoint.manifest import file_sha256, read_manifest
 from halfweight.checkpoint.shard import some
 from halfweight.checkpoint.sources import open_source
 from halfweight.checkpoint.sources.source import Source
 from halfweight.checkpoint.sources.turned import turned_source
 from halfweight.conversion.beside_shards import describe_job, write_beside_shards
-from halfweight.conversion.shard_writer import write_shard
+from halfweight.conversion.parts import (
+    Progress,
+    check_out,
+    disk_full_named,
+    is_published,
+    write_parts,
+)
+from halfweight.conversion.shard_writer import shard_part
 from halfweight.conversion.verification import check_structure
 from halfweight.conversion.workspace import Workspace, remove_leftovers
-from halfweight.errors import (
-    CheckpointError,
-    DiskFullError,
-    InterruptedConversionError,
-    UsageError,
-)
+from halfweight.errors import CheckpointError
 from halfweight.model.loadability import fit_aside, model_tensors
 from halfweight.quantization.scheme import Decision, Recipe
 
@@ -52,15 +50,6 @@ log = logging.getLogger("halfweight")
 
 WORST_SHOWN = 5
 """Tensors with crushed groups that are named in the report; the manifest has all."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a conversion is: source bytes done and in all, and the tensor in hand."""
-
-    tensor: str
-    done_bytes: int
-    total_bytes: int
 
 
 @dataclass(frozen=True)
@@ -128,17 +117,16 @@ def quantize(
     opened = turned_source(opened, fit.turned)
     layout = lay_out(opened.tensors, recipe, fit.kept)
     job = describe_job(opened, layout) | (refine.description if refine else {})
-    if not overwrite and _is_published(out, job):
+    if not overwrite and is_published(out, job):
         log.warning("%s: already complete", out)
         remove_leftovers(out)
         if check is not None:
             check(out)
         return _report(out, opened, layout, read_manifest(out)["shards"], len(layout.shards))
-    _check_out(out, opened.path, overwrite)
-    with Workspace(out, job, opened.state()) as workspace, _disk_full_named(workspace):
-        resumed = _check_resumed(workspace)
-        _check_space(workspace, layout)
-        _convert(opened, layout, workspace, jobs or os.cpu_count() or 1, progress, stop)
+    check_out(out, opened.path, overwrite)
+    parts = [shard_part(opened, shard) for shard in layout.shards]
+    with Workspace(out, job, opened.state()) as workspace, disk_full_named(workspace):
+        resumed = write_parts(workspace, opened, parts, jobs, progress, stop)
         write_beside_shards(workspace, opened, layout)
         if refine is not None:
             _refine(workspace, refine)
@@ -148,51 +136,6 @@ def quantize(
             check(workspace.checkpoint)
         workspace.publish()
         return _report(out, opened, layout, workspace.finished, resumed)
-
-
-def _convert(
-    source: Source,
-    layout: Layout,
-    workspace: Workspace,
-    jobs: int,
-    progress: Callable[[Progress], None] | None,
-    stop: Event | None,
-) -> None:
-    """Write every shard that is not finished; fsync, hash and journal each behind the next."""
-    state = source.state()
-    total = sum(decision.tensor.num_bytes for decision in layout.decisions)
-    done = 0
-
-    def advance(tensor: str, num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        if progress is not None:
-            progress(Progress(tensor, done, total))
-
-    with ThreadPoolExecutor(jobs) as pool, ThreadPoolExecutor(1) as finisher:
-        finishing: Future[None] | None = None
-        for shard in layout.shards:
-            if shard.name in workspace.finished:
-                advance(shard.name, shard.source_bytes)
-                continue
-            path = workspace.checkpoint / shard.name
-            tensors = write_shard(source, shard, path, pool, jobs + 2, advance)
-            if source.state() != state:
-                raise CheckpointError(
-                    f"{source.name}: a file changed while it was read",
-                    hint="run again once nothing writes to the source",
-                )
-            if finishing is not None:
-                finishing.result()
-            finishing = finisher.submit(_finish_shard, workspace, path, tensors)
-            if stop is not None and stop.is_set():
-                finishing.result()
-                raise InterruptedConversionError(
-                    f"interrupted; {len(workspace.finished)} of {len(layout.shards)} shards kept",
-                    hint="run the same command again to go on from there",
-                )
-        if finishing is not None:
-            finishing.result()
 
 
 def _refuse_experts(kept: Mapping[str, str]) -> None:
@@ -211,13 +154,6 @@ def _check_output(folder: Path, source: Source) -> None:
     assert {(t.name, t.shape) for t in written} == {(t.name, t.shape) for t in source.tensors}
 
 
-def _finish_shard(workspace: Workspace, path: Path, tensors: dict[str, Any]) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    entry = {"bytes": path.stat().st_size, "sha256": file_sha256(path), "tensors": tensors}
-    workspace.record(path.name, entry)
-
-
 def _refine(workspace: Workspace, refine: Refinement) -> None:
     """Change packed bytes of finished shards, and what the journal says of them."""
     errors = refine.apply(workspace.checkpoint)
@@ -228,63 +164,6 @@ def _refine(workspace: Workspace, refine: Refinement) -> None:
         }
         sha256 = file_sha256(workspace.checkpoint / name)
         workspace.record(name, {**entry, "sha256": sha256, "tensors": tensors})
-
-
-def _check_resumed(workspace: Workspace) -> int:
-    """Drop journalled shards that are no longer what was written; returns how many remain."""
-    for name, entry in list(workspace.finished.items()):
-        path = workspace.checkpoint / name
-        if not path.exists() or file_sha256(path) != entry["sha256"]:
-            log.warning("%s changed since it was written: made again", path)
-            workspace.forget(name)
-    return len(workspace.finished)
-
-
-def _check_out(out: Path, source: Path, overwrite: bool) -> None:
-    if source.resolve().is_relative_to(out.resolve()):
-        raise UsageError(f"{out}: the source is in it", hint="choose another output folder")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not out.is_dir():
-        raise UsageError(f"{out}: a file is in the way", hint="choose another output folder")
-    if not overwrite:
-        raise UsageError(
-            f"{out}: exists and is not empty",
-            hint="choose another output folder, or replace it with --overwrite",
-        )
-
-
-def _check_space(workspace: Workspace, layout: Layout) -> None:
-    """Raise DiskFullError, before any work, if the rest of the output cannot fit."""
-    rest = [shard for shard in layout.shards if shard.name not in workspace.finished]
-    needed = sum(shard.num_bytes for shard in rest)
-    present = [workspace.checkpoint / shard.name for shard in rest]
-    held = sum(path.stat().st_blocks * 512 for path in present if path.exists())
-    free = shutil.disk_usage(workspace.folder).free + held
-    if needed > free:
-        raise DiskFullError(
-            f"{workspace.out}: needs {needed} bytes more, {free} are free",
-            hint=f"free {needed - free} bytes, or choose an output on another disk",
-        )
-
-
-@contextmanager
-def _disk_full_named(workspace: Workspace) -> Iterator[None]:
-    """Turn ENOSPC into an error that says what is kept and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DiskFullError(
-            f"{workspace.out}: the disk is full after {len(workspace.finished)} finished shards",
-            hint="free space and run the same command again: finished shards are kept",
-        ) from error
-
-
-def _is_published(out: Path, job: dict[str, Any]) -> bool:
-    """Whether `out` is the complete result of this very job, as after a kill at the last step."""
-    return (out / MANIFEST_NAME).exists() and read_manifest(out)["job"] == job
 
 
 def _report(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from halfweight.checkpoint.layout import OutputShard, header, module_of, scale_dtype, with_dtypes
 from halfweight.checkpoint.sources.matrices import Int8Rows
 from halfweight.checkpoint.sources.source import Source
+from halfweight.conversion.parts import Advance, Part
 from halfweight.errors import CheckpointError
 from halfweight.quantization.fast_pass import QuantizedRows, RowStatistics, quantize_rows
 from halfweight.quantization.float_bytes import as_float32
@@ -47,13 +48,19 @@ def _blocks(decision: Decision) -> list[_Block]:
     return [_Block(decision, a, min(a + step, tensor.num_bytes)) for a in starts]
 
 
+def shard_part(source: Source, shard: OutputShard) -> Part:
+    """A whole output file as a part of its output."""
+    write = partial(write_shard, source, shard)
+    return Part(shard.name, shard.name, 0, shard.num_bytes, shard.source_bytes, write)
+
+
 def write_shard(
     source: Source,
     shard: OutputShard,
     path: Path,
     pool: ThreadPoolExecutor,
     window: int,
-    advance: Callable[[str, int], None],
+    advance: Advance,
 ) -> dict[str, Any]:
     """Write one output file; returns what the manifest says of its quantized tensors.
 
@@ -80,11 +87,36 @@ def write_shard(
     return records
 
 
+def write_tensors(
+    source: Source,
+    places: Mapping[TensorInfo, int],
+    fd: int,
+    pool: ThreadPoolExecutor,
+    window: int,
+    advance: Advance,
+    *,
+    first: bytes,
+    num_bytes: int,
+) -> None:
+    """Write tensors as the source gives them to their places in a file of `num_bytes` bytes.
+
+    `first` goes to its beginning, if there is any. The rest is as in `write_shard`.
+    """
+    _reserve(fd, num_bytes)
+    _write_all(fd, memoryview(first), 0)
+    blocks = [b for tensor in places for b in _blocks(Decision(tensor, None, ""))]
+    for block, data in _in_order(pool, partial(_convert_block, source), blocks, window):
+        tensor = block.decision.tensor
+        assert isinstance(data, np.ndarray)
+        _write_all(fd, data.data, places[tensor] + block.begin)
+        advance(tensor.name, block.end - block.begin)
+
+
 def _written(
     fd: int,
     shard: OutputShard,
     results: Iterable[tuple[_Block, QuantizedRows | NDArray[np.uint8]]],
-    advance: Callable[[str, int], None],
+    advance: Advance,
 ) -> Iterator[_Finished]:
     """Write blocks as they come; yields each quantized tensor once its packed bytes are written."""
     parts: list[tuple[NDArray[np.float32], NDArray[Any]]] = []

@@ -61,12 +61,31 @@ def verify(path: Path, progress: Callable[[str, int, int], None] | None = None) 
             done += entry["bytes"]
             if progress is not None:
                 progress(name, done, total)
-        checkpoint = check_structure(path)
-        notes += check_loads(checkpoint)
+        exported = _exported_to(path)
+        if exported is None:
+            notes += check_loads(check_structure(path))
+        else:
+            _check_export(path, exported)
     except CheckpointError as error:
         problems.append(error.message)
     num_bytes = sum(entry["bytes"] for entry in files.values())
     return Verification(path, len(files), num_bytes, tuple(problems), tuple(notes))
+
+
+def _exported_to(path: Path) -> str | None:
+    """The form of an exported folder; None for INT8 weights of our own."""
+    export = read_manifest(path)["job"].get("export") if (path / MANIFEST_NAME).is_file() else None
+    return export["to"] if export else None
+
+
+def _check_export(path: Path, to: str) -> None:
+    """Check an exported folder as it was before it was published."""
+    from halfweight.conversion.exports import dequantized, gguf, gptq
+
+    checks = {"dequantized": dequantized.check, "gptq": gptq.check, "gguf-q8_0": gguf.check}
+    if to not in checks:
+        raise broken(path / MANIFEST_NAME, f"tells of an export to {to}, which is not known")
+    checks[to](path)
 
 
 def check_structure(path: Path) -> Checkpoint:

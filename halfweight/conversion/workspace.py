@@ -80,14 +80,13 @@ class Workspace:
         self._lock.close()
 
     def record(self, shard: str, entry: dict[str, Any]) -> None:
-        """Note that `shard`, already fsynced in `checkpoint`, is complete."""
+        """Note that `shard`, a file or a part of one, fsynced in `checkpoint`, is complete."""
         self._append({"shard": shard, **entry})
         self.finished[shard] = entry
 
     def forget(self, shard: str) -> None:
-        """Drop a shard whose file is not what the journal says; it will be made again."""
+        """Drop a shard whose bytes are not what the journal says; it will be made again."""
         del self.finished[shard]
-        (self.checkpoint / shard).unlink(missing_ok=True)
 
     def publish(self) -> None:
         """Rename the finished checkpoint to `out`, put aside and then drop what was there."""

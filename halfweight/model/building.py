@@ -7,7 +7,7 @@ transformers' own loader places them all, so its renamings, splits, merges and t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -66,6 +66,12 @@ def turned_names(kind: Any, config: Any, names: list[str]) -> set[str]:
         model = kind(config)
     turned = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
     return {name for name in names if any(_same_end(name, other) for other in turned)}
+
+
+def stored_turned(config: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
+    """`turned_names` of a config.json; none where transformers has no class of its name."""
+    kind = model_class(config)
+    return set() if kind is None else turned_names(kind, parsed_config(config), list(modules))
 
 
 def _source_module(kind: Any) -> Any:

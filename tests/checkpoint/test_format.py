@@ -30,11 +30,14 @@ CONVERSION = [
         "checkpoint/sources/gptq.py",
         "checkpoint/sources/int8_rows.py",
         "checkpoint/sources/mxfp4.py",
+        "checkpoint/sources/int8_folder.py",
         "checkpoint/sources/matrices.py",
         "checkpoint/sources/turned.py",
     ),
     *("conversion/convert.py", "conversion/shard_writer.py", "conversion/verification.py"),
-    *("conversion/workspace.py", "model/loadability.py"),
+    *("conversion/workspace.py", "conversion/parts.py", "conversion/export.py"),
+    *(f"conversion/exports/{name}.py" for name in ("form", "gptq", "gguf", "gguf_parameters")),
+    *("conversion/exports/gguf_vocabulary.py", "model/loadability.py"),
 ]
 
 

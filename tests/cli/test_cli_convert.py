@@ -11,7 +11,7 @@ from command_line import run
 from tiny import hashes, make_llama
 
 from halfweight.checkpoint import layout
-from halfweight.conversion import convert
+from halfweight.conversion import convert, shard_writer
 from halfweight.conversion.workspace import workspace_folder
 
 
@@ -123,7 +123,7 @@ def test_a_bad_source_exits_4_and_a_bad_folder_5(capsys, llama, tmp_path):
 def test_ctrl_c_finishes_the_shard_and_exits_130(capsys, llama, tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "MAX_SHARD_BYTES", 30_000)
     convert.quantize(llama, tmp_path / "whole")
-    write_shard = convert.write_shard
+    write_shard = shard_writer.write_shard
 
     def interrupted(*arguments):
         if arguments[1].name.startswith("model-00002"):
@@ -132,7 +132,7 @@ def test_ctrl_c_finishes_the_shard_and_exits_130(capsys, llama, tmp_path, monkey
 
     out = str(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "write_shard", interrupted)
+        patch.setattr(shard_writer, "write_shard", interrupted)
         code, _, err = run(capsys, "quantize", str(llama), out)
     assert code == 130
     assert "finishing this step; Ctrl-C again stops now" in err
@@ -148,13 +148,13 @@ def test_ctrl_c_twice_stops_now(llama, tmp_path):
     """In a process of its own, for it dies without unwinding."""
     program = f"""
 import os, signal, time
-from halfweight.conversion import convert
+from halfweight.conversion import shard_writer
 from halfweight.cli import main
 def interrupted(*arguments):
     while True:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)  # two signals at once may arrive as one
-convert.write_shard = interrupted
+shard_writer.write_shard = interrupted
 main(["quantize", {str(llama)!r}, {str(tmp_path / "out")!r}])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

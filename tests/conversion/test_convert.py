@@ -284,7 +284,7 @@ def test_stop_keeps_finished_shards_and_the_next_run_resumes(llama, tmp_path, sm
     convert.quantize(llama, tmp_path / "whole")
     out, stop = tmp_path / "out", Event()
     stop.set()
-    with pytest.raises(InterruptedConversionError, match=r"interrupted; 1 of \d+ shards kept"):
+    with pytest.raises(InterruptedConversionError, match=r"interrupted; 1 of \d+ parts kept"):
         convert.quantize(llama, out, stop=stop)
     assert not out.exists()
     report = convert.quantize(llama, out)
@@ -327,8 +327,8 @@ def test_a_source_changed_meanwhile_is_an_error(llama, tmp_path):
 
 
 def test_a_full_disk_is_refused_before_any_work(llama, tmp_path, monkeypatch):
-    usage = convert.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DiskFullError, match=r"needs \d+ bytes more, 1000 are free") as caught:
         convert.quantize(llama, tmp_path / "out")
     assert caught.value.hint.startswith("free ")
@@ -349,7 +349,7 @@ def test_a_disk_that_fills_up_keeps_the_journal(llama, tmp_path, small_shards, m
         patch.setattr(os, "pwrite", full)
         with pytest.raises(DiskFullError, match=r"disk is full after \d+ finished") as caught:
             convert.quantize(llama, tmp_path / "out")
-    assert "finished shards are kept" in caught.value.hint
+    assert "finished parts are kept" in caught.value.hint
     assert not (tmp_path / "out").exists()
     convert.quantize(llama, tmp_path / "out")
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")

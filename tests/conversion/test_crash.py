@@ -22,10 +22,10 @@ OLD = {"config.json": b"{}", "old.safetensors": b"old"}
 class Children:
     """Conversions in forked children of one process that has imported everything once."""
 
-    def __init__(self, source):
+    def __init__(self, source, *form):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, CHILD, source],
+            [sys.executable, CHILD, source, *form],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -58,6 +58,26 @@ def expected(children, llama, tmp_path_factory):
     assert children.convert(llama, out) > 50
     assert len(list(out.glob("*.safetensors"))) == 4
     return hashes(out)
+
+
+def test_an_export_killed_at_many_steps(tmp_path):
+    """As test_killed_at_every_step; the one .gguf file is journalled in parts."""
+    from exportable import make_int8
+
+    source, out = make_int8(tmp_path), tmp_path / "to" / "out"
+    children = Children(source, "gguf-q8_0")
+    out.parent.mkdir()
+    num_steps = children.convert(source, out)
+    expected = hashes(out)
+    for step in range(0, num_steps, num_steps // 8):
+        shutil.rmtree(out)
+        assert children.convert(source, out, kill_at=step) is None
+        assert not out.exists() or hashes(out) == expected
+        children.convert(source, out)
+        assert hashes(out) == expected, f"killed at step {step}"
+        assert [p.name for p in out.parent.iterdir()] == ["out"]
+    children.process.stdin.close()
+    assert children.process.wait() == 0
 
 
 def make_old(out):

@@ -1,9 +1,10 @@
 """Converts in forked children that die by SIGKILL at a chosen step; run by test_crash.py.
 
-Its argument is a source, converted once before the forks so that all is imported and compiled.
-Reads lines of JSON [source, out, overwrite, kill_at] and answers each with the number of steps the
-child made, or null where it was killed. A step is a call that changes the disk: open for writing,
-write, fsync, rename, remove, mkdir, truncate.
+Its argument is a source, converted once before the forks so that all is imported and compiled; a
+second one is a form, to export the source to instead. Reads lines of JSON [source, out, overwrite,
+kill_at] and answers each with the number of steps the child made, or null where it was killed. A
+step is a call that changes the disk: open for writing, write, fsync, rename, remove, mkdir,
+truncate.
 """
 
 import json
@@ -44,12 +45,19 @@ class Steps:
         return call
 
 
-def child(source, out, overwrite, kill_at, answer):
-    from halfweight.conversion import convert
+def work(source, out, overwrite=False):
+    from halfweight.conversion import convert, export
 
+    if len(sys.argv) > 2:
+        export.export(source, out, sys.argv[2], jobs=1, overwrite=overwrite)
+    else:
+        convert.quantize(source, out, jobs=1, overwrite=overwrite)
+
+
+def child(source, out, overwrite, kill_at, answer):
     steps = Steps(kill_at)
     steps.install()
-    convert.quantize(source, out, jobs=1, overwrite=overwrite)
+    work(source, out, overwrite)
     answer.write(str(steps.count))
     answer.flush()
     os._exit(0)
@@ -59,12 +67,11 @@ def main():
     import transformers
 
     from halfweight.checkpoint import layout
-    from halfweight.conversion import convert
 
     assert transformers.__version__  # imported, so that conversions check the model in this process
     layout.MAX_SHARD_BYTES = 30_000
     with tempfile.TemporaryDirectory() as folder:
-        convert.quantize(sys.argv[1], Path(folder) / "out", jobs=1)
+        work(sys.argv[1], Path(folder) / "out")
     for line in sys.stdin:
         source, out, overwrite, kill_at = json.loads(line)
         read_end, write_end = os.pipe()

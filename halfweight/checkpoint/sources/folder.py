@@ -18,7 +18,7 @@ from halfweight.checkpoint.headers import (
     quantized_modules,
 )
 from halfweight.checkpoint.json_files import read_json
-from halfweight.checkpoint.shard import Shard, broken
+from halfweight.checkpoint.shard import Shard, StoredTensor, broken
 from halfweight.checkpoint.sources.matrices import Int8Rows
 from halfweight.checkpoint.sources.source import CODE_KEYS, is_tied, publishable
 from halfweight.errors import CheckpointError
@@ -53,17 +53,7 @@ class FolderSource:
         raise NotImplementedError(tensor.name)
 
     def _read_stored(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
-        stored = self._stored[tensor.name]
-        block = np.empty(end - begin, np.uint8)
-        rest = block.data
-        with open(stored.shard, "rb", buffering=0) as file:
-            file.seek(stored.begin + begin)
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise broken(stored.shard, f"ended at byte {file.tell()}, inside {tensor.name}")
-                rest = rest[count:]
-        return block
+        return read_stored(self._stored[tensor.name], begin, end)
 
     def _is_tied_head(self, head: TensorInfo) -> bool:
         """Whether this is a head stored beside the embedding that it shares its values with.
@@ -82,26 +72,55 @@ class FolderSource:
 
     def fingerprint(self) -> dict[str, Any]:
         """Name, size and header hash of each shard, and the hash of config.json."""
-        config = (self._checkpoint.root / "config.json").read_bytes()
-        return {
-            "config_sha256": hashlib.sha256(config).hexdigest(),
-            "shards": [_shard_fingerprint(shard) for shard in self._checkpoint.shards],
-        }
+        return fingerprint(self._checkpoint)
 
     def state(self) -> list[Any]:
         """Size and modification time of every shard."""
-        found = [(shard.path.name, shard.path.stat()) for shard in self._checkpoint.shards]
-        return [[name, status.st_size, status.st_mtime_ns] for name, status in found]
+        return state(self._checkpoint)
 
     def write_companions(self, folder: Path) -> None:
         """Copy tokenizer, generation config and licence; never code."""
-        for path in sorted(self._checkpoint.root.iterdir()):
-            if not _is_companion(path):
-                continue
-            data = check_inside(self._checkpoint.root, path.name).read_bytes()
-            if path.suffix == ".json":
-                data = _json_publishable(path, data)
-            (folder / path.name).write_bytes(data)
+        copy_companions(self._checkpoint.root, folder)
+
+
+def read_stored(stored: StoredTensor, begin: int, end: int) -> NDArray[np.uint8]:
+    """Bytes [begin, end) of a stored tensor; raises CheckpointError if the file got shorter."""
+    block = np.empty(end - begin, np.uint8)
+    rest = block.data
+    with open(stored.shard, "rb", buffering=0) as file:
+        file.seek(stored.begin + begin)
+        while rest:
+            count = file.readinto(rest)
+            if not count:
+                raise broken(stored.shard, f"ended at byte {file.tell()}, inside {stored.name}")
+            rest = rest[count:]
+    return block
+
+
+def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Name, size and header hash of each shard, and the hash of config.json."""
+    config = (checkpoint.root / "config.json").read_bytes()
+    return {
+        "config_sha256": hashlib.sha256(config).hexdigest(),
+        "shards": [_shard_fingerprint(shard) for shard in checkpoint.shards],
+    }
+
+
+def state(checkpoint: Checkpoint) -> list[Any]:
+    """Size and modification time of every shard."""
+    found = [(shard.path.name, shard.path.stat()) for shard in checkpoint.shards]
+    return [[name, status.st_size, status.st_mtime_ns] for name, status in found]
+
+
+def copy_companions(root: Path, folder: Path) -> None:
+    """Copy tokenizer, generation config and licence from a checkpoint's folder; never code."""
+    for path in sorted(root.iterdir()):
+        if not _is_companion(path):
+            continue
+        data = check_inside(root, path.name).read_bytes()
+        if path.suffix == ".json":
+            data = _json_publishable(path, data)
+        (folder / path.name).write_bytes(data)
 
 
 def _same_form(a: TensorInfo, b: TensorInfo) -> bool:
