@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from halfweight.checkpoint.headers import (
@@ -19,6 +19,7 @@ from halfweight.checkpoint.headers import (
     resolve,
 )
 from halfweight.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from halfweight.checkpoint.readers import READERS, problems
 from halfweight.checkpoint.sources.source import is_tied
 from halfweight.quantization.scheme import GROUP_SIZES, SCALE_FORMATS, Recipe, Scheme, TensorInfo
 
@@ -55,7 +56,8 @@ class Contents:
     """A checkpoint in figures. `bytes_by_kind`: int8, scales, shape_records, then other dtypes.
 
     `num_params` counts weights once, however they are stored. `resident_bytes` is None where the
-    headers cannot tell. `plan` is None for a checkpoint that is already quantized.
+    headers cannot tell. `plan` is None for a checkpoint that is already quantized, for which
+    `readers` says of each other program why it does not read the file; nothing where it does.
     """
 
     path: Path
@@ -66,6 +68,7 @@ class Contents:
     resident_bytes: int | None
     plan: Plan | None
     entries: tuple[Entry, ...]
+    readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def data_bytes(self) -> int:
@@ -101,6 +104,7 @@ def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> Cont
         resident_bytes=_resident_bytes(checkpoint, modules) if modules else checkpoint.num_bytes,
         plan=None if modules else _plan(checkpoint, recipe or Recipe()),
         entries=entries,
+        readers={name: problems(r, checkpoint) for name, r in READERS.items()} if modules else {},
     )
 
 

@@ -13,6 +13,7 @@ from halfweight import __version__
 from halfweight.checkpoint.headers import INDEX_NAME
 from halfweight.checkpoint.layout import Layout, index, quantization_config
 from halfweight.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, file_sha256
+from halfweight.checkpoint.readers import READERS, statements
 from halfweight.checkpoint.sources.source import Source
 from halfweight.checkpoint.sources.turned import turned_names
 from halfweight.conversion.workspace import Workspace
@@ -72,6 +73,15 @@ def _groups_in_words(sizes: Iterable[GroupSize]) -> str:
     return f"group of {' or '.join(words)} weights" if words else "row"
 
 
+def _readers_in_words(source: Source, layout: Layout) -> str:
+    """A line for each program that reads the file or does not, for the card."""
+    lines = ["- halfweight"]
+    for name, unread in statements(source.config, layout.decisions).items():
+        versions = f"{name} ({READERS[name].versions})"
+        lines.append(f"- not {versions}: {'; '.join(unread)}" if unread else f"- {versions}")
+    return "\n".join(lines)
+
+
 def _card(source: Source, layout: Layout) -> str:
     name = base_model(source.name)
     before = source.stored_bytes
@@ -105,7 +115,9 @@ tags:
 
 {len(layout.decisions) - kept} tensors are quantized, {kept} kept as they were. The files are
 compressed-tensors `pack-quantized`; `halfweight.json` holds a sha256 of each and every tensor's
-error.
+error. Read in INT8 as it is by
+
+{_readers_in_words(source, layout)}
 
 ```python
 import halfweight
