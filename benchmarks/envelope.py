@@ -14,7 +14,16 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "numba", "humming-kernels", "gemlite", "torchao")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "numba",
+    "humming-kernels",
+    "gemlite",
+    "torchao",
+    "vllm",
+)
 
 
 def envelope(device: torch.device, ceiling: dict[str, float]) -> dict[str, Any]:

@@ -190,15 +190,12 @@ def problems(reader: Reader, checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(_lines(reader, unread(reader, checkpoint.config, packed)))
 
 
-def statements(
-    config: Mapping[str, Any], decisions: Iterable[Decision]
-) -> dict[str, tuple[str, ...]]:
-    """Reader name -> why it does not read the file that these decisions make; empty: it does."""
+def unread_of(
+    reader: Reader, config: Mapping[str, Any], decisions: Iterable[Decision]
+) -> tuple[str, ...]:
+    """One line for each reason why `reader` does not read the file that these decisions make."""
     packed = [_of_decision(d) for d in decisions if d.scheme is not None]
-    return {
-        name: tuple(_lines(reader, unread(reader, config, packed)))
-        for name, reader in READERS.items()
-    }
+    return tuple(_lines(reader, unread(reader, config, packed)))
 
 
 def _lines(reader: Reader, reasons: Mapping[str, str]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from halfweight.memory.devices import Device
     from halfweight.memory.measurements import Record
     from halfweight.memory.plan import Footprint, Model, Plan
+    from halfweight.memory.vllm_run import VllmRun
     from halfweight.memory.what_fits import Cell
     from halfweight.memory.workload import DeviceKind, Workload
 
@@ -49,6 +50,9 @@ def plan(
         Literal["halfweight", "transformers-tp", "vllm"] | None,
         typer.Option(help="Who runs it [default: halfweight on one GPU, vllm on several]."),
     ] = None,
+    plugin: Annotated[
+        bool, typer.Option("--plugin", help="vLLM has halfweight's plug-in: nothing is kept.")
+    ] = False,
     budget: Annotated[
         str | None, typer.Option(help="Memory to use of a device, as 22GiB, instead of all.")
     ] = None,
@@ -74,6 +78,7 @@ def plan(
     """
     from halfweight.memory.named_model import planned_model
     from halfweight.memory.plan import plan as make_plan
+    from halfweight.memory.vllm_run import model_for_vllm, vllm_run
 
     size_or_row: Any = int(group_size) if group_size.isdigit() else group_size
     scheme = Scheme(size_or_row, scale)
@@ -87,10 +92,16 @@ def plan(
         )
     records = _records(target, found)
     work = _workload(context, batch, kv_dtype, ranks, runtime, target, records)
+    if work.runtime == "vllm" and not plugin:
+        found = model_for_vllm(found)
     if solve == "gpus":
         work = work.on_ranks(1)
     made = make_plan(found, work, target.budget)
-    answer = replace(_answer(made, target.gpus, read_bandwidth, price, model), records=records)
+    answer = replace(
+        _answer(made, target.gpus, read_bandwidth, price, model),
+        records=records,
+        vllm=vllm_run(made, model, target.gpus, plugin),
+    )
     if solve is not None:
         answer = _solved(answer, solve)
     _write(answer, html, png)
@@ -123,6 +134,7 @@ class _Answer:
     solution: dict[str, Any] | None = None
     cells: Sequence[Cell] = ()
     records: Sequence[Record] = ()
+    vllm: VllmRun | None = None
 
     @property
     def calibration(self) -> dict[str, Any] | None:
@@ -256,7 +268,7 @@ def _fails(answer: _Answer) -> bool:
 def _document(answer: _Answer) -> dict[str, Any]:
     from halfweight.memory.plan_document import document
 
-    return document(
+    found = document(
         answer.plan,
         answer.gpus,
         answer.loading,
@@ -266,6 +278,7 @@ def _document(answer: _Answer) -> dict[str, Any]:
         cells=answer.cells,
         calibration=answer.calibration,
     )
+    return found | {"vllm": asdict(answer.vllm) if answer.vllm else None}
 
 
 def _print(answer: _Answer) -> None:
@@ -274,6 +287,8 @@ def _print(answer: _Answer) -> None:
     if answer.solution is not None:
         _print_solution(answer)
     _print_costs(answer)
+    if answer.vllm is not None:
+        _print_vllm(answer.vllm)
 
 
 def _print_parts(made: Plan) -> None:
@@ -394,6 +409,14 @@ def _print_costs(answer: _Answer) -> None:
         )
     if (s := answer.serving) is not None:
         stdout.print(f"serve: FP16 {_gpus(s.sixteen_bit_gpus, s.price)}, {_int8_cost(s)}")
+
+
+def _print_vllm(found: VllmRun) -> None:
+    for reason in found.unread:
+        line = f"vLLM needs halfweight's plug-in for this file: {reason}"
+        stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+    for command in found.commands:
+        stdout.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _gpus(count: int | None, price: float | None) -> str:

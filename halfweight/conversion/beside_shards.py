@@ -13,7 +13,7 @@ from halfweight import __version__
 from halfweight.checkpoint.headers import INDEX_NAME
 from halfweight.checkpoint.layout import Layout, index, quantization_config
 from halfweight.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, file_sha256
-from halfweight.checkpoint.readers import READERS, statements
+from halfweight.checkpoint.readers import READERS, unread_of
 from halfweight.checkpoint.sources.source import Source
 from halfweight.checkpoint.sources.turned import turned_names
 from halfweight.conversion.workspace import Workspace
@@ -76,8 +76,9 @@ def _groups_in_words(sizes: Iterable[GroupSize]) -> str:
 def _readers_in_words(source: Source, layout: Layout) -> str:
     """A line for each program that reads the file or does not, for the card."""
     lines = ["- halfweight"]
-    for name, unread in statements(source.config, layout.decisions).items():
-        versions = f"{name} ({READERS[name].versions})"
+    for reader in READERS.values():
+        unread = unread_of(reader, source.config, layout.decisions)
+        versions = f"{reader.name} ({reader.versions})"
         lines.append(f"- not {versions}: {'; '.join(unread)}" if unread else f"- {versions}")
     return "\n".join(lines)
 

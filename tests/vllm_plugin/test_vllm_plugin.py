@@ -95,9 +95,12 @@ def test_an_untied_qwen3_under_torch_compile(tmp_path):
     assert_same(answers, ours(folder, prompts()))
 
 
-def test_two_processes_share_a_tied_qwen3(tmp_path):
-    """Shards of linears by rows and by columns, of the embedding, and of the head tied to it."""
-    folder = make(tmp_path, Qwen3Config(**SIZES, tie_word_embeddings=True), Scheme(32))
+@pytest.mark.parametrize(
+    ("kind", "tied"), [(Qwen3Config, True), (LlamaConfig, False)], ids=["tied-qwen3", "llama"]
+)
+def test_two_processes_share_a_model(tmp_path, kind, tied):
+    """Shards of linears by rows and by columns, of the embedding, and of the head, tied or not."""
+    folder = make(tmp_path, kind(**SIZES, tie_word_embeddings=tied), Scheme(32))
     answers, _ = run_vllm(folder, prompts(), tensor_parallel_size=2)
     assert_same(answers, ours(folder, prompts()))
 
