@@ -29,7 +29,7 @@ $(VLLM)/.installed: pyproject.toml
 	touch $@
 
 test-vllm: $(VLLM)/.installed     ## vLLM on this CPU with our plug-in, against halfweight
-	$(VLLM)/bin/python -m pytest tests/vllm
+	$(VLLM)/bin/python -m pytest tests/vllm_plugin
 
 FUZZ_SECONDS ?= 3600
 fuzz: $(VENV)/.installed          ## changed files of checkpoints: read, or refused by our own errors

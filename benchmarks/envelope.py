@@ -23,6 +23,7 @@ PACKAGES = (
     "humming-kernels",
     "gemlite",
     "torchao",
+    "vllm",
 )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from halfweight.checkpoint.forms import Form
@@ -19,6 +19,7 @@ from halfweight.checkpoint.headers import (
     read_headers,
     resolve,
 )
+from halfweight.checkpoint.readers import READERS, problems
 from halfweight.checkpoint.scale_formats import stored_schemes
 from halfweight.checkpoint.sources.source import is_tied
 from halfweight.quantization.scheme import Recipe, TensorInfo
@@ -57,7 +58,8 @@ class Contents:
 
     `num_params` counts weights once, however they are stored. `form` names a form of others,
     `remedy` says what to do with it. `plan` is None for a checkpoint that is already quantized,
-    unless `quantize` reads its form; where it does not, `num_params` is 0.
+    unless `quantize` reads its form; where it does not, `num_params` is 0. Of a checkpoint in our
+    own form `readers` says why each other program does not read it; nothing where it does.
     """
 
     path: Path
@@ -70,6 +72,7 @@ class Contents:
     entries: tuple[Entry, ...]
     form: str | None = None
     remedy: str | None = None
+    readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def data_bytes(self) -> int:
@@ -110,6 +113,7 @@ def inspect(model: str | os.PathLike[str], recipe: Recipe | None = None) -> Cont
         entries=entries,
         form=form.described if form else None,
         remedy=form.remedy(path) if form else None,
+        readers={name: problems(r, checkpoint) for name, r in READERS.items()} if modules else {},
     )
 
 

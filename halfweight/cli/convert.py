@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 MAX_KL = 0.01
 """Nats; a model that diverges more from its source than this fails --check."""
 
+Readers = Annotated[
+    list[str] | None,
+    typer.Option("--for", metavar="NAME", help="vllm, sglang or transformers is to read it too."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -62,6 +66,7 @@ def quantize(
             min=0, help="With --check: the largest mean KL divergence, in nats [default: 0.01]."
         ),
     ] = None,
+    readers: Readers = None,
     json_output: Json = False,
 ) -> None:
     """Quantize a model to INT8. Interrupted or killed, the same command goes on where it was."""
@@ -86,11 +91,12 @@ def quantize(
             stop=stop,
             refine=_calibration(source, calibrate, bar, stop) if calibrate else None,
             check=_divergence_check(source, check, max_kl, bar, stop),
+            readers=tuple(readers or ()),
         )
     if json_output:
         print_json(_fields(report))
     else:
-        _print_report(report)
+        _print_report(report, readers or ())
 
 
 @app.command()
@@ -130,9 +136,13 @@ def inspect(
 @app.command()
 def verify(
     path: Annotated[Path, typer.Argument(help="A folder made by `halfweight quantize`.")],
+    readers: Readers = None,
     json_output: Json = False,
 ) -> None:
-    """Check every file's sha256, the structure, the scales, and that the model loads."""
+    """Check every file's sha256, the structure, the scales, and that the model loads.
+
+    With --for also that another program reads it as it is.
+    """
     from dataclasses import asdict
 
     from halfweight.conversion.verification import verify as check
@@ -143,11 +153,16 @@ def verify(
         def show(name: str, done: int, total: int) -> None:
             bar.update(task, description=name, completed=done, total=total)
 
-        result = check(path, show)
+        result = check(path, show, tuple(readers or ()))
     if json_output:
         print_json({**asdict(result), "path": str(path)})
     for problem in result.problems if not json_output else ():
         stdout.print(problem, markup=False, highlight=False, soft_wrap=True)
+    if result.unread and result.unread == result.problems:
+        raise VerificationError(
+            f"{path}: not for {' and '.join(readers or ())}, first: {result.unread[0]}",
+            hint=f"quantize the source with --for {' --for '.join(readers or ())}",
+        )
     if result.problems:
         raise VerificationError(
             f"{path}: {len(result.problems)} problems, first: {result.problems[0]}",
@@ -227,13 +242,16 @@ def _fields(report: ConversionReport) -> dict[str, Any]:
     return {**asdict(report), "out": str(report.out)}
 
 
-def _print_report(report: ConversionReport) -> None:
+def _print_report(report: ConversionReport, readers: Sequence[str]) -> None:
     for note in report.notes:
         stderr.print(note, markup=False, highlight=False, soft_wrap=True)
     stdout.print(f"{report.num_quantized} tensors quantized, {report.num_kept} kept")
     stdout.print(f"source     {size(report.source_bytes)}")
     for what, num_bytes in (("on disk", report.disk_bytes), ("in memory", report.resident_bytes)):
         stdout.print(f"{what:<10} {size(num_bytes)}, {_change(num_bytes, report.source_bytes)}")
+    if readers:
+        what = f"{report.readers_bytes:,} bytes of it for {' and '.join(readers)}"
+        stdout.print(f"{'':<10} {what}, {size(report.readers_bytes)}")
     stdout.print(f"error      {report.relative_error:.4f} of the weights' norm")
     stdout.print(f"wrote {report.out}", markup=False, highlight=False, soft_wrap=True)
 
@@ -278,6 +296,7 @@ def _print_contents(found: Contents) -> None:
     if found.form is None and found.plan is None:
         stdout.print(f"in memory under halfweight: {size(found.resident_bytes)}")
     if found.plan is None:
+        _print_readers(found)
         return
     for where, num_bytes in (
         ("on disk", found.plan.disk_bytes),
@@ -285,6 +304,13 @@ def _print_contents(found: Contents) -> None:
     ):
         change = _change(num_bytes, found.data_bytes)
         stdout.print(f"quantized, {where}: {num_bytes:,} bytes, {size(num_bytes)}, {change}")
+
+
+def _print_readers(found: Contents) -> None:
+    for name, reasons in found.readers.items():
+        lines = [f"read by {name}: no, {reason}" for reason in reasons] or [f"read by {name}: yes"]
+        for line in lines:
+            stdout.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_entries(found: Contents) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from halfweight.memory.devices import Device
     from halfweight.memory.measurements import Record
     from halfweight.memory.plan import Footprint, Model, Plan
+    from halfweight.memory.vllm_run import VllmRun
     from halfweight.memory.what_fits import Cell
     from halfweight.memory.workload import DeviceKind, Workload
 
@@ -51,6 +52,9 @@ def plan(
         Literal["halfweight", "transformers-tp", "vllm"] | None,
         typer.Option(help="Who runs it [default: halfweight where it can, else vllm]."),
     ] = None,
+    plugin: Annotated[
+        bool, typer.Option("--plugin", help="vLLM has halfweight's plug-in: nothing is kept.")
+    ] = False,
     budget: Annotated[
         str | None, typer.Option(help="Memory to use of a device, as 22GiB, instead of all.")
     ] = None,
@@ -77,6 +81,7 @@ def plan(
     from halfweight.memory.named_model import planned_model
     from halfweight.memory.plan import on_ranks
     from halfweight.memory.plan import plan as make_plan
+    from halfweight.memory.vllm_run import model_for_vllm, vllm_run
 
     asked = group_size or "128"
     size_or_row: Any = int(asked) if asked.isdigit() else asked
@@ -91,12 +96,18 @@ def plan(
         )
     records = _records(target, found)
     work = _workload(context, batch, kv_dtype, ranks, runtime, target, records)
+    if work.runtime == "vllm" and not plugin:
+        found = model_for_vllm(found)
     if solve == "gpus":
         work = replace(work, ranks=1)
     elif runtime is None:
         work = on_ranks(found, work, ranks)
     made = make_plan(found, work, target.budget)
-    answer = replace(_answer(made, target.gpus, read_bandwidth, price, model), records=records)
+    answer = replace(
+        _answer(made, target.gpus, read_bandwidth, price, model),
+        records=records,
+        vllm=vllm_run(made, model, target.gpus, plugin),
+    )
     if solve is not None:
         answer = _solved(answer, solve)
     _write(answer, html, png)
@@ -131,6 +142,7 @@ class _Answer:
     solution: dict[str, Any] | None = None
     cells: Sequence[Cell] = ()
     records: Sequence[Record] = ()
+    vllm: VllmRun | None = None
 
     @property
     def calibration(self) -> dict[str, Any] | None:
@@ -265,7 +277,7 @@ def _fails(answer: _Answer) -> bool:
 def _document(answer: _Answer) -> dict[str, Any]:
     from halfweight.memory.plan_document import document
 
-    return document(
+    found = document(
         answer.plan,
         answer.gpus,
         answer.loading,
@@ -275,6 +287,7 @@ def _document(answer: _Answer) -> dict[str, Any]:
         cells=answer.cells,
         calibration=answer.calibration,
     )
+    return found | {"vllm": asdict(answer.vllm) if answer.vllm else None}
 
 
 def _print(answer: _Answer) -> None:
@@ -283,6 +296,8 @@ def _print(answer: _Answer) -> None:
     if answer.solution is not None:
         _print_solution(answer)
     _print_costs(answer)
+    if answer.vllm is not None:
+        _print_vllm(answer.vllm)
 
 
 def _print_parts(made: Plan) -> None:
@@ -406,6 +421,14 @@ def _print_costs(answer: _Answer) -> None:
         )
     if (s := answer.serving) is not None:
         stdout.print(f"serve: FP16 {_gpus(s.sixteen_bit_gpus, s.price)}, {_int8_cost(s)}")
+
+
+def _print_vllm(found: VllmRun) -> None:
+    for reason in found.unread:
+        line = f"vLLM needs halfweight's plug-in for this file: {reason}"
+        stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+    for command in found.commands:
+        stdout.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _gpus(count: int | None, price: float | None) -> str:

@@ -13,6 +13,7 @@ from halfweight import __version__
 from halfweight.checkpoint.headers import INDEX_NAME
 from halfweight.checkpoint.layout import Layout, index, quantization_config
 from halfweight.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, file_sha256
+from halfweight.checkpoint.readers import READERS, unread_of
 from halfweight.checkpoint.sources.source import Source
 from halfweight.checkpoint.sources.turned import turned_names
 from halfweight.conversion.workspace import Workspace
@@ -95,6 +96,16 @@ def _kept(layout: Layout) -> str:
     return f" {count} weights were INT8 in the source: their integers and scales are its own."
 
 
+def _readers_in_words(source: Source, layout: Layout) -> str:
+    """A line for each program that reads the file or does not, for the card."""
+    lines = ["- halfweight"]
+    for reader in READERS.values():
+        unread = unread_of(reader, source.config, layout.decisions)
+        versions = f"{reader.name} ({reader.versions})"
+        lines.append(f"- not {versions}: {'; '.join(unread)}" if unread else f"- {versions}")
+    return "\n".join(lines)
+
+
 def _card(source: Source, layout: Layout) -> str:
     name = base_model(source.name)
     before = source.stored_bytes
@@ -128,7 +139,9 @@ tags:
 
 {len(layout.decisions) - kept} tensors are quantized, {kept} kept as they were. The files are
 compressed-tensors `pack-quantized`; `halfweight.json` holds a sha256 of each and every tensor's
-error.
+error. Read in INT8 as it is by
+
+{_readers_in_words(source, layout)}
 
 ```python
 import halfweight

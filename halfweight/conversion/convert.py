@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -27,6 +27,7 @@ from typing import Any
 
 from halfweight.checkpoint.layout import Layout, lay_out
 from halfweight.checkpoint.manifest import file_sha256, read_manifest
+from halfweight.checkpoint.readers import check_scheme, cost_bytes, find_readers, with_kept
 from halfweight.checkpoint.shard import some
 from halfweight.checkpoint.sources import open_source
 from halfweight.checkpoint.sources.source import Source
@@ -58,6 +59,7 @@ class ConversionReport:
 
     `source_bytes` are those of the source as it lies: of a .gguf file before it is decoded.
 
+    `readers_bytes` are those of `disk_bytes` that only the named readers ask for.
     `relative_error` is |w - w'| / |w| over all quantized weights (Frobenius norms).
     """
 
@@ -66,6 +68,7 @@ class ConversionReport:
     num_kept: int
     source_bytes: int
     disk_bytes: int
+    readers_bytes: int
     resident_bytes: int
     relative_error: float
     resumed_shards: int
@@ -94,12 +97,15 @@ def quantize(
     stop: Event | None = None,
     refine: Refinement | None = None,
     check: Callable[[Path], None] | None = None,
+    readers: Sequence[str] = (),
 ) -> ConversionReport:
     """Quantize a model to the folder `out`, which appears only when it is complete.
 
     `source` is a folder of safetensors, a .gguf file or a Hub id. Run again after a kill, the same
     call resumes and gives the same bytes. `stop`, once set, ends the run after the shard in hand.
     `refine` rounds the finished weights again; the record of the job says so.
+    `readers` are other programs that are to read the file: what one of them does not read in INT8
+    is kept (checkpoint/readers.py).
     `check` gets the finished folder before it is published: what it raises keeps `out` from
     appearing, and finished shards are kept for the next run.
 
@@ -109,20 +115,26 @@ def quantize(
     opened = open_source(source)
     out = Path(os.path.abspath(Path(out).expanduser()))
     recipe = recipe or Recipe()
+    asked_by = find_readers(readers)
+    check_scheme(asked_by, recipe.scheme)
     lay_out(opened.tensors, recipe)  # a recipe that cannot be is refused before the model is asked
     fit = fit_aside(opened.name, opened.config, opened.tensors, recipe)
     for note in fit.notes:
         log.warning("%s: %s", opened.name, note)
     _refuse_experts(fit.kept)
     opened = turned_source(opened, fit.turned)
-    layout = lay_out(opened.tensors, recipe, fit.kept)
+    smallest = lay_out(opened.tensors, recipe, fit.kept)
+    kept = with_kept(recipe, asked_by, opened.config, opened.tensors, fit.kept)
+    layout = lay_out(opened.tensors, recipe, kept)
+    more = cost_bytes(smallest.decisions, layout.decisions)
     job = describe_job(opened, layout) | (refine.description if refine else {})
     if not overwrite and is_published(out, job):
         log.warning("%s: already complete", out)
         remove_leftovers(out)
         if check is not None:
             check(out)
-        return _report(out, opened, layout, read_manifest(out)["shards"], len(layout.shards))
+        shards = read_manifest(out)["shards"]
+        return _report(out, opened, layout, more, shards, len(layout.shards))
     check_out(out, opened.path, overwrite)
     parts = [shard_part(opened, shard) for shard in layout.shards]
     with Workspace(out, job, opened.state()) as workspace, disk_full_named(workspace):
@@ -135,7 +147,7 @@ def quantize(
         if check is not None:
             check(workspace.checkpoint)
         workspace.publish()
-        return _report(out, opened, layout, workspace.finished, resumed)
+        return _report(out, opened, layout, more, workspace.finished, resumed)
 
 
 def _refuse_experts(kept: Mapping[str, str]) -> None:
@@ -167,7 +179,12 @@ def _refine(workspace: Workspace, refine: Refinement) -> None:
 
 
 def _report(
-    out: Path, source: Source, layout: Layout, shards: dict[str, Any], resumed_shards: int
+    out: Path,
+    source: Source,
+    layout: Layout,
+    readers_bytes: int,
+    shards: dict[str, Any],
+    resumed_shards: int,
 ) -> ConversionReport:
     tensors = {n: record for entry in shards.values() for n, record in entry["tensors"].items()}
     error, norm = (
@@ -179,6 +196,7 @@ def _report(
         num_kept=len(layout.decisions) - len(tensors),
         source_bytes=source.stored_bytes,
         disk_bytes=sum(decision.disk_bytes for decision in layout.decisions),
+        readers_bytes=readers_bytes,
         resident_bytes=sum(_resident_bytes(d, tensors) for d in layout.decisions),
         relative_error=math.sqrt(error / norm) if norm else 0.0,
         resumed_shards=resumed_shards,

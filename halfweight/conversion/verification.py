@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from halfweight.checkpoint.headers import (
     read_headers,
 )
 from halfweight.checkpoint.manifest import MANIFEST_NAME, file_sha256, read_manifest
+from halfweight.checkpoint.readers import find_readers
+from halfweight.checkpoint.readers import problems as unread_by
 from halfweight.checkpoint.shard import StoredTensor, broken
 from halfweight.errors import CheckpointError
 from halfweight.model.loadability import check_loads
@@ -27,24 +29,35 @@ from halfweight.quantization.float_bytes import as_float32
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found: files and bytes compared, every problem, and remarks."""
+    """What `verify` found: files and bytes compared, every problem, and remarks.
+
+    `unread` are the problems that only a reader has which was asked for.
+    """
 
     path: Path
     num_files: int
     num_bytes: int
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    unread: tuple[str, ...] = ()
 
 
-def verify(path: Path, progress: Callable[[str, int, int], None] | None = None) -> Verification:
+def verify(
+    path: Path,
+    progress: Callable[[str, int, int], None] | None = None,
+    readers: Sequence[str] = (),
+) -> Verification:
     """Compare every file with its sha256, check structure and scales, load the model on meta.
 
     A folder without a manifest, as save_pretrained writes it, has nothing to be compared with: a
     note says so, and the rest is checked.
+    `readers` are other programs that are to read the folder as it is (checkpoint/readers.py).
     `progress(file, bytes done, bytes in all)` is called after each file. Problems are collected,
     not raised: a damaged folder gives a full list.
     """
+    asked_by = find_readers(readers)
     problems: list[str] = []
+    unread: list[str] = []
     notes: list[str] = []
     files: dict[str, Any] = {}
     try:
@@ -63,13 +76,16 @@ def verify(path: Path, progress: Callable[[str, int, int], None] | None = None) 
                 progress(name, done, total)
         exported = _exported_to(path)
         if exported is None:
-            notes += check_loads(check_structure(path))
+            checkpoint = check_structure(path)
+            unread += [line for r in asked_by for line in unread_by(r, checkpoint)]
+            notes += check_loads(checkpoint)
         else:
             _check_export(path, exported)
     except CheckpointError as error:
         problems.append(error.message)
     num_bytes = sum(entry["bytes"] for entry in files.values())
-    return Verification(path, len(files), num_bytes, tuple(problems), tuple(notes))
+    problems += unread
+    return Verification(path, len(files), num_bytes, tuple(problems), tuple(notes), tuple(unread))
 
 
 def _exported_to(path: Path) -> str | None:

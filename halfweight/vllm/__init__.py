@@ -48,6 +48,8 @@ def register() -> None:
         from halfweight.vllm import plugin
 
         plugin.install()
+        if (found := _numbers(vllm.__version__)) is not None and found > HIGHEST_TESTED:
+            log.info("halfweight: vLLM %s is later than all that were tested", vllm.__version__)
     except (ImportError, AttributeError) as error:
         log.warning(
             "halfweight: vLLM %s lacks what the plug-in hooks into (%s); vLLM runs without it",
@@ -56,11 +58,14 @@ def register() -> None:
         )
 
 
+def _numbers(version: str) -> tuple[int, int] | None:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
 def unfit_version(version: str) -> str | None:
     """Why the plug-in does not work with vLLM of this version, or None."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None:
-        return None  # built from a commit; what is missing shows when it is imported
-    if (int(found[1]), int(found[2])) >= LOWEST:
+    found = _numbers(version)
+    if found is None or found >= LOWEST:  # without numbers: built from a commit
         return None
     return f"vLLM {version} is too old, {'.'.join(map(str, LOWEST))} or later is needed"

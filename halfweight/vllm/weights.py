@@ -31,7 +31,7 @@ def hold(layer: nn.Module, packed: Tensor, scales: Tensor) -> None:
     Rows with scale 0 are vLLM's padding of a vocabulary: they become weights of 0.
     """
     data = packed.detach().contiguous().view(torch.uint8)
-    codes, exponents = _smallest(_without_padding(data, scales.detach()))
+    codes, exponents = _smallest(_without_padding(data, scales.detach().contiguous()))
     _replace(layer, PACKED, data)
     _replace(layer, SCALE, codes)
     _replace(layer, EXPONENT, exponents)
@@ -89,5 +89,5 @@ def _smallest(scales: Tensor) -> tuple[Tensor, Tensor | None]:
     for dtype in (torch.bfloat16, torch.float16):
         rounded = scales.to(dtype)
         if bool((rounded == scales).all()):
-            return rounded.contiguous(), None
-    return scales.contiguous(), None
+            return rounded, None
+    return scales, None

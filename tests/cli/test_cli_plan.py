@@ -48,6 +48,44 @@ def test_the_document_is_the_plan_in_bytes(capsys):
     assert found["legal_tensor_parallel"][:4] == [1, 2, 4, 8]
 
 
+def test_a_plan_for_vllm_counts_the_file_for_it_and_names_the_commands(capsys):
+    """Embedding in 16 bits, head in INT8; with the plug-in neither."""
+    call = (*SEVENTY, "--gpus", "2xh200", "--runtime", "vllm", "--kv-dtype", "int8")
+    _, plain = answer(capsys, *call, "--budget", "120GB")
+    _, plugged = answer(capsys, *call, "--plugin")
+    more = plain["model"]["int8_disk_bytes"] - plugged["model"]["int8_disk_bytes"]
+    assert more == 128256 * 8192 - 2 * 128256 * (8192 // 128) - 16
+    serve = "vllm serve OUT --tensor-parallel-size 2 --max-model-len 8192 --max-num-seqs 1 "
+    assert plain["vllm"] == {
+        "commands": [
+            "halfweight quantize MODEL OUT --for vllm",
+            f"{serve}--gpu-memory-utilization 0.82 --kv-cache-dtype fp8",
+        ],
+        "unread": [],
+    }
+    assert plugged["vllm"]["commands"] == [
+        "halfweight quantize MODEL OUT",
+        f"{serve}--gpu-memory-utilization 0.95 --kv-cache-dtype fp8",
+    ]
+    _, here = answer(capsys, "plan", "llama-3-8b", "--gpus", "24GB")
+    assert here["vllm"] is None
+
+
+def test_a_plan_for_vllm_of_a_folder_says_what_vllm_does_not_read(capsys, int8_folder):
+    call = ("plan", int8_folder, "--gpus", "24GB", "--context", "64", "--runtime", "vllm")
+    code, out, _ = run(capsys, *call)
+    assert code == 0
+    assert "vLLM needs halfweight's plug-in for this file: tensor model.embed_tokens" in out
+    assert f"  vllm serve {int8_folder} --tensor-parallel-size 1 --max-model-len 64" in out
+    assert "needs halfweight's plug-in" not in run(capsys, *call, "--plugin")[1]
+
+
+def test_a_plan_for_vllm_refuses_groups_that_it_does_not_read(capsys):
+    code, _, err = run(capsys, *SEVENTY, "--gpus", "2xh200", "--group-size", "256")
+    assert code == 2
+    assert "error: vllm does not read groups of 256" in err
+
+
 def test_both_units_are_shown(capsys):
     _, out, _ = run(capsys, "plan", "llama-3-8b", "--gpus", "24GB")
     planned = footprint(planned_model("llama-3-8b"), Workload(), "int8")
