@@ -57,8 +57,8 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], /, **templa
 
     `template` goes to the chat template: `tools`, `enable_thinking`, ...
 
-    Raises UsageError where there is no template or it refuses the messages, CheckpointError where
-    it is no valid template.
+    Raises UsageError where there is no template, for what is no message, or where the template
+    refuses them; CheckpointError where it is no valid template.
     """
     from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -67,6 +67,12 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], /, **templa
         raise UsageError(
             f"{name} has no chat template", hint="use `halfweight generate`, or a model for chat"
         )
+    for i, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise UsageError(
+                f"message {i} is {message!r}, expected a role and a content",
+                hint='{"role": "user", "content": "..."}',
+            )
     try:
         options = {"add_generation_prompt": True, **template, "tokenize": False}
         text: str = tokenizer.apply_chat_template(list(messages), **options)

@@ -302,9 +302,10 @@ def test_without_a_tokenizer_prompts_and_answers_are_ids(make_engine):
             call()
 
 
-def test_a_template_that_refuses_is_a_usage_error(make_engine):
-    with pytest.raises(UsageError, match="chat template cannot be used"):
-        make_engine().chat([{"role": "user"}, 5])
+@pytest.mark.parametrize("message", [5, "hello", {"content": "hello"}], ids=str)
+def test_what_is_no_message_is_a_usage_error(make_engine, message):
+    with pytest.raises(UsageError, match="message 2 is .*, expected a role and a content"):
+        make_engine().chat([{"role": "user", "content": "a"}, message])
 
 
 def test_a_context_manager_closes_and_so_does_the_last_reference():

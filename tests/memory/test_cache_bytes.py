@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+import transformers
+from packaging import version
 
 from halfweight.memory.architecture import architecture
 from halfweight.memory.cache_layers import PERIODS
@@ -151,6 +153,8 @@ def run_model(name):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_plan_counts_the_bytes_of_transformers_own_cache(name):
+    if name == "bloom" and version.parse(transformers.__version__) < version.parse("5.24"):
+        pytest.skip("Bloom's forward takes no static cache in transformers 5.17")
     config, held = run_model(name)
     assert architecture(config, tensors=[]).kv_bytes(CONTEXT) == held > 0
     if name.partition(",")[0] in {*PERIODS, "qwen3_next", "llama4_text"}:
