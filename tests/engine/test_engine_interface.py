@@ -304,7 +304,7 @@ def test_without_a_tokenizer_prompts_and_answers_are_ids(make_engine):
 
 @pytest.mark.parametrize("message", [5, "hello", {"content": "hello"}], ids=str)
 def test_what_is_no_message_is_a_usage_error(make_engine, message):
-    with pytest.raises(UsageError, match="message 2 is .*, expected a role and a content"):
+    with pytest.raises(UsageError, match=r"message 2 is .*, expected a role and a content"):
         make_engine().chat([{"role": "user", "content": "a"}, message])
 
 
