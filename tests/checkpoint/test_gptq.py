@@ -11,7 +11,7 @@ from tiny import hashes, make_llama, tensors_of
 
 import halfweight
 from halfweight.checkpoint.inspection import inspect
-from halfweight.conversion import convert, shard_writer
+from halfweight.conversion import parts, shard_writer
 from halfweight.conversion.verification import verify
 from halfweight.errors import CheckpointError
 from halfweight.memory.named_model import planned_model
@@ -102,17 +102,17 @@ def test_the_same_bytes_twice_in_any_blocks_and_after_a_kill(source, tmp_path, m
     monkeypatch.setattr("halfweight.checkpoint.layout.MAX_SHARD_BYTES", 100_000)
     halfweight.quantize(theirs, tmp_path / "one", jobs=1)
     monkeypatch.setattr(shard_writer, "BLOCK_BYTES", 5000)
-    finish, done = convert._finish_shard, []
+    finish, done = parts._finish, []
 
     def killed(*arguments):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(finish(*arguments))
 
-    monkeypatch.setattr(convert, "_finish_shard", killed)
+    monkeypatch.setattr(parts, "_finish", killed)
     with pytest.raises(KeyboardInterrupt):
         halfweight.quantize(theirs, tmp_path / "two")
-    monkeypatch.setattr(convert, "_finish_shard", finish)
+    monkeypatch.setattr(parts, "_finish", finish)
     assert halfweight.quantize(theirs, tmp_path / "two").resumed_shards == 2
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
 

@@ -81,7 +81,9 @@ def test_a_plan_for_vllm_of_a_folder_says_what_vllm_does_not_read(capsys, int8_f
 
 
 def test_a_plan_for_vllm_refuses_groups_that_it_does_not_read(capsys):
-    code, _, err = run(capsys, *SEVENTY, "--gpus", "2xh200", "--group-size", "256")
+    code, _, err = run(
+        capsys, *SEVENTY, "--gpus", "2xh200", "--group-size", "256", "--runtime", "vllm"
+    )
     assert code == 2
     assert "error: vllm does not read groups of 256" in err
 

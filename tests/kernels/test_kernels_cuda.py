@@ -158,10 +158,10 @@ def test_the_emulator_sees(emulated, change):
 def test_every_architecture_compiles_it(architecture, tmp_path):
     """The form with most registers, and the one with fewest tokens."""
     card = {"sm_80": A100, "sm_90": H200, "sm_100": H200}.get(architecture, RTX_4090)
-    for shape, run, dtype in ((SHAPES[0], 32, BF16), (SHAPES[12], 128, F16)):
+    for shape, run, dtype in ((SHAPES[0], 32, BF16), (SHAPES[13], 128, F16)):
         used, spilled = compiled(Form(shape, card), run, dtype, architecture, tmp_path)
         assert 0 < used <= 255
-        assert spilled <= 32
+        assert spilled <= 64
 
 
 def compiled(form, run, dtype, architecture, folder):
