@@ -15,6 +15,7 @@ import argparse
 import torch
 from torch import Tensor
 
+from halfweight.kernels.cuda import driver
 from halfweight.kernels.hopper import backend as cuda
 from halfweight.kernels.hopper import tiles
 from halfweight.kernels.hopper.tiles import Config, Int8, Plan, Small
@@ -53,7 +54,7 @@ def main() -> None:
     scheme = Scheme(GROUP_SIZE, "grid8")
     tensor = quantize(torch.randn(OUT_FEATURES, IN_FEATURES, device=DEVICE), scheme)
     exact = dequantize(tensor).double()
-    processors = cuda.num_multiprocessors(0)
+    processors = driver.num_multiprocessors(0)
     for config in (*tiles.SMALL, *tiles.LARGE, *tiles.INT8):
         if options.only not in str(config):
             continue

@@ -30,7 +30,7 @@ from kernels import SHAPES
 from torch import Tensor
 
 from halfweight.kernels import timing
-from halfweight.kernels.cuda import schedule
+from halfweight.kernels.cuda import driver, schedule
 from halfweight.kernels.hopper import backend as cuda
 from halfweight.kernels.hopper import tiles
 from halfweight.kernels.hopper.tiles import Config, Int8, Plan, Small, plans
@@ -73,7 +73,7 @@ def measure(tokens: int, shape: tuple[int, int], device: torch.device) -> dict[s
     y = torch.empty(tokens, shape[0], device=device, dtype=torch.float16)
     dense = [torch.randn(shape, device=device, dtype=torch.float16) for _ in range(copies // 2 + 1)]
     rounds = {"float16": timing.Round([lambda w=w: torch.mm(x, w.T) for w in dense], device)}
-    processors = cuda.num_multiprocessors(0)
+    processors = driver.num_multiprocessors(0)
     exact, int8 = (of(tokens, shape, processors) for of in (all_plans, int8_plans))
     rounded = {config: cuda.rounded_for(config, x) for config in {plan.config for plan in int8}}
     for plan in exact + int8:
@@ -190,7 +190,7 @@ def main() -> None:
         for tokens in options.batches:
             for name in options.shapes:
                 times = measure(tokens, SHAPE_LIST[name], device)
-                processors = cuda.num_multiprocessors(0)
+                processors = driver.num_multiprocessors(0)
                 heading = {"shape": name, "tokens": tokens, "multiprocessors": processors}
                 rows.append({**heading, "microseconds": times})
                 print(summary(rows[-1]), flush=True)

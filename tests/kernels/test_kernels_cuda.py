@@ -6,14 +6,16 @@ import ctypes
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from halfweight.kernels.cuda import backend
-from halfweight.kernels.cuda.driver import Problem
+from halfweight.kernels import operations
+from halfweight.kernels.cuda import backend, driver
 from halfweight.kernels.cuda.schedule import Plan, plans
 from halfweight.kernels.cuda.tiles import SHAPES, Card, Form, Shape, choose, forms, run_of
 
@@ -79,17 +81,12 @@ def operands(sizes, group_size, scales_dtype, dtype):
 
 def product(kernel, plan: Plan[Form], x, packed, scales, exponents, bias, seed=0):
     """The emulated product; y, partial sums and shared memory begin as noise or NaN."""
-    (tokens, columns), rows, num_groups = x.shape, packed.shape[0], scales.shape[1]
-    y = torch.full((tokens, rows), torch.nan, dtype=x.dtype)
+    y = torch.full((x.shape[0], packed.shape[0]), torch.nan, dtype=x.dtype)
     partials = torch.full((plan.num_workers * plan.config.shape.partial_floats,), torch.nan)
     flags = torch.zeros(plan.num_workers, dtype=torch.int32)
-    problem = Problem(
-        *map(backend.address, (scales, exponents, bias, y, partials, flags, None)),
-        *(tokens, rows, columns, columns // num_groups, num_groups),
-        *(plan.tiles_m, plan.tiles_n, plan.rows, plan.k_blocks),
-        *(plan.whole_waves, plan.num_workers, 0),
-    )
-    given = backend._Operands(packed.data_ptr(), x.data_ptr(), problem)
+    start = driver.Start(None, None, partials, flags)
+    problem = driver.problem_of(plan, start, x, scales, exponents, bias, y)
+    given = backend.Operands(packed.data_ptr(), x.data_ptr(), problem)
     sizes = (plan.num_workers, plan.config.shape.threads, plan.config.shared_bytes, seed)
     assert kernel(ctypes.byref(given), *sizes) == 0
     assert not flags.any()  # ready for the next product
@@ -231,3 +228,55 @@ def test_what_it_does_not_take():
     assert not backend.takes(x, packed, scales[:1])  # one scale a tensor
     assert not backend.takes(x, packed.T.contiguous().T, scales)
     assert not backend.takes(torch.zeros(257, 64, dtype=F16), packed, scales)
+
+
+def test_a_launch_is_what_the_plan_says(monkeypatch):
+    """The driver replaced by one that notes what it is given."""
+    launched = []
+
+    def launch_kernel(launch, kernel, where, _):
+        (at,) = (ctypes.c_void_p * 1).from_address(where)
+        launched.append((launch, kernel, backend.Operands.from_address(at)))
+        return (0,)
+
+    names = SimpleNamespace(CUlaunchConfig=SimpleNamespace, cuLaunchKernelEx=launch_kernel)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=names))
+    (plan, *_) = plans(Form(SHAPES[0], A100), 5, 70, 1056, 5, 1 << 20)
+    *given, _ = operands((5, 70, 1056), 32, GRID8, F16)
+    x, packed, scales, exponents, bias = given
+    space = torch.empty(1), torch.zeros(1, dtype=torch.int32)
+    start = driver.prepare("kernel", (3, 256, 99), 7, space)
+    rows, y, bias = driver.operands(x[None], packed, bias)
+    problem = driver.problem_of(plan, start, rows, scales, exponents, bias, y)
+    held = backend.Operands(packed.data_ptr(), rows.data_ptr(), problem)
+    driver.launch(start, ctypes.addressof(held))
+    ((config, kernel, found),) = launched
+    assert kernel == "kernel"
+    assert (config.gridDimX, config.blockDimX, config.sharedMemBytes, config.hStream) == (
+        3,
+        256,
+        99,
+        7,
+    )
+    assert found.packed == packed.data_ptr()
+    sizes = ("num_tokens", "out_features", "in_features", "group_size", "num_groups")
+    assert [getattr(found.problem, name) for name in sizes] == [5, 70, 1056, 32, 33]
+    assert found.problem.y == y.data_ptr()
+    assert found.problem.steps is None
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "reason"),
+    [
+        ("sm80", (7, 5), "needs compute capability 8.0, this GPU has 7.5"),
+        ("cuda", (8, 9), "needs compute capability 9.0, this GPU has 8.9"),
+        ("sm80", (12, 0), "needs the package cuda-bindings"),
+        ("cuda", (9, 0), "needs the package cuda-bindings"),
+    ],
+)
+def test_what_a_card_lacks_is_told(monkeypatch, name, capability, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(driver, "find_spec", lambda name: None)
+    assert operations.backend(name).unavailable(torch.device("cuda")) == reason
+    assert operations.backend(name).unavailable(torch.device("cpu")) == "needs a CUDA device"

@@ -73,8 +73,8 @@ def test_sizes_of_the_design():
 
 
 def test_the_partial_sums_are_those_of_the_hopper_kernels(monkeypatch):
-    monkeypatch.setattr(hopper, "num_multiprocessors", lambda _: transient.MULTIPROCESSORS)
-    monkeypatch.setattr(hopper, "workspace", lambda *sizes: sizes[2:])
+    monkeypatch.setattr(hopper.driver, "num_multiprocessors", lambda _: transient.MULTIPROCESSORS)
+    monkeypatch.setattr(hopper.driver, "workspace", lambda *sizes: sizes[2:])
     num_floats, num_flags = hopper._workspace(0, 0)
     assert num_floats == transient.MULTIPROCESSORS * transient.PARTIAL_SUMS
     assert num_flags == transient.MULTIPROCESSORS

@@ -11,16 +11,14 @@ has run it yet, so `choose_backend` never takes it by itself: ask for it by name
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from halfweight.kernels.cuda.driver import Problem, address, check, load, workspace
+from halfweight.kernels.cuda import driver
 from halfweight.kernels.cuda.schedule import Plan
 from halfweight.kernels.cuda.tiles import (
     SHAPES,
@@ -40,8 +38,10 @@ SCALES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 """Kinds of scales as w8a16.cu numbers them."""
 
 
-class _Operands(ctypes.Structure):
-    _fields_ = [("packed", ctypes.c_void_p), ("x", ctypes.c_void_p), ("problem", Problem)]
+class Operands(ctypes.Structure):
+    """`Operands` of w8a16.cu."""
+
+    _fields_ = [("packed", ctypes.c_void_p), ("x", ctypes.c_void_p), ("problem", driver.Problem)]
 
 
 def source(form: Form, run: int, scales: torch.dtype, dtype: torch.dtype) -> str:
@@ -56,14 +56,14 @@ def source(form: Form, run: int, scales: torch.dtype, dtype: torch.dtype) -> str
 @cache
 def card_of(device: int) -> Card:
     """What the driver says of a device."""
-    from cuda.bindings import driver
+    from cuda.bindings import driver as cuda
 
-    names = driver.CUdevice_attribute
-    handle = check(driver.cuDeviceGet(device), "device")
+    names = cuda.CUdevice_attribute
+    handle = driver.check(cuda.cuDeviceGet(device), "device")
 
     def ask(name: str) -> int:
         attribute = getattr(names, f"CU_DEVICE_ATTRIBUTE_{name}")
-        found: int = check(driver.cuDeviceGetAttribute(attribute, handle), name)
+        found: int = driver.check(cuda.cuDeviceGetAttribute(attribute, handle), name)
         return found
 
     bits, khz = ask("GLOBAL_MEMORY_BUS_WIDTH"), ask("MEMORY_CLOCK_RATE")
@@ -78,39 +78,24 @@ def card_of(device: int) -> Card:
     )
 
 
-@dataclass(frozen=True)
-class _Start:
-    """How a plan is launched on one stream: what does not change from call to call."""
-
-    kernel: Any
-    launch: Any
-    partials: Tensor
-    flags: Tensor
-
-
 @cache
 def _kernel(form: Form, run: int, scales: torch.dtype, dtype: torch.dtype, device: int) -> Any:
     major, minor = torch.cuda.get_device_capability(device)
     text = source(form, run, scales, dtype)
-    return load(text, f"sm_{major}{minor}", b"w8a16", form.shared_bytes, device)
+    return driver.load(text, f"sm_{major}{minor}", b"w8a16", form.shared_bytes, device)
 
 
 @lru_cache(maxsize=16384)
 def _start(
     plan: Plan[Form], run: int, scales: torch.dtype, dtype: torch.dtype, device: int, stream: int
-) -> _Start:
-    from cuda.bindings import driver
-
+) -> driver.Start:
     form, multiprocessors = plan.config, card_of(device).multiprocessors
-    launch = driver.CUlaunchConfig()
-    launch.gridDimX, launch.gridDimY, launch.gridDimZ = plan.num_workers, 1, 1
-    launch.blockDimX, launch.blockDimY, launch.blockDimZ = form.shape.threads, 1, 1
-    launch.sharedMemBytes = form.shared_bytes
-    launch.hStream = stream
+    kernel = _kernel(form, run, scales, dtype, device)
     floats = multiprocessors * max(shape.partial_floats * shape.blocks for shape in SHAPES)
     blocks = multiprocessors * max(shape.blocks for shape in SHAPES)
-    kernel = _kernel(form, run, scales, dtype, device)
-    return _Start(kernel, launch, *workspace(device, stream, floats, blocks))
+    space = driver.workspace(device, stream, floats, blocks)
+    sizes = (plan.num_workers, form.shape.threads, form.shared_bytes)
+    return driver.prepare(kernel, sizes, stream, space)
 
 
 def _launch(
@@ -122,23 +107,13 @@ def _launch(
     y: Tensor,
     plan: Plan[Form],
 ) -> None:
-    from cuda.bindings import driver
-
-    (num_tokens, in_features), out_features = x.shape, packed.shape[0]
     device, num_groups = x.device.index, scales.shape[1]
-    group_size = in_features // num_groups
     stream = torch.cuda.current_stream(device).cuda_stream
-    start = _start(plan, run_of(group_size, num_groups), scales.dtype, y.dtype, device, stream)
-    problem = Problem(
-        *map(address, (scales, exponents, bias, y, start.partials, start.flags, None)),
-        *(num_tokens, out_features, in_features, group_size, num_groups),
-        *(plan.tiles_m, plan.tiles_n, plan.rows, plan.k_blocks),
-        *(plan.whole_waves, plan.num_workers, 0),
-    )
-    operands = _Operands(address(packed), address(x), problem)
-    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(operands))
-    where = ctypes.addressof(arguments)
-    check(driver.cuLaunchKernelEx(start.launch, start.kernel, where, 0), "launch")
+    run = run_of(x.shape[1] // num_groups, num_groups)
+    start = _start(plan, run, scales.dtype, y.dtype, device, stream)
+    problem = driver.problem_of(plan, start, x, scales, exponents, bias, y)
+    given = Operands(packed.data_ptr(), x.data_ptr(), problem)
+    driver.launch(start, ctypes.addressof(given))
 
 
 def takes(x: Tensor, packed: Tensor, scales: Tensor) -> bool:
@@ -164,11 +139,7 @@ def linear(
         return portable.product(x, packed, scales, exponents, bias, lambda *_: Config("dequantize"))
     if not takes(x, packed, scales):
         return portable.BACKEND.linear(x, packed, scales, exponents, bias)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if rows.data_ptr() % 16:
-        rows = rows.clone()
-    y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    rows, y, bias = driver.operands(x, packed, bias)
     plan = choose(card_of(x.device.index), rows.shape[0], *packed.shape)
     _launch(rows, packed, scales.contiguous(), exponents, bias, y, plan)
     return y.reshape(*x.shape[:-1], packed.shape[0])
@@ -176,16 +147,8 @@ def linear(
 
 def unavailable(device: torch.device) -> str | None:
     """Why this backend cannot run on `device`, or None."""
-    if device.type != "cuda":
-        return "needs a CUDA device"
-    if torch.version.hip is not None:
-        return "needs an NVIDIA GPU"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        return f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-        return "needs the package cuda-bindings"
-    return portable.BACKEND.unavailable(device)
+    reason = driver.unavailable(device, lambda found: found >= MIN_CAPABILITY, "8.0")
+    return reason or portable.BACKEND.unavailable(device)
 
 
 BACKEND = Backend(

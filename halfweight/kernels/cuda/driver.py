@@ -6,9 +6,12 @@ Machine code is kept in the cache folder, by compiler, options and text.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from halfweight.cache_folder import cache_folder, write_whole
 from halfweight.errors import HalfweightError
+from halfweight.kernels.cuda.schedule import Plan
 
 
 class Problem(ctypes.Structure):
@@ -112,3 +116,99 @@ def workspace(device: int, stream: int, num_floats: int, num_flags: int) -> tupl
 def num_multiprocessors(device: int) -> int:
     """Multiprocessors of a device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a plan is launched on one stream: what does not change from call to call."""
+
+    kernel: Any
+    launch: Any
+    partials: Tensor
+    flags: Tensor
+
+
+def prepare(
+    kernel: Any,
+    sizes: tuple[int, int, int],
+    stream: int,
+    space: tuple[Tensor, Tensor],
+    *,
+    is_early: bool = False,
+) -> Start:
+    """The start of a kernel by blocks, threads of a block and dynamic shared bytes.
+
+    `space` is of `workspace`. With `is_early` it may start before the kernel ahead of it has ended.
+    """
+    from cuda.bindings import driver
+
+    launch = driver.CUlaunchConfig()
+    launch.gridDimX, launch.gridDimY, launch.gridDimZ = sizes[0], 1, 1
+    launch.blockDimX, launch.blockDimY, launch.blockDimZ = sizes[1], 1, 1
+    launch.sharedMemBytes = sizes[2]
+    launch.hStream = stream
+    if is_early:
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        value = driver.CUlaunchAttributeValue()
+        value.programmaticStreamSerializationAllowed = 1
+        early.value = value
+        launch.attrs, launch.numAttrs = [early], 1
+    return Start(kernel, launch, *space)
+
+
+def launch(start: Start, *arguments: int) -> None:
+    """Start a kernel with arguments at these addresses."""
+    from cuda.bindings import driver
+
+    given = (ctypes.c_void_p * len(arguments))(*arguments)
+    where = ctypes.addressof(given)
+    check(driver.cuLaunchKernelEx(start.launch, start.kernel, where, 0), "launch")
+
+
+def problem_of(
+    plan: Plan[Any],
+    start: Start,
+    x: Tensor,
+    scales: Tensor,
+    exponents: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    steps: Tensor | None = None,
+) -> Problem:
+    """What a kernel must know of y [M, N] = x [M, K] W^T, with scales [N, K/G]."""
+    (num_tokens, in_features), num_groups = x.shape, scales.shape[1]
+    return Problem(
+        *map(address, (scales, exponents, bias, y, start.partials, start.flags, steps)),
+        *(num_tokens, y.shape[1], in_features, in_features // num_groups, num_groups),
+        *(plan.tiles_m, plan.tiles_n, plan.rows, plan.k_blocks),
+        *(plan.whole_waves, plan.num_workers),
+        0 if steps is None else steps.shape[-1],
+    )
+
+
+def operands(
+    x: Tensor, packed: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x as rows [M, K] that 16-byte copies can read, y [M, N] to fill, the bias in x's dtype."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if rows.data_ptr() % 16:
+        rows = rows.clone()
+    y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
+    return rows, y, None if bias is None else bias.to(x.dtype).contiguous()
+
+
+def unavailable(
+    device: torch.device, is_fit: Callable[[tuple[int, int]], bool], needed: str
+) -> str | None:
+    """Why kernels for the compute capability `needed` cannot run on `device`, or None."""
+    if device.type != "cuda":
+        return "needs a CUDA device"
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if not is_fit(capability):
+        return f"needs compute capability {needed}, this GPU has {capability[0]}.{capability[1]}"
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return "needs the package cuda-bindings"
+    return None

@@ -14,23 +14,14 @@ float32 activations, gathers) goes to the Triton backend too, by rule and not by
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from halfweight.kernels.cuda.driver import (
-    Problem,
-    address,
-    check,
-    load,
-    num_multiprocessors,
-    workspace,
-)
+from halfweight.kernels.cuda import driver
 from halfweight.kernels.cuda.schedule import Plan
 from halfweight.kernels.hopper.tiles import (
     INT8,
@@ -58,10 +49,6 @@ KINDS = {torch.int8: "uint8", torch.float16: "float16", torch.bfloat16: "bfloat1
 """Activations as a tensor map names them."""
 
 Shape = tuple[int, ...]
-
-
-_Arguments = ctypes.c_void_p * 3
-"""Addresses of a kernel's arguments: two tensor maps and the problem."""
 
 
 def source(config: Config, groups: int, dtype: torch.dtype) -> str:
@@ -114,7 +101,7 @@ def _wgmma(config: Large, kind: str) -> str:
 @cache
 def _kernel(config: Config, groups: int, dtype: torch.dtype, device: int) -> Any:
     text = source(config, groups, dtype)
-    return load(text, ARCHITECTURE, config.entry, config.shared_bytes, device)
+    return driver.load(text, ARCHITECTURE, config.entry, config.shared_bytes, device)
 
 
 @lru_cache(maxsize=16384)
@@ -123,29 +110,29 @@ def _tensor_map(pointer: int, kind: str, sizes: Shape, strides: Shape, box: Shap
 
     `sizes` and `box` count elements, innermost first; `strides` are bytes, from the second on.
     """
-    from cuda.bindings import driver
+    from cuda.bindings import driver as cuda
 
-    types = driver.CUtensorMapDataType
+    types = cuda.CUtensorMapDataType
     dtype, size = {
         "uint8": (types.CU_TENSOR_MAP_DATA_TYPE_UINT8, 1),
         "float16": (types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2),
         "bfloat16": (types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2),
     }[kind]
-    swizzles = driver.CUtensorMapSwizzle
+    swizzles = cuda.CUtensorMapSwizzle
     wide = box[0] * size == 128
-    return check(
-        driver.cuTensorMapEncodeTiled(
+    return driver.check(
+        cuda.cuTensorMapEncodeTiled(
             dtype,
             len(sizes),
             pointer,
-            [driver.cuuint64_t(n) for n in sizes],
-            [driver.cuuint64_t(n) for n in strides],
-            [driver.cuuint32_t(n) for n in box],
-            [driver.cuuint32_t(1)] * len(sizes),
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            [cuda.cuuint64_t(n) for n in sizes],
+            [cuda.cuuint64_t(n) for n in strides],
+            [cuda.cuuint32_t(n) for n in box],
+            [cuda.cuuint32_t(1)] * len(sizes),
+            cuda.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             swizzles.CU_TENSOR_MAP_SWIZZLE_128B if wide else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            cuda.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            cuda.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),
         "tensor map",
     )
@@ -173,43 +160,21 @@ def _maps(plan: Plan[Config], packed: Tensor, x: Tensor) -> tuple[Any, Any]:
 
 
 def _workspace(device: int, stream: int) -> tuple[Tensor, Tensor]:
-    blocks = num_multiprocessors(device)
+    blocks = driver.num_multiprocessors(device)
     sums = blocks * max(config.partial_floats for config in (*SMALL, *LARGE, *INT8))
-    return workspace(device, stream, sums, blocks)
-
-
-@dataclass(frozen=True)
-class _Start:
-    """How a plan is launched on one stream: what does not change from call to call."""
-
-    kernel: Any
-    launch: Any
-    partials: Tensor
-    flags: Tensor
+    return driver.workspace(device, stream, sums, blocks)
 
 
 @lru_cache(maxsize=16384)
 def _start(
     plan: Plan[Config], group_size: int, dtype: torch.dtype, device: int, stream: int
-) -> _Start:
+) -> driver.Start:
     """It may start before the kernel ahead of it has ended: it waits before it reads x."""
-    from cuda.bindings import driver
-
     config = plan.config
     kernel = _kernel(config, config.groups(group_size), dtype, device)
-    launch = driver.CUlaunchConfig()
     grid = plan.num_workers * config.cluster * config.split
-    launch.gridDimX, launch.gridDimY, launch.gridDimZ = grid, 1, 1
-    launch.blockDimX, launch.blockDimY, launch.blockDimZ = config.threads, 1, 1
-    launch.sharedMemBytes = config.shared_bytes
-    launch.hStream = stream
-    early = driver.CUlaunchAttribute()
-    early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    value = driver.CUlaunchAttributeValue()
-    value.programmaticStreamSerializationAllowed = 1
-    early.value = value
-    launch.attrs, launch.numAttrs = [early], 1
-    return _Start(kernel, launch, *_workspace(device, stream))
+    sizes = (grid, config.threads, config.shared_bytes)
+    return driver.prepare(kernel, sizes, stream, _workspace(device, stream), is_early=True)
 
 
 def _launch(
@@ -222,24 +187,12 @@ def _launch(
     plan: Plan[Config],
     steps: Tensor | None = None,
 ) -> None:
-    from cuda.bindings import driver
-
-    (num_tokens, in_features), out_features = x.shape, packed.shape[0]
-    device, num_groups = x.device.index, scales.shape[1]
-    group_size = in_features // num_groups
+    device, group_size = x.device.index, x.shape[1] // scales.shape[1]
     stream = torch.cuda.current_stream(device).cuda_stream
     start = _start(plan, group_size, y.dtype, device, stream)
     w_map, x_map = _maps(plan, packed, x)
-    problem = Problem(
-        *map(address, (scales, exponents, bias, y, start.partials, start.flags, steps)),
-        *(num_tokens, out_features, in_features, group_size, num_groups),
-        *(plan.tiles_m, plan.tiles_n, plan.rows, plan.k_blocks),
-        *(plan.whole_waves, plan.num_workers),
-        0 if steps is None else steps.shape[-1],
-    )
-    arguments = _Arguments(w_map.getPtr(), x_map.getPtr(), ctypes.addressof(problem))
-    where = ctypes.addressof(arguments)
-    check(driver.cuLaunchKernelEx(start.launch, start.kernel, where, 0), "launch")
+    problem = driver.problem_of(plan, start, x, scales, exponents, bias, y, steps)
+    driver.launch(start, w_map.getPtr(), x_map.getPtr(), ctypes.addressof(problem))
 
 
 def _divides_evenly(group_size: int, num_groups: int) -> bool:
@@ -267,13 +220,9 @@ def linear(
     """x [..., K] times the dequantized weights [N, K], in x's dtype; see hopper.cuh."""
     if exponents is None or not takes(x, packed, scales, exponents):
         return portable.BACKEND.linear(x, packed, scales, exponents, bias)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if rows.data_ptr() % 16:
-        rows = rows.clone()
-    y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    rows, y, bias = driver.operands(x, packed, bias)
     group_size = packed.shape[1] // scales.shape[1]
-    multiprocessors = num_multiprocessors(x.device.index)
+    multiprocessors = driver.num_multiprocessors(x.device.index)
     chosen = choose(rows.shape[0], *packed.shape, group_size, multiprocessors)
     _launch(rows, packed, scales.contiguous(), exponents, bias, y, chosen)
     return y.reshape(*x.shape[:-1], packed.shape[0])
@@ -310,7 +259,7 @@ def linear_int8(
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    chosen = choose_int8(rows.shape[0], *packed.shape, num_multiprocessors(x.device.index))
+    chosen = choose_int8(rows.shape[0], *packed.shape, driver.num_multiprocessors(x.device.index))
     rounded, steps = rounded_for(chosen.config, rows)
     y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
@@ -320,16 +269,8 @@ def linear_int8(
 
 def unavailable(device: torch.device) -> str | None:
     """Why this backend cannot run on `device`, or None."""
-    if device.type != "cuda":
-        return "needs a CUDA device"
-    if torch.version.hip is not None:
-        return "needs an NVIDIA GPU"
-    capability = torch.cuda.get_device_capability(device)
-    if capability != COMPUTE_CAPABILITY:
-        return f"needs compute capability 9.0, this GPU has {capability[0]}.{capability[1]}"
-    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-        return "needs the package cuda-bindings"
-    return portable.BACKEND.unavailable(device)
+    reason = driver.unavailable(device, lambda found: found == COMPUTE_CAPABILITY, "9.0")
+    return reason or portable.BACKEND.unavailable(device)
 
 
 BACKEND = Backend("cuda", unavailable, linear, portable.BACKEND.embedding, linear_int8)
