@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from halfweight.cli import app
-from halfweight.cli.output import bytes_bar, print_json, size, stderr, stdout, stop_on_ctrl_c
+from halfweight.cli.output import (
+    bytes_bar,
+    print_json,
+    show_parts,
+    size,
+    stderr,
+    stdout,
+    stop_on_ctrl_c,
+)
 from halfweight.errors import InterruptedConversionError, UsageError, VerificationError
 from halfweight.quantization.scheme import GroupSize, Recipe, Scheme
 
@@ -70,24 +78,18 @@ def quantize(
     json_output: Json = False,
 ) -> None:
     """Quantize a model to INT8. Interrupted or killed, the same command goes on where it was."""
-    from halfweight.conversion import convert, parts
+    from halfweight.conversion import convert
 
     size = _group_size(group_size or "128")
     scheme = Scheme(size, scale, scale_choice)  # type: ignore[arg-type]
     with stop_on_ctrl_c() as stop, bytes_bar() as bar:
-        task = bar.add_task("reading headers", total=None)
-
-        def show(progress: parts.Progress) -> None:
-            done, total = progress.done_bytes, progress.total_bytes
-            bar.update(task, description=progress.tensor, completed=done, total=total)
-
         report = convert.quantize(
             source,
             out,
             Recipe(scheme, tuple(keep or ()), requantize=group_size is not None),
             jobs=jobs,
             overwrite=overwrite,
-            progress=show,
+            progress=show_parts(bar, "reading headers"),
             stop=stop,
             refine=_calibration(source, calibrate, bar, stop) if calibrate else None,
             check=_divergence_check(source, check, max_kl, bar, stop),

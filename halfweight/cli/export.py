@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfweight.cli import app
-from halfweight.cli.output import bytes_bar, print_json, size, stderr, stdout, stop_on_ctrl_c
+from halfweight.cli.output import (
+    bytes_bar,
+    print_json,
+    show_parts,
+    size,
+    stderr,
+    stdout,
+    stop_on_ctrl_c,
+)
 
 if TYPE_CHECKING:
     from halfweight.conversion.export import ExportReport
@@ -31,22 +39,15 @@ def export(
 ) -> None:
     """Write INT8 weights for another program. Killed, the same command goes on where it was."""
     from halfweight.conversion import export as exporting
-    from halfweight.conversion import parts
 
     with stop_on_ctrl_c() as stop, bytes_bar() as bar:
-        task = bar.add_task("planning", total=None)
-
-        def show(progress: parts.Progress) -> None:
-            done, total = progress.done_bytes, progress.total_bytes
-            bar.update(task, description=progress.tensor, completed=done, total=total)
-
         report = exporting.export(
             model,
             out,
             to,  # type: ignore[arg-type]  # export checks it
             jobs=jobs,
             overwrite=overwrite,
-            progress=show,
+            progress=show_parts(bar, "planning"),
             stop=stop,
         )
     if json_output:

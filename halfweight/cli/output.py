@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from halfweight.errors import HalfweightError, InterruptedConversionError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from halfweight.conversion import parts
 
 stdout = Console()
 stderr = Console(stderr=True)
@@ -57,6 +59,17 @@ def bytes_bar() -> Progress:
         transient=True,
         disable=not stderr.is_terminal,
     )
+
+
+def show_parts(bar: Progress, what: str) -> Callable[[parts.Progress], None]:
+    """A task of `bar` that follows a conversion; it is called `what` until the first tensor."""
+    task = bar.add_task(what, total=None)
+
+    def show(progress: parts.Progress) -> None:
+        done, total = progress.done_bytes, progress.total_bytes
+        bar.update(task, description=progress.tensor, completed=done, total=total)
+
+    return show
 
 
 @contextmanager

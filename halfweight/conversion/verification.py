@@ -22,7 +22,7 @@ from halfweight.checkpoint.manifest import MANIFEST_NAME, file_sha256, read_mani
 from halfweight.checkpoint.readers import find_readers
 from halfweight.checkpoint.readers import problems as unread_by
 from halfweight.checkpoint.shard import StoredTensor, broken
-from halfweight.errors import CheckpointError
+from halfweight.errors import CheckpointError, UsageError
 from halfweight.model.loadability import check_loads
 from halfweight.quantization.float_bytes import as_float32
 
@@ -79,6 +79,11 @@ def verify(
             checkpoint = check_structure(path)
             unread += [line for r in asked_by for line in unread_by(r, checkpoint)]
             notes += check_loads(checkpoint)
+        elif asked_by:
+            raise UsageError(
+                f"{path}: an export to {exported}, expected INT8 weights as `quantize` writes them",
+                hint="--for answers for those alone",
+            )
         else:
             _check_export(path, exported)
     except CheckpointError as error:

@@ -7,13 +7,13 @@ import os
 import shutil
 import stat
 import sys
-import tracemalloc
 from threading import Event
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import FFN, HIDDEN, INDEX, VOCAB, edit_json, hashes, make_llama, rewrite, tensors_of
+from traced_memory import peak_bytes
 
 import halfweight
 from halfweight.checkpoint import layout
@@ -472,11 +472,7 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     save_file({"embed.weight": torch.randn(16384, 1024)}, source / "model.safetensors")
     convert.quantize(source, tmp_path / "warm", jobs=2)
-    tracemalloc.start()
-    convert.quantize(source, tmp_path / "out", jobs=2)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 12_000_000
+    assert peak_bytes(lambda: convert.quantize(source, tmp_path / "out", jobs=2)) < 12_000_000
 
 
 def test_rows_longer_than_a_block(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tracemalloc
 from threading import Event
 
 import pytest
@@ -12,6 +11,7 @@ from exportable import CONFIGS, make_int8
 from safetensors.torch import load_file
 from test_export_gguf import dequantized
 from tiny import edit_json, hashes, make_llama, tensors_of
+from traced_memory import peak_bytes
 from transformers import AutoModelForCausalLM
 
 import halfweight
@@ -318,11 +318,9 @@ def peak_of_an_export(folder, rows):
     save_file({"embed.weight": torch.randn(rows, 1024).bfloat16()}, source / "model.safetensors")
     halfweight.quantize(source, folder / "int8", jobs=2)
     halfweight.export(folder / "int8", folder / "warm", "dequantized", jobs=2)
-    tracemalloc.start()
-    halfweight.export(folder / "int8", folder / "out", "dequantized", jobs=2)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    return peak
+    return peak_bytes(
+        lambda: halfweight.export(folder / "int8", folder / "out", "dequantized", jobs=2)
+    )
 
 
 def test_memory_does_not_grow_with_the_tensor(tmp_path):
@@ -343,3 +341,10 @@ def test_the_card_names_the_model_that_was_quantized(int8, tmp_path):
     finally:
         (tmp_path / "kept.json").rename(int8 / "halfweight.json")
     assert "base_model: int8\n" in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_who_reads_an_export_is_not_answered(int8, tmp_path):
+    halfweight.export(int8, tmp_path / "out", "gptq")
+    with pytest.raises(UsageError, match="an export to gptq, expected INT8 weights") as caught:
+        halfweight.verify(tmp_path / "out", readers=("vllm",))
+    assert caught.value.hint == "--for answers for those alone"

@@ -15,35 +15,30 @@ from halfweight.errors import CheckpointError, UsageError
 
 lm_eval = pytest.importorskip("lm_eval")
 
-CHOICE = """task: families
+COMMON = """task: {task}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{label}}}}"
-metric_list: [{{metric: acc}}]
 """
-ROLLING = """task: whole_texts
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: loglikelihood_rolling
+TASKS = {
+    "families": """output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{label}}"
+metric_list: [{metric: acc}]
+""",
+    "whole_texts": """output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{{{question}}}}"
-metric_list: [{{metric: word_perplexity}}]
-"""
-ANSWER = """task: answers
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}]
+""",
+    "answers": """output_type: generate_until
+doc_to_text: "{{question}}"
 doc_to_target: "alike"
-generation_kwargs: {{until: ["\\n"], max_gen_toks: 5, do_sample: false}}
-metric_list: [{{metric: exact_match}}]
-"""
+generation_kwargs: {until: ["\\n"], max_gen_toks: 5, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+}
 QUESTIONS = ("Happy families are", "Every unhappy family is", "All alike are", "In its own")
 CHOICES = ("alike", "unhappy")
 
@@ -63,8 +58,8 @@ def task_folder(tmp_path, monkeypatch):
     rows = [{"question": q, "choices": CHOICES, "label": i % 2} for i, q in enumerate(QUESTIONS)]
     data = tmp_path / "families.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in rows))
-    for name, task in (("choice", CHOICE), ("rolling", ROLLING), ("answer", ANSWER)):
-        (tmp_path / f"{name}.yaml").write_text(task.format(data=data))
+    for name, task in TASKS.items():
+        (tmp_path / f"{name}.yaml").write_text(COMMON.format(task=name, data=data) + task)
     return tmp_path
 
 

@@ -15,11 +15,6 @@ from halfweight.engine.parallel.steps import StepWriter
 from halfweight.engine.step import Runner, Step
 from halfweight.errors import HalfweightError
 
-_LIMITS = (
-    *("page_tokens", "num_pages", "max_sequences", "max_context", "vocab_size", "table"),
-    *("device", "max_step_tokens", "cache_bytes", "shares_prefixes", "most_drafts"),
-)
-
 
 class SharedRunner:
     """Runner (engine/step.py) of rank 0; the others' have the same limits."""
@@ -40,7 +35,7 @@ class SharedRunner:
         """`ranks` are ended when the runner is closed."""
         self.members = ranks.members
         self._ranks, self._own, self._link = ranks, own, link
-        for name in _LIMITS:
+        for name in SharedRunner.__annotations__:
             setattr(self, name, getattr(own, name))
         self._writer = StepWriter()
         if link.can_be_recorded:  # what waits on the device for a rank that is lost never ends
