@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import envelope
-import hopper_tiles
 import kernels
 import pytest
 import readme_tables
 import serve_table
+import tiles
 import torch
 import training
 
@@ -134,7 +134,8 @@ def test_the_kernels_pages_tables_are_those_of_the_results():
 
 def test_the_table_of_chosen_tiles_is_that_of_the_result():
     page = (ROOT / "docs" / "kernels.md").read_text()
-    assert hopper_tiles.markdown(readme_tables.results("hopper_tiles")["results"]) in page
+    rows = readme_tables.results("hopper_tiles")["results"]
+    assert tiles.markdown(tiles.FAMILIES["hopper"], rows) in page
 
 
 def test_the_training_pages_table_is_that_of_the_result():

@@ -3,7 +3,7 @@
 A configuration is one compiled form of hopper_small.cu, hopper_large.cu or hopper_int8.cu; a
 schedule says which tiles are computed whole and which are shared between blocks (stream-K). `plans`
 estimates the time of every schedule and `choose` takes the fastest. The constants were fitted to
-the times of all configurations and schedules on an H100 (benchmarks/hopper_tiles.py).
+the times of all configurations and schedules on an H100 (benchmarks/tiles.py).
 """
 
 from __future__ import annotations

@@ -1,0 +1,402 @@
+"""The times of all tiles and schedules of a family of CUDA kernels, and what explains them.
+
+    python benchmarks/tiles.py hopper                     # measure, on a GPU
+    python benchmarks/tiles.py sm80 --limit-seconds 120 --repeats 5
+    python benchmarks/tiles.py hopper --fit benchmarks/results/hopper_tiles.json
+    python benchmarks/tiles.py hopper --markdown benchmarks/results/hopper_tiles.json
+
+`halfweight/kernels/hopper/tiles.py` and `halfweight/kernels/cuda/tiles.py` estimate the time of a
+product from a few constants. --fit searches for those under which the choice loses the least
+against the fastest that was measured, and says how much that is; without --fit, the same for the
+constants of today. --markdown prints the table of the tiles that are chosen.
+
+All forms are compiled first, in parallel. A product's plans are the most promising by the estimate,
+each form at least once; a plan whose result is wrong or fails is recorded with its error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from envelope import RESULTS, envelope, write_result
+from kernels import SHAPES
+from torch import Tensor
+
+from halfweight.kernels import timing
+from halfweight.kernels.cuda import backend as sm80
+from halfweight.kernels.cuda import driver, schedule
+from halfweight.kernels.cuda import tiles as sm80_tiles
+from halfweight.kernels.cuda.tiles import Card, Form, Shape
+from halfweight.kernels.hopper import backend as cuda
+from halfweight.kernels.hopper import tiles
+from halfweight.kernels.hopper.tiles import Config, Int8, Small
+from halfweight.quantization.numerics import QuantizedTensor, dequantize
+
+GROUP_SIZE = 128
+TRIES = 20_000
+SHAPE_LIST = {**SHAPES, "o": (4096, 4096)}
+H100 = Card(132, 232448, 233472, 50 << 20, 3_352_000, 1980, 1300)
+"""What was measured before results named their card."""
+MOST_ERROR = 2e-3
+"""Relative, of a float16 product to the exact one."""
+
+TRIED = (
+    Shape(1, 1, 1, 1, 8, 1, blocks=2),
+    Shape(4, 1, 1, 1, 8, 1),
+    Shape(2, 1, 2, 1, 4, 1, blocks=2),
+    Shape(4, 1, 2, 1, 4, 1),
+    Shape(2, 1, 1, 1, 4, 1, blocks=4),
+    Shape(2, 1, 1, 1, 4, 2, blocks=2),
+    Shape(2, 2, 1, 1, 8, 1, blocks=2),
+    Shape(4, 2, 1, 1, 8, 1),
+    Shape(4, 2, 2, 1, 4, 1),
+    Shape(2, 2, 4, 1, 2, 1),
+    Shape(2, 2, 4, 1, 2, 1, blocks=2),
+    Shape(2, 2, 1, 1, 4, 1, blocks=4),
+    Shape(1, 4, 2, 1, 4, 1, blocks=2),
+    Shape(1, 4, 4, 1, 2, 1, blocks=2),
+    Shape(2, 4, 4, 1, 2, 1, blocks=2),
+    Shape(4, 4, 2, 1, 4, 1),
+    Shape(2, 6, 4, 1, 2, 1),
+    Shape(1, 8, 4, 1, 2, 1, blocks=2),
+    Shape(2, 4, 2, 2, 2, 1),
+    Shape(4, 4, 2, 2, 2, 1),
+    Shape(2, 8, 8, 1, 1, 2),
+    Shape(2, 6, 4, 2, 1, 2),
+    Shape(2, 6, 2, 2, 2, 1),
+    Shape(1, 8, 4, 2, 1, 2, blocks=2),
+    Shape(2, 8, 2, 4, 1, 2),
+    Shape(4, 4, 2, 4, 1, 2),
+)
+"""Forms of w8a16.cu that are measured beside those that may be chosen."""
+
+Plan = schedule.Plan[Any]
+PlansOf = Callable[[int, tuple[int, int], Card], list[Plan]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Kernels that one model chooses among.
+
+    ways: name of a way to compute -> its plans. x_of: a configuration and x -> x as the kernel
+    takes it and the steps it was rounded with. launch: (x, packed, scales, exponents, bias, y,
+    plan[, steps]). text: a plan and a card's architecture -> the kernel's text and what it is
+    compiled for.
+    """
+
+    batches: Sequence[int]
+    ways: Mapping[str, PlansOf]
+    x_of: Callable[[Any, Tensor], tuple[Tensor, Tensor | None]]
+    launch: Callable[..., None]
+    text: Callable[[Plan, str], tuple[str, str]]
+
+
+def hopper_plans(tokens: int, shape: tuple[int, int], card: Card) -> list[Plan]:
+    """Every schedule of every configuration that may be chosen for such a product."""
+    configs = tiles.candidates(tokens, shape[1], GROUP_SIZE)
+    return [p for c in configs for p in tiles.plans(c, tokens, *shape, card.multiprocessors)]
+
+
+def int8_plans(tokens: int, shape: tuple[int, int], card: Card) -> list[Plan]:
+    """The same for activations in int8."""
+    if tokens < cuda.INT8_TOKENS:
+        return []
+    return [p for c in tiles.INT8 for p in tiles.plans(c, tokens, *shape, card.multiprocessors)]
+
+
+def hopper_x(config: Config, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x [M, K], rounded where the kernel's products are of integers."""
+    return cuda.rounded_for(config, x) if isinstance(config, Int8) else (x, None)
+
+
+def hopper_text(plan: Plan, architecture: str) -> tuple[str, str]:
+    """The text of a plan's kernel; all of them need the same architecture."""
+    groups = plan.config.groups(GROUP_SIZE)
+    return cuda.source(plan.config, groups, torch.float16), cuda.ARCHITECTURE
+
+
+def sm80_plans(tokens: int, shape: tuple[int, int], card: Card) -> list[Plan]:
+    """Every schedule of every form whose tiles cover the tokens once or twice."""
+    shapes = (*sm80_tiles.SHAPES, *TRIED)
+    sizes = sorted({shape.tokens for shape in shapes})
+    covering = next((size for size in sizes if size >= tokens), sizes[-1])
+    forms = [Form(s, card) for s in shapes if covering <= 2 * s.tokens <= 2 * covering]
+    return [
+        plan
+        for form in forms
+        if form.stages >= 2
+        for plan in schedule.plans(
+            form, tokens, *shape, card.multiprocessors * form.shape.blocks, card.l2_bytes
+        )
+    ]
+
+
+def sm80_text(plan: Plan, architecture: str) -> tuple[str, str]:
+    """The text of a plan's kernel."""
+    return sm80.source(plan.config, 128, torch.uint8, torch.float16), architecture
+
+
+FAMILIES = {
+    "hopper": Family(
+        (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
+        {"": hopper_plans, " int8": int8_plans},
+        hopper_x,
+        cuda._launch,
+        hopper_text,
+    ),
+    "sm80": Family(
+        (16, 64, 128, 8, 256, 32, 1, 96, 192, 4, 2),
+        {"": sm80_plans},
+        lambda config, x: (x, None),
+        sm80._launch,
+        sm80_text,
+    ),
+}
+"""Batches in the order in which they are measured, so that a cut run is useful."""
+
+
+def label(plan: Plan) -> str:
+    """One name for a configuration and its schedule."""
+    config = getattr(plan.config, "shape", plan.config)
+    sizes = [str(getattr(config, f.name)) for f in fields(config) if f.name != "block_us"]
+    dealt = f"{plan.rows}-{plan.whole_waves}x{plan.num_workers}"
+    return "-".join([type(config).__name__, *sizes, dealt])
+
+
+def promising(plans: Sequence[Plan], most: int) -> list[Plan]:
+    """At most so many plans by estimate, and each configuration's best."""
+    ordered = sorted(plans, key=schedule.preference)
+    best = {plan.config: plan for plan in reversed(ordered)}
+    return list(dict.fromkeys([*ordered[:most], *best.values()]))
+
+
+def compile_all(family: Family, plans: Iterable[Plan], architecture: str) -> None:
+    """Machine code of every form into the cache folder."""
+    texts = {family.text(plan, architecture) for plan in plans}
+    begin = time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda text: driver.cubin(*text), texts))
+    print(f"{len(texts)} forms compiled in {time.monotonic() - begin:.1f} s", flush=True)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Copies of a weight [N, K], quantized and in float16, that no cache holds together."""
+
+    quantized: list[QuantizedTensor]
+    dense: list[Tensor]
+
+
+@cache
+def weights_of(shape: tuple[int, int], device: torch.device) -> Weights:
+    """Random weights of a shape."""
+    copies = timing.num_copies(shape[0] * shape[1])
+    make = partial(torch.randn, shape, device=device, dtype=torch.float16)
+    return Weights(
+        [timing.random_weight(shape, device, GROUP_SIZE) for _ in range(copies)],
+        [make() for _ in range(copies // 2 + 1)],
+    )
+
+
+def measure(
+    family: Family, plans: Sequence[Plan], tokens: int, weights: Weights, repeats: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Microseconds of each plan, in turn, and of the vendor's 16-bit product; errors of others."""
+    device, (rows, columns) = weights.dense[0].device, weights.dense[0].shape
+    x = torch.randn(tokens, columns, device=device, dtype=torch.float16)
+    y = torch.empty(tokens, rows, device=device, dtype=torch.float16)
+    exact = x.float() @ dequantize(weights.quantized[0]).T
+    vendor = [partial(torch.mm, x, w.T) for w in weights.dense]
+    rounds, errors = {"float16": timing.Round(vendor, device)}, {}
+    taken_as = {config: family.x_of(config, x) for config in {plan.config for plan in plans}}
+    for plan in plans:
+        taken, steps = taken_as[plan.config]
+        calls = [partial(_launch, family, taken, steps, w, y, plan) for w in weights.quantized]
+        most = MOST_ERROR if steps is None else 10 * MOST_ERROR
+        try:
+            check(calls[0], y, exact, most)
+            rounds[label(plan)] = timing.Round(calls, device)
+        except Exception as error:
+            errors[label(plan)] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return timing.interleaved(rounds, repeats=repeats), errors
+
+
+def _launch(
+    family: Family, x: Tensor, steps: Tensor | None, w: QuantizedTensor, y: Tensor, plan: Plan
+) -> None:
+    rounded = () if steps is None else (steps,)
+    family.launch(x, w.packed, w.scales, w.exponents, None, y, plan, *rounded)
+
+
+def check(call: timing.Call, y: Tensor, exact: Tensor, most: float) -> None:
+    """Raises ValueError if `call` does not fill y with the exact product, rounded."""
+    y.fill_(torch.nan)
+    call()
+    error = float((y.float() - exact).norm() / exact.norm())
+    if not error <= most:
+        raise ValueError(f"relative error {error}")
+
+
+def chosen(row: Mapping[str, Any], plans_of: PlansOf) -> tuple[float, float] | None:
+    """Microseconds of the plan that would be chosen and of the fastest; None if none was timed."""
+    times = row["microseconds"]
+    known = plans_of(row["tokens"], SHAPE_LIST[row["shape"]], card_of(row))
+    found = [plan for plan in known if label(plan) in times]
+    if not found:
+        return None
+    first = min(found, key=schedule.preference)
+    return times[label(first)], min(times[label(plan)] for plan in found)
+
+
+def card_of(row: Mapping[str, Any]) -> Card:
+    """The card that a row was measured on."""
+    return Card(**row["card"]) if "card" in row else H100
+
+
+def losses(family: Family, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
+    """Of each product: how much slower than the best the plan is that would be chosen."""
+    for row in rows:
+        for name, plans_of in family.ways.items():
+            found = chosen(row, plans_of)
+            if found is not None:
+                yield f"{row['shape']} {row['tokens']}{name}", found[0] / found[1] - 1
+
+
+def markdown(family: Family, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Speed of the chosen plans over the vendor's 16-bit product, a line a shape."""
+    tokens = sorted({row["tokens"] for row in rows})
+    lines = ["| | " + " | ".join(f"M={m}" for m in tokens) + " |", "|---" * (len(tokens) + 1) + "|"]
+    for name in dict.fromkeys(row["shape"] for row in rows):
+        for kind, plans_of in family.ways.items():
+            cells = {}
+            for row in rows:
+                found = chosen(row, plans_of) if row["shape"] == name else None
+                if found is not None:
+                    cells[row["tokens"]] = f"{row['microseconds']['float16'] / found[0]:.2f}"
+            lines.append(f"| {name}{kind} | " + " | ".join(cells.get(m, "") for m in tokens) + " |")
+    return "\n".join(lines)
+
+
+def penalty(family: Family, rows: Sequence[Mapping[str, Any]]) -> float:
+    """Mean loss plus a fifth of the worst."""
+    values = [loss for _, loss in losses(family, rows)]
+    return sum(values) / len(values) + 0.2 * max(values)
+
+
+def with_times(configs: Sequence[Config], factors: Mapping[Config, float]) -> tuple[Config, ...]:
+    """The configurations, their stages slower by factors."""
+    return tuple(replace(c, block_us=round(c.block_us * factors[c], 3)) for c in configs)
+
+
+@contextmanager
+def using(configs: Sequence[Config]) -> Iterator[None]:
+    """Choose among these instead."""
+    small = tuple(c for c in configs if isinstance(c, Small))
+    int8 = tuple(c for c in configs if isinstance(c, Int8))
+    large = tuple(c for c in configs if not isinstance(c, Int8 | Small))
+    with mock.patch.multiple(tiles, SMALL=small, LARGE=large, INT8=int8):
+        yield
+
+
+def fit(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> tuple[Config, ...]:
+    """Stage times, near those of today, under which the choice on Hopper loses the least."""
+    chance, family = random.Random(seed), FAMILIES["hopper"]
+    best = (*tiles.SMALL, *tiles.LARGE, *tiles.INT8)
+    least = penalty(family, rows)
+    for _ in range(TRIES):
+        factors = dict.fromkeys(best, 1.0)
+        for config in chance.sample(best, 2):
+            factors[config] = math.exp(chance.gauss(0, 0.05))
+        tried = with_times(best, factors)
+        with using(tried):
+            found = penalty(family, rows)
+        if found < least:
+            best, least = tried, found
+    return best
+
+
+def summary(row: Mapping[str, Any], most: int = 5) -> str:
+    """The fastest plans of a product, and its speed over the vendor's 16-bit one."""
+    times = row["microseconds"]
+    fastest = sorted(times, key=lambda name: times[name])[:most]
+    lines = [f"{row['shape']} {row['tokens']}: {times['float16']:.1f} us in float16"]
+    lines += [f"  {times['float16'] / times[n]:.3f} x, {times[n]:.1f} us {n}" for n in fastest]
+    lines += [f"  {name}: {error}" for name, error in row["errors"].items()]
+    return "\n".join(lines)
+
+
+def sweep(name: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Measure products until the time is over, and write the result after each."""
+    deadline = time.monotonic() + options.limit_seconds
+    family, card = FAMILIES[name], sm80.card_of(device.index)
+    major, minor = torch.cuda.get_device_capability(device)
+    products = [(tokens, shape) for tokens in options.batches for shape in options.shapes]
+    plans = {
+        (tokens, shape): [
+            plan
+            for plans_of in family.ways.values()
+            for plan in promising(plans_of(tokens, SHAPE_LIST[shape], card), options.most)
+        ]
+        for tokens, shape in products
+    }
+    compile_all(family, chain.from_iterable(plans.values()), f"sm_{major}{minor}")
+    facts = envelope(device, {"read_bytes_per_second": timing.read_bandwidth(device)})
+    rows: list[dict[str, Any]] = []
+    for tokens, shape in products:
+        if time.monotonic() > deadline:
+            break
+        weights = weights_of(SHAPE_LIST[shape], device)
+        times, errors = measure(family, plans[tokens, shape], tokens, weights, options.repeats)
+        heading = {"shape": shape, "tokens": tokens, "card": asdict(card)}
+        rows.append({**heading, "microseconds": times, "errors": errors})
+        print(f"{deadline - time.monotonic():.0f} s left. {summary(rows[-1])}", flush=True)
+        write_result(f"{name}_tiles", facts, rows, out=options.out)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("--fit", type=Path, help="a result of this benchmark")
+    parser.add_argument("--markdown", type=Path, help="print the table of a result and stop")
+    parser.add_argument("--batches", nargs="+", type=int)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPE_LIST, default=list(SHAPE_LIST))
+    parser.add_argument("--most", type=int, default=1000, help="plans of a product")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--limit-seconds", type=float, default=3600)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    family = FAMILIES[options.family]
+    options.batches = options.batches or family.batches
+    if options.markdown:
+        print(markdown(family, json.loads(options.markdown.read_text())["results"]))
+        return
+    if options.fit:
+        rows = json.loads(options.fit.read_text())["results"]
+        for config in fit(rows):
+            print(config)
+    else:
+        shapes = (*sm80_tiles.SHAPES, *TRIED)
+        with mock.patch.object(sm80, "SHAPES", shapes):  # the workspace is for all of them
+            rows = sweep(options.family, options, torch.device("cuda", 0))
+    for name, loss in losses(family, rows):
+        print(f"{name}: {loss:.1%}")
+
+
+if __name__ == "__main__":
+    main()
