@@ -20,7 +20,8 @@ import torch
 from envelope import envelope, write_result
 
 from halfweight.kernels.cuda.backend import source
-from halfweight.kernels.cuda.tiles import SHAPES, Card, Form
+from halfweight.kernels.cuda.card import Card
+from halfweight.kernels.cuda.tiles import SHAPES, Form, form_on
 
 SMALL = Card(82, 101376, 102400, 6 << 20, 936_000, 1695, 512)
 """A consumer card: 99 KB a block."""
@@ -40,7 +41,7 @@ def jobs() -> Iterator[tuple[str, Form]]:
     """What is compiled."""
     for architecture, card in CARDS.items():
         for shape in SHAPES:
-            form = Form(shape, card)
+            form = form_on(card, shape)
             if form.stages >= 2:
                 yield architecture, form
 

@@ -54,11 +54,11 @@ def main() -> None:
     scheme = Scheme(GROUP_SIZE, "grid8")
     tensor = quantize(torch.randn(OUT_FEATURES, IN_FEATURES, device=DEVICE), scheme)
     exact = dequantize(tensor).double()
-    processors = driver.num_multiprocessors(0)
+    card = driver.card_of(0)
     for config in (*tiles.SMALL, *tiles.LARGE, *tiles.INT8):
         if options.only not in str(config):
             continue
-        sizes = num_tokens(config), OUT_FEATURES, IN_FEATURES, processors
+        sizes = num_tokens(config), OUT_FEATURES, IN_FEATURES, card
         found = tiles.plans(config, *sizes)
         for plan in (found[0], found[-1]):
             result = error(plan, tensor, exact)

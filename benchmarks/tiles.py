@@ -41,7 +41,8 @@ from halfweight.kernels import timing
 from halfweight.kernels.cuda import backend as sm80
 from halfweight.kernels.cuda import driver, schedule
 from halfweight.kernels.cuda import tiles as sm80_tiles
-from halfweight.kernels.cuda.tiles import Card, Form, Shape
+from halfweight.kernels.cuda.card import Card
+from halfweight.kernels.cuda.tiles import Shape
 from halfweight.kernels.hopper import backend as cuda
 from halfweight.kernels.hopper import tiles
 from halfweight.kernels.hopper.tiles import Config, Int8, Small
@@ -109,14 +110,14 @@ class Family:
 def hopper_plans(tokens: int, shape: tuple[int, int], card: Card) -> list[Plan]:
     """Every schedule of every configuration that may be chosen for such a product."""
     configs = tiles.candidates(tokens, shape[1], GROUP_SIZE)
-    return [p for c in configs for p in tiles.plans(c, tokens, *shape, card.multiprocessors)]
+    return [p for c in configs for p in tiles.plans(c, tokens, *shape, card)]
 
 
 def int8_plans(tokens: int, shape: tuple[int, int], card: Card) -> list[Plan]:
     """The same for activations in int8."""
     if tokens < cuda.INT8_TOKENS:
         return []
-    return [p for c in tiles.INT8 for p in tiles.plans(c, tokens, *shape, card.multiprocessors)]
+    return [p for c in tiles.INT8 for p in tiles.plans(c, tokens, *shape, card)]
 
 
 def hopper_x(config: Config, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -135,14 +136,14 @@ def sm80_plans(tokens: int, shape: tuple[int, int], card: Card) -> list[Plan]:
     shapes = (*sm80_tiles.SHAPES, *TRIED)
     sizes = sorted({shape.tokens for shape in shapes})
     covering = next((size for size in sizes if size >= tokens), sizes[-1])
-    forms = [Form(s, card) for s in shapes if covering <= 2 * s.tokens <= 2 * covering]
+    forms = [
+        sm80_tiles.form_on(card, s) for s in shapes if covering <= 2 * s.tokens <= 2 * covering
+    ]
     return [
         plan
         for form in forms
         if form.stages >= 2
-        for plan in schedule.plans(
-            form, tokens, *shape, card.multiprocessors * form.shape.blocks, card.l2_bytes
-        )
+        for plan in schedule.plans(form, tokens, *shape, card)
     ]
 
 
@@ -343,7 +344,7 @@ def summary(row: Mapping[str, Any], most: int = 5) -> str:
 def sweep(name: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Measure products until the time is over, and write the result after each."""
     deadline = time.monotonic() + options.limit_seconds
-    family, card = FAMILIES[name], sm80.card_of(device.index)
+    family, card = FAMILIES[name], driver.card_of(device.index)
     major, minor = torch.cuda.get_device_capability(device)
     products = [(tokens, shape) for tokens in options.batches for shape in options.shapes]
     plans = {

@@ -34,7 +34,7 @@ def sweep(monkeypatch, tmp_path):
         family = replace(tiles.FAMILIES[name], launch=launch)
         with ExitStack() as stack:
             for target, attribute, value in (
-                (tiles.sm80, "card_of", lambda device: tiles.H100),
+                (tiles.driver, "card_of", lambda device: tiles.H100),
                 (torch.cuda, "get_device_capability", lambda device: (9, 0)),
                 (tiles.timing, "read_bandwidth", lambda device: 1e12),
                 (tiles.timing, "num_copies", lambda num_bytes: 2),

@@ -16,8 +16,9 @@ import torch
 
 from halfweight.kernels import operations
 from halfweight.kernels.cuda import backend, driver
+from halfweight.kernels.cuda.card import READ_SHARE, Card
 from halfweight.kernels.cuda.schedule import Plan, plans
-from halfweight.kernels.cuda.tiles import SHAPES, Card, Form, Shape, choose, forms, run_of
+from halfweight.kernels.cuda.tiles import SHAPES, Form, Shape, choose, form_on, forms, run_of
 
 RTX_3090 = Card(82, 101376, 102400, 6 << 20, 936_000, 1695, 512)
 RTX_4090 = Card(128, 101376, 102400, 72 << 20, 1_008_000, 2520, 512)
@@ -97,9 +98,10 @@ def error(y, expected):
     return ((y.double() - expected).norm() / expected.norm()).item()
 
 
-def schedules(form, sizes, workers):
-    """Plans of every kind: whole tiles, a shared rest, all tiles shared."""
-    return {plan.whole_waves: plan for plan in plans(form, *sizes, workers, 1 << 20)}.values()
+def schedules(form, sizes, card):
+    """Plans of every kind for five blocks: whole tiles, a shared rest, all tiles shared."""
+    few = replace(card, multiprocessors=-(-5 // form.blocks))
+    return {plan.whole_waves: plan for plan in plans(form, *sizes, few)}.values()
 
 
 F16, BF16, F32, GRID8 = torch.float16, torch.bfloat16, torch.float32, torch.uint8
@@ -120,10 +122,10 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[2]}-{c[3]}")
 def test_the_product_is_the_exact_one_rounded(emulated, case):
     shape, card, sizes, group_size, scales_dtype, dtype = case
-    form = Form(shape, card)
+    form = form_on(card, shape)
     *given, expected = operands(sizes, group_size, scales_dtype, dtype)
     kernel = emulated(form, run_of(group_size, given[2].shape[1]), scales_dtype, dtype)
-    found = schedules(form, sizes, 5)
+    found = schedules(form, sizes, card)
     assert len(found) > 1
     for seed, plan in enumerate(found):
         y = product(kernel, plan, *given, seed=seed)
@@ -143,10 +145,10 @@ def test_the_product_is_the_exact_one_rounded(emulated, case):
 )
 def test_the_emulator_sees(emulated, change):
     shape, card, sizes, group_size, scales_dtype, dtype = CASES[2]
-    form = Form(shape, card)
+    form = form_on(card, shape)
     *given, expected = operands(sizes, group_size, scales_dtype, dtype)
     kernel = emulated(form, 128, scales_dtype, dtype, changes=(change,))
-    plan = next(iter(schedules(form, sizes, 5)))
+    plan = next(iter(schedules(form, sizes, card)))
     assert not error(product(kernel, plan, *given), expected) < 3e-2
 
 
@@ -156,7 +158,7 @@ def test_every_architecture_compiles_it(architecture, tmp_path):
     """The form with most registers, and the one with fewest tokens."""
     card = {"sm_80": A100, "sm_90": H200, "sm_100": H200}.get(architecture, RTX_4090)
     for shape, run, dtype in ((SHAPES[0], 32, BF16), (SHAPES[13], 128, F16)):
-        used, spilled = compiled(Form(shape, card), run, dtype, architecture, tmp_path)
+        used, spilled = compiled(form_on(card, shape), run, dtype, architecture, tmp_path)
         assert 0 < used <= 255
         assert spilled <= 64
 
@@ -192,13 +194,13 @@ def test_every_card_has_a_form_for_every_number_of_tokens(card, tokens):
 
 def test_the_bound_is_the_slowest_part():
     """A card of twice the memory rate takes half the time where memory is what it waits for."""
-    form = Form(SHAPES[0], RTX_3090)
-    fast = Form(SHAPES[0], replace(RTX_3090, memory_bytes_per_us=1_872_000))
-    assert form.stage_us(82, 32) == pytest.approx(82 * 32 * 512 / 936_000)
-    assert fast.stage_us(82, 32) == pytest.approx(82 * 32 * 512 / 1_872_000)
-    large = Form(Shape(2, 8, 2, 2, 2, 1), RTX_3090)
+    form, fast = form_on(RTX_3090, SHAPES[0]), replace(RTX_3090, memory_bytes_per_us=1_872_000)
+    read_us = 82 * 32 * 512 / READ_SHARE
+    assert form.stage_us(RTX_3090, 82, 32) == pytest.approx(read_us / 936_000)
+    assert form.stage_us(fast, 82, 32) == pytest.approx(read_us / 1_872_000)
+    large = form_on(RTX_3090, Shape(2, 8, 2, 2, 2, 1))
     clocks = 128 * 64 * 128 / 512
-    assert large.stage_us(82, 64) == pytest.approx((1.15 * clocks + 200) / 1695)
+    assert large.stage_us(RTX_3090, 82, 64) == pytest.approx((1.15 * clocks + 200) / 1695)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +243,7 @@ def test_a_launch_is_what_the_plan_says(monkeypatch):
 
     names = SimpleNamespace(CUlaunchConfig=SimpleNamespace, cuLaunchKernelEx=launch_kernel)
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=names))
-    (plan, *_) = plans(Form(SHAPES[0], A100), 5, 70, 1056, 5, 1 << 20)
+    (plan, *_) = plans(form_on(A100, SHAPES[0]), 5, 70, 1056, A100)
     *given, _ = operands((5, 70, 1056), 32, GRID8, F16)
     x, packed, scales, exponents, bias = given
     space = torch.empty(1), torch.zeros(1, dtype=torch.int32)

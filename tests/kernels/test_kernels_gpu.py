@@ -192,7 +192,7 @@ def test_every_plan_of_a_configuration(config):
                 continue
             x = torch.randn(tokens, shape[1], device=GPU).half()
             expected = x.double() @ exact
-            for plan in tiles.plans(config, tokens, *shape, driver.num_multiprocessors(0)):
+            for plan in tiles.plans(config, tokens, *shape, driver.card_of(0)):
                 results = [launch(x, tensor, plan) for _ in range(3)]
                 error = (results[0].double() - expected).norm() / expected.norm()
                 assert error < 1e-3, plan
@@ -211,7 +211,7 @@ def test_every_plan_for_int8_activations(config):
             rounded, steps = cuda.rounded_for(config, x)
             by_token = steps[1, :, :tokens].double().T.repeat_interleave(config.k_bytes, dim=1)
             expected = (rounded.double() * by_token[:, : shape[1]]) @ exact
-            for plan in tiles.plans(config, tokens, *shape, driver.num_multiprocessors(0)):
+            for plan in tiles.plans(config, tokens, *shape, driver.card_of(0)):
                 results = [launch(rounded, tensor, plan, steps) for _ in range(3)]
                 error = (results[0].double() - expected).norm() / expected.norm()
                 assert error < 1e-3, plan

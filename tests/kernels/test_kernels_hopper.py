@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from halfweight.kernels.cuda import driver
+from halfweight.kernels.cuda.card import Card
 from halfweight.kernels.hopper import backend as cuda
 from halfweight.kernels.hopper.backend import source
 from halfweight.kernels.hopper.tiles import (
@@ -29,7 +31,8 @@ from halfweight.kernels.hopper.tiles import (
 )
 
 SHARED_BYTES = 227 * 1024
-MULTIPROCESSORS = 132
+H100 = Card(132, 232448, 233472, 50 << 20, 3_352_000, 1980, 1300)
+H200 = replace(H100, memory_bytes_per_us=4_916_000)
 SHAPES = [
     (57344, 8192),
     (6144, 4096),
@@ -51,12 +54,12 @@ def test_a_block_fits_a_multiprocessor(config: Config) -> None:
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_a_plan_covers_every_tile_once(tokens: int, rows: int, columns: int) -> None:
     for config in (*candidates(tokens, columns, 64), *INT8):
-        for p in plans(config, tokens, rows, columns, MULTIPROCESSORS):
+        for p in plans(config, tokens, rows, columns, H100):
             tiles = p.tiles_m * p.tiles_n
             assert p.tiles_m * config.tokens >= tokens
             assert p.tiles_n * p.rows * config.cluster >= rows
             assert p.k_blocks * config.k_bytes >= columns
-            assert 1 <= p.num_workers <= MULTIPROCESSORS // (config.cluster * config.split)
+            assert 1 <= p.num_workers <= H100.multiprocessors // (config.cluster * config.split)
             assert p.rows <= config.rows
             shared = tiles - p.whole_waves * p.num_workers
             assert shared < p.num_workers  # the rest is less than a wave, or nothing
@@ -70,23 +73,23 @@ def test_the_small_kernel_has_one_tile_of_tokens(tokens: int) -> None:
     assert {c.tokens for c in found} == {next(n for n in (8, 16, 32, 64) if n >= tokens)}
     assert all(isinstance(c, Small) for c in found) or tokens > 32
     for config in found:
-        assert {p.tiles_m for p in plans(config, tokens, 777, 4096, MULTIPROCESSORS)} == {1}
+        assert {p.tiles_m for p in plans(config, tokens, 777, 4096, H100)} == {1}
 
 
 def test_tiles_cut_evenly_end_at_the_borders_of_workers() -> None:
     sharing = [c for c in LARGE if c.shares_tiles and (c.cluster, c.split) == (1, 1)]
     assert sharing
     for config in sharing:
-        found = [p for p in plans(config, 64, 6144, 4096, MULTIPROCESSORS) if p.rows == config.rows]
+        found = [p for p in plans(config, 64, 6144, 4096, H100) if p.rows == config.rows]
         tiles = found[0].tiles_m * found[0].tiles_n
-        assert tiles < MULTIPROCESSORS / 2
+        assert tiles < H100.multiprocessors / 2
         last = found[-1]
         assert last.whole_waves == 0
-        assert last.num_workers == MULTIPROCESSORS // tiles * tiles
+        assert last.num_workers == H100.multiprocessors // tiles * tiles
 
 
 def test_a_tile_that_a_cluster_splits_has_a_cluster_of_its_own() -> None:
-    found = [p for c in LARGE if c.split > 1 for p in plans(c, 128, 6144, 4096, MULTIPROCESSORS)]
+    found = [p for c in LARGE if c.split > 1 for p in plans(c, 128, 6144, 4096, H100)]
     assert found
     for p in found:
         assert p.whole_waves == 1
@@ -96,13 +99,13 @@ def test_a_tile_that_a_cluster_splits_has_a_cluster_of_its_own() -> None:
 
 def test_tiles_of_fewer_rows_fill_whole_waves() -> None:
     """gate_up of Llama-3-8B for 128 tokens: 128 tiles of 224 rows for 132 multiprocessors."""
-    chosen = choose(128, 28672, 4096, 128, MULTIPROCESSORS)
-    assert chosen.tiles_m * chosen.tiles_n <= MULTIPROCESSORS * chosen.whole_waves
+    chosen = choose(128, 28672, 4096, 128, H100)
+    assert chosen.tiles_m * chosen.tiles_n <= H100.multiprocessors * chosen.whole_waves
     assert chosen.rows < chosen.config.rows
 
 
 def test_int8_activations_choose_among_their_own() -> None:
-    assert choose_int8(2048, 28672, 4096, MULTIPROCESSORS).config in INT8
+    assert choose_int8(2048, 28672, 4096, H100).config in INT8
 
 
 @pytest.mark.parametrize(("tokens", "groups"), [(511, 4), (1, 4), (600, 8)])
@@ -140,23 +143,23 @@ def test_sums_of_int8_products_are_exact_as_floats(config: Int8) -> None:
 
 def test_tiles_are_not_shared_by_four_warpgroups() -> None:
     """They have no registers to spare for another's sums."""
-    found = [p for c in LARGE if c.warpgroups == 4 for p in plans(c, 100, 6144, 4096, 132)]
+    found = [p for c in LARGE if c.warpgroups == 4 for p in plans(c, 100, 6144, 4096, H100)]
     assert found
     assert all(p.tiles_m * p.tiles_n <= p.whole_waves * p.num_workers for p in found)
 
 
 def test_small_batches_use_the_small_kernel_where_its_boxes_fit() -> None:
-    assert isinstance(choose(4, 4096, 4096, 128, MULTIPROCESSORS).config, Small)
-    assert isinstance(choose(4, 4096, 4096, 32, MULTIPROCESSORS).config, Large)  # groups of 32
-    assert isinstance(choose(4, 576, 576, 64, MULTIPROCESSORS).config, Large)  # 576 = 4.5 * 128
-    assert isinstance(choose(64, 4096, 4096, 128, MULTIPROCESSORS).config, Small)
-    assert isinstance(choose(65, 4096, 4096, 128, MULTIPROCESSORS).config, Large)
+    assert isinstance(choose(4, 4096, 4096, 128, H100).config, Small)
+    assert isinstance(choose(4, 4096, 4096, 32, H100).config, Large)  # groups of 32
+    assert isinstance(choose(4, 576, 576, 64, H100).config, Large)  # 576 = 4.5 * 128
+    assert isinstance(choose(64, 4096, 4096, 128, H100).config, Small)
+    assert isinstance(choose(65, 4096, 4096, 128, H100).config, Large)
 
 
 def test_an_uneven_last_wave_is_shared_only_where_that_is_faster() -> None:
-    nearly_full = choose(1024, 4096, 14336, 128, MULTIPROCESSORS)  # 128 tiles for 132 blocks
+    nearly_full = choose(1024, 4096, 14336, 128, H100)  # 128 tiles for 132 blocks
     assert nearly_full.whole_waves * nearly_full.num_workers >= 64
-    mostly_empty = choose(256, 4096, 14336, 128, MULTIPROCESSORS)  # 32 tiles
+    mostly_empty = choose(256, 4096, 14336, 128, H100)  # 32 tiles
     assert mostly_empty.whole_waves == 0
 
 

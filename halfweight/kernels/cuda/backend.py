@@ -20,14 +20,7 @@ from torch import Tensor
 
 from halfweight.kernels.cuda import driver
 from halfweight.kernels.cuda.schedule import Plan
-from halfweight.kernels.cuda.tiles import (
-    SHAPES,
-    Card,
-    Form,
-    choose,
-    products_per_clock,
-    run_of,
-)
+from halfweight.kernels.cuda.tiles import SHAPES, Form, choose, run_of
 from halfweight.kernels.operations import Backend
 from halfweight.kernels.triton import backend as portable
 from halfweight.kernels.triton.tables import Config
@@ -54,31 +47,6 @@ def source(form: Form, run: int, scales: torch.dtype, dtype: torch.dtype) -> str
 
 
 @cache
-def card_of(device: int) -> Card:
-    """What the driver says of a device."""
-    from cuda.bindings import driver as cuda
-
-    names = cuda.CUdevice_attribute
-    handle = driver.check(cuda.cuDeviceGet(device), "device")
-
-    def ask(name: str) -> int:
-        attribute = getattr(names, f"CU_DEVICE_ATTRIBUTE_{name}")
-        found: int = driver.check(cuda.cuDeviceGetAttribute(attribute, handle), name)
-        return found
-
-    bits, khz = ask("GLOBAL_MEMORY_BUS_WIDTH"), ask("MEMORY_CLOCK_RATE")
-    return Card(
-        ask("MULTIPROCESSOR_COUNT"),
-        ask("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
-        ask("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR"),
-        ask("L2_CACHE_SIZE"),
-        2 * khz * 1e3 * bits / 8 / 1e6,  # two transfers a clock
-        ask("CLOCK_RATE") / 1e3,
-        products_per_clock(torch.cuda.get_device_capability(device)),
-    )
-
-
-@cache
 def _kernel(form: Form, run: int, scales: torch.dtype, dtype: torch.dtype, device: int) -> Any:
     major, minor = torch.cuda.get_device_capability(device)
     text = source(form, run, scales, dtype)
@@ -89,7 +57,7 @@ def _kernel(form: Form, run: int, scales: torch.dtype, dtype: torch.dtype, devic
 def _start(
     plan: Plan[Form], run: int, scales: torch.dtype, dtype: torch.dtype, device: int, stream: int
 ) -> driver.Start:
-    form, multiprocessors = plan.config, card_of(device).multiprocessors
+    form, multiprocessors = plan.config, driver.card_of(device).multiprocessors
     kernel = _kernel(form, run, scales, dtype, device)
     floats = multiprocessors * max(shape.partial_floats * shape.blocks for shape in SHAPES)
     blocks = multiprocessors * max(shape.blocks for shape in SHAPES)
@@ -140,7 +108,7 @@ def linear(
     if not takes(x, packed, scales):
         return portable.BACKEND.linear(x, packed, scales, exponents, bias)
     rows, y, bias = driver.operands(x, packed, bias)
-    plan = choose(card_of(x.device.index), rows.shape[0], *packed.shape)
+    plan = choose(driver.card_of(x.device.index), rows.shape[0], *packed.shape)
     _launch(rows, packed, scales.contiguous(), exponents, bias, y, plan)
     return y.reshape(*x.shape[:-1], packed.shape[0])
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from halfweight.cache_folder import cache_folder, write_whole
 from halfweight.errors import HalfweightError
+from halfweight.kernels.cuda.card import Card, products_per_clock
 from halfweight.kernels.cuda.schedule import Plan
 
 
@@ -116,6 +117,31 @@ def workspace(device: int, stream: int, num_floats: int, num_flags: int) -> tupl
 def num_multiprocessors(device: int) -> int:
     """Multiprocessors of a device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def card_of(device: int) -> Card:
+    """What the driver says of a device."""
+    from cuda.bindings import driver
+
+    names = driver.CUdevice_attribute
+    handle = check(driver.cuDeviceGet(device), "device")
+
+    def ask(name: str) -> int:
+        attribute = getattr(names, f"CU_DEVICE_ATTRIBUTE_{name}")
+        found: int = check(driver.cuDeviceGetAttribute(attribute, handle), name)
+        return found
+
+    bits, khz = ask("GLOBAL_MEMORY_BUS_WIDTH"), ask("MEMORY_CLOCK_RATE")
+    return Card(
+        ask("MULTIPROCESSOR_COUNT"),
+        ask("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+        ask("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR"),
+        ask("L2_CACHE_SIZE"),
+        2 * khz * 1e3 * bits / 8 / 1e6,  # two transfers a clock
+        ask("CLOCK_RATE") / 1e3,
+        products_per_clock(torch.cuda.get_device_capability(device)),
+    )
 
 
 @dataclass(frozen=True)

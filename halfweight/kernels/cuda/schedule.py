@@ -10,6 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from halfweight.kernels.cuda.card import Card
+
+L2_SHARE = 0.76
+"""Of the L2 cache: activations no larger stay there while weights stream through it."""
+
 
 class Tiles(Protocol):
     """A compiled form of a kernel, as far as a schedule must know it. Times are microseconds."""
@@ -35,6 +40,10 @@ class Tiles(Protocol):
         """Blocks that take one tile, each a part of K."""
 
     @property
+    def blocks(self) -> int:
+        """Blocks that run on one multiprocessor at the same time."""
+
+    @property
     def shares_tiles(self) -> bool:
         """Whether blocks may share a tile."""
 
@@ -57,8 +66,8 @@ class Tiles(Protocol):
     def row_counts(self, out_features: int, tiles_m: int, workers: int) -> Sequence[int]:
         """Rows that a tile may have."""
 
-    def stage_us(self, num_blocks: int, rows: int, in_step: bool = True) -> float:
-        """What `k_bytes` columns take while so many blocks read."""
+    def stage_us(self, card: Card, num_blocks: int, rows: int, in_step: bool = True) -> float:
+        """What `k_bytes` columns take on a card while so many blocks read."""
 
 
 Form = TypeVar("Form", bound=Tiles)
@@ -85,23 +94,25 @@ def plans(
     num_tokens: int,
     out_features: int,
     in_features: int,
-    num_blocks: int,
-    l2_bytes: int,
+    card: Card,
 ) -> list[Plan[Form]]:
-    """Every way to deal the tiles of `config` to `num_blocks` blocks that run at the same time.
+    """Every way to deal the tiles of `config` to the blocks that run on a card at the same time.
 
-    Activations [num_tokens, in_features] that fit `l2_bytes` stay there in whatever order blocks
-    read them.
+    Activations [num_tokens, in_features] that fit L2_SHARE of the L2 cache stay there in whatever
+    order blocks read them.
     """
     tiles_m = -(-num_tokens // config.tokens)
     k_blocks = -(-in_features // config.k_bytes)
-    workers = num_blocks // (config.cluster * config.split)
-    in_step = 2 * num_tokens * in_features <= l2_bytes
+    workers = card.multiprocessors * config.blocks // (config.cluster * config.split)
+    in_step = 2 * num_tokens * in_features <= L2_SHARE * card.l2_bytes
     found = []
     for rows in config.row_counts(out_features, tiles_m, workers):
         tiles_n = -(-out_features // (rows * config.cluster))
         sizes = (rows, tiles_m * tiles_n, k_blocks, workers)
-        cases = _split(config, *sizes) if config.split > 1 else _schedules(config, *sizes, in_step)
+        if config.split > 1:
+            cases = _split(config, card, *sizes)
+        else:
+            cases = _schedules(config, card, *sizes, in_step)
         for case in cases:
             found.append(Plan(config, rows, tiles_m, tiles_n, k_blocks, *case))
     return found
@@ -116,16 +127,24 @@ Schedule = tuple[int, int, float]
 """whole_waves, num_workers and microseconds of a Plan."""
 
 
-def _split(config: Tiles, rows: int, tiles: int, k_blocks: int, workers: int) -> Iterator[Schedule]:
+def _split(
+    config: Tiles, card: Card, rows: int, tiles: int, k_blocks: int, workers: int
+) -> Iterator[Schedule]:
     """A cluster for each tile, if there are as many."""
     if tiles <= workers and k_blocks >= config.split:
-        stage_us = config.stage_us(tiles * config.split, rows)
+        stage_us = config.stage_us(card, tiles * config.split, rows)
         blocks = -(-k_blocks // config.split)
         yield 1, tiles, blocks * stage_us + config.tile_us + config.collect_us
 
 
 def _schedules(
-    config: Tiles, rows: int, tiles: int, k_blocks: int, most_workers: int, in_step: bool
+    config: Tiles,
+    card: Card,
+    rows: int,
+    tiles: int,
+    k_blocks: int,
+    most_workers: int,
+    in_step: bool,
 ) -> Iterator[Schedule]:
     """Whole tiles only; what is left after whole waves shared; each tile cut evenly.
 
@@ -135,7 +154,7 @@ def _schedules(
     waves, parts = -(-tiles // workers), min(workers // tiles, k_blocks)
 
     def us(num_workers: int, num_tiles: float, blocks: float, in_step: bool = True) -> float:
-        stage_us = config.stage_us(num_workers * config.cluster, rows, in_step)
+        stage_us = config.stage_us(card, num_workers * config.cluster, rows, in_step)
         return blocks * stage_us + num_tiles * config.tile_us
 
     yield waves, workers, us(min(tiles, workers), waves, waves * k_blocks)

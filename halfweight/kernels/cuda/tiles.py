@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from halfweight.kernels.cuda import schedule
+from halfweight.kernels.cuda.card import Card
 from halfweight.kernels.cuda.schedule import Plan
 
 MOST_STAGES = 6
@@ -27,31 +28,6 @@ OVERHEAD = 1.15
 """What the parts of a stage cost each other."""
 WAIT_CLOCKS = 200
 """A stage's barrier and the first loads behind it."""
-
-
-@dataclass(frozen=True)
-class Card:
-    """What the model must know of a device."""
-
-    multiprocessors: int
-    block_bytes: int
-    """The most shared memory of one block."""
-    shared_bytes: int
-    """Shared memory of a multiprocessor."""
-    l2_bytes: int
-    memory_bytes_per_us: float
-    mhz: float
-    products_per_clock: int
-    """Multiply-adds by mma.sync, 16-bit numbers into float32, of a multiprocessor."""
-
-
-def products_per_clock(capability: tuple[int, int]) -> int:
-    """By compute capability: data centre and consumer designs. Source: NVIDIA's tuning guides, and
-    for 9.0 what mma.sync reaches of wgmma's rate.
-    """
-    if capability == (9, 0):
-        return 1300
-    return 1024 if capability in ((8, 0), (10, 0), (10, 3)) else 512
 
 
 @dataclass(frozen=True)
@@ -123,14 +99,20 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Form:
-    """A shape on a card, with as many stages as fit there."""
+    """A shape and the stages of its ring."""
 
     shape: Shape
-    card: Card
+    stages: int
+
     cluster = split = 1
     shares_tiles = True
     tile_us = 1.0
     collect_us = 0.0
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a multiprocessor."""
+        return self.shape.blocks
 
     @property
     def tokens(self) -> int:
@@ -146,13 +128,6 @@ class Form:
     def k_bytes(self) -> int:
         """Columns a stage."""
         return self.shape.k_bytes
-
-    @property
-    def stages(self) -> int:
-        """Of the ring; fewer than 2 where the card has too little shared memory."""
-        share = self.card.shared_bytes // self.shape.blocks - BLOCK_RESERVE
-        room = min(share, self.card.block_bytes) - self.shape.sums_bytes
-        return min(MOST_STAGES, room // self.shape.stage_bytes)
 
     @property
     def shared_bytes(self) -> int:
@@ -173,9 +148,9 @@ class Form:
         """Rows that a tile may have: all."""
         return [self.rows]
 
-    def stage_us(self, num_blocks: int, rows: int, in_step: bool = True) -> float:
+    def stage_us(self, card: Card, num_blocks: int, rows: int, in_step: bool = True) -> float:
         """Microseconds a stage takes while so many blocks read."""
-        card, weights = self.card, rows * self.k_bytes
+        weights = rows * self.k_bytes
         activations = 2 * self.tokens * self.k_bytes
         from_memory = weights if in_step else weights + activations
         clocks = max(
@@ -185,7 +160,7 @@ class Form:
             self.shape.warps_m * weights / LANES,
         )
         inside = (self.shape.blocks * OVERHEAD * clocks + WAIT_CLOCKS) / card.mhz
-        return max(inside, num_blocks * from_memory / card.memory_bytes_per_us)
+        return max(inside, num_blocks * from_memory / card.read_bytes_per_us)
 
     def _banks_bytes(self, weights: int, activations: int) -> int:
         """Written once, read by every warp that needs them."""
@@ -203,6 +178,13 @@ class Form:
         }
 
 
+def form_on(card: Card, shape: Shape) -> Form:
+    """A shape with as many stages as fit on a card: fewer than 2 if it has too little memory."""
+    share = card.shared_bytes // shape.blocks - BLOCK_RESERVE
+    room = min(share, card.block_bytes) - shape.sums_bytes
+    return Form(shape, min(MOST_STAGES, room // shape.stage_bytes))
+
+
 def run_of(group_size: int, num_groups: int) -> int:
     """Columns between two scales, as far as the kernel tells: 128, 64 or 32."""
     if num_groups == 1:
@@ -215,7 +197,7 @@ def forms(card: Card, num_tokens: int) -> list[Form]:
     sizes = sorted({shape.tokens for shape in SHAPES})
     covering = next((size for size in sizes if size >= num_tokens), sizes[-1])
     wanted = (covering, covering // 2) if num_tokens > sizes[-2] else (covering,)
-    found = [Form(shape, card) for shape in SHAPES if shape.tokens in wanted]
+    found = [form_on(card, shape) for shape in SHAPES if shape.tokens in wanted]
     return [form for form in found if form.stages >= 2]
 
 
@@ -224,10 +206,6 @@ def choose(card: Card, num_tokens: int, out_features: int, in_features: int) -> 
     """The plan that should take the least time."""
     sizes = (num_tokens, out_features, in_features)
     found = [
-        plan
-        for form in forms(card, num_tokens)
-        for plan in schedule.plans(
-            form, *sizes, card.multiprocessors * form.shape.blocks, card.l2_bytes
-        )
+        plan for form in forms(card, num_tokens) for plan in schedule.plans(form, *sizes, card)
     ]
     return min(found, key=schedule.preference)

@@ -222,8 +222,8 @@ def linear(
         return portable.BACKEND.linear(x, packed, scales, exponents, bias)
     rows, y, bias = driver.operands(x, packed, bias)
     group_size = packed.shape[1] // scales.shape[1]
-    multiprocessors = driver.num_multiprocessors(x.device.index)
-    chosen = choose(rows.shape[0], *packed.shape, group_size, multiprocessors)
+    card = driver.card_of(x.device.index)
+    chosen = choose(rows.shape[0], *packed.shape, group_size, card)
     _launch(rows, packed, scales.contiguous(), exponents, bias, y, chosen)
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
@@ -259,7 +259,7 @@ def linear_int8(
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    chosen = choose_int8(rows.shape[0], *packed.shape, driver.num_multiprocessors(x.device.index))
+    chosen = choose_int8(rows.shape[0], *packed.shape, driver.card_of(x.device.index))
     rounded, steps = rounded_for(chosen.config, rows)
     y = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.to(x.dtype).contiguous()

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from halfweight.kernels.cuda import schedule
+from halfweight.kernels.cuda.card import Card
 from halfweight.kernels.cuda.schedule import Plan
 
-MEMORY_BYTES_PER_US = 2_930_000
-"""What all multiprocessors together can read of the weights."""
-L2_BYTES_PER_US = 6_500_000
-"""What all multiprocessors together can read of weights and activations."""
-L2_BYTES = 40_000_000
-"""Activations that stay in the L2 cache whatever the order in which blocks read them."""
+MHZ = 1980
+"""The clock of the card whose times the configurations have."""
+L2_BYTES_PER_CLOCK = 24.87
+"""What a multiprocessor gets of weights and activations, all reading at once."""
 STORE_BYTES = 1024
 """Shared memory of a warp through which it stores results."""
 
@@ -43,7 +42,7 @@ class Small:
     file = "hopper_small.cu"
     entry = b"w8a16_small"
     threads = 384
-    cluster = split = 1
+    cluster = split = blocks = 1
     tile_us = 0.67
     collect_us = 0.0
     shares_tiles = True
@@ -72,9 +71,10 @@ class Small:
         """Rows that a tile may have."""
         return [self.rows]
 
-    def stage_us(self, num_blocks: int, rows: int, in_step: bool = True) -> float:
+    def stage_us(self, card: Card, num_blocks: int, rows: int, in_step: bool = True) -> float:
         """Microseconds a stage takes while so many blocks read."""
-        return max(self.block_us, rows * self.k_bytes * num_blocks / MEMORY_BYTES_PER_US)
+        in_memory = rows * self.k_bytes * num_blocks / card.read_bytes_per_us
+        return max(self.block_us * MHZ / card.mhz, in_memory)
 
     @property
     def partial_floats(self) -> int:
@@ -117,6 +117,7 @@ class Large:
     split: int = 1
     columns: int = 64
 
+    blocks = 1
     file = "hopper_large.cu"
     entry = b"w8a16_large"
     products = 2
@@ -142,12 +143,14 @@ class Large:
         fewest = -(-out_features // (tiles_n * self.cluster * 16)) * 16
         return sorted({fewest, self.rows})
 
-    def stage_us(self, num_blocks: int, rows: int, in_step: bool = True) -> float:
+    def stage_us(self, card: Card, num_blocks: int, rows: int, in_step: bool = True) -> float:
         """Microseconds a stage takes while so many blocks read; each its own x if out of step."""
         weights = rows * self.k_bytes
         from_l2 = weights + self.x_bytes // self.cluster
-        in_memory = num_blocks * (weights if in_step else from_l2) / MEMORY_BYTES_PER_US
-        return max(self.block_us, in_memory, num_blocks * from_l2 / L2_BYTES_PER_US)
+        in_memory = num_blocks * (weights if in_step else from_l2) / card.read_bytes_per_us
+        l2_bytes_per_us = L2_BYTES_PER_CLOCK * card.multiprocessors * card.mhz
+        in_l2 = num_blocks * from_l2 / l2_bytes_per_us
+        return max(self.block_us * MHZ / card.mhz, in_memory, in_l2)
 
     @property
     def k_bytes(self) -> int:
@@ -283,29 +286,29 @@ def candidates(num_tokens: int, in_features: int, group_size: int) -> list[Confi
 
 
 def plans(
-    config: Config, num_tokens: int, out_features: int, in_features: int, multiprocessors: int
+    config: Config, num_tokens: int, out_features: int, in_features: int, card: Card
 ) -> list[Plan[Config]]:
     """Every way to deal the tiles of `config` to the multiprocessors."""
-    sizes = (num_tokens, out_features, in_features)
-    return schedule.plans(config, *sizes, multiprocessors, L2_BYTES)
+    return schedule.plans(config, num_tokens, out_features, in_features, card)
 
 
 @lru_cache(maxsize=4096)
 def choose(
-    num_tokens: int, out_features: int, in_features: int, group_size: int, multiprocessors: int
+    num_tokens: int, out_features: int, in_features: int, group_size: int, card: Card
 ) -> Plan[Config]:
     """The plan that should take the least time."""
     configs = candidates(num_tokens, in_features, group_size)
-    return _fastest(configs, num_tokens, out_features, in_features, multiprocessors)
+    return _fastest(configs, num_tokens, out_features, in_features, card)
 
 
 @lru_cache(maxsize=4096)
-def choose_int8(
-    num_tokens: int, out_features: int, in_features: int, multiprocessors: int
-) -> Plan[Config]:
+def choose_int8(num_tokens: int, out_features: int, in_features: int, card: Card) -> Plan[Config]:
     """The plan that should take the least time for activations in int8."""
-    return _fastest(INT8, num_tokens, out_features, in_features, multiprocessors)
+    return _fastest(INT8, num_tokens, out_features, in_features, card)
 
 
-def _fastest(configs: Sequence[Config], *sizes: int) -> Plan[Config]:
-    return min((p for c in configs for p in plans(c, *sizes)), key=schedule.preference)
+def _fastest(
+    configs: Sequence[Config], num_tokens: int, out_features: int, in_features: int, card: Card
+) -> Plan[Config]:
+    sizes = (num_tokens, out_features, in_features)
+    return min((p for c in configs for p in plans(c, *sizes, card)), key=schedule.preference)
