@@ -71,7 +71,6 @@ TRIED = (
     Shape(2, 2, 1, 1, 4, 1, blocks=4),
     Shape(1, 4, 2, 1, 4, 1, blocks=2),
     Shape(1, 4, 4, 1, 2, 1, blocks=2),
-    Shape(2, 4, 4, 1, 2, 1, blocks=2),
     Shape(4, 4, 2, 1, 4, 1),
     Shape(2, 6, 4, 1, 2, 1),
     Shape(1, 8, 4, 1, 2, 1, blocks=2),
@@ -80,9 +79,16 @@ TRIED = (
     Shape(2, 8, 8, 1, 1, 2),
     Shape(2, 6, 4, 2, 1, 2),
     Shape(2, 6, 2, 2, 2, 1),
-    Shape(1, 8, 4, 2, 1, 2, blocks=2),
     Shape(2, 8, 2, 4, 1, 2),
     Shape(4, 4, 2, 4, 1, 2),
+    Shape(2, 4, 4, 1, 1, 2, blocks=2),
+    Shape(2, 4, 4, 1, 1, 2, blocks=3),
+    Shape(2, 4, 2, 1, 2, 1, blocks=3),
+    Shape(2, 8, 4, 1, 1, 2, blocks=2),
+    Shape(2, 8, 2, 1, 2, 1, blocks=2),
+    Shape(2, 8, 2, 2, 1, 2, blocks=2),
+    Shape(2, 6, 4, 1, 1, 2, blocks=2),
+    Shape(2, 2, 4, 1, 1, 2, blocks=3),
 )
 """Forms of w8a16.cu that are measured beside those that may be chosen."""
 

@@ -145,7 +145,8 @@ inline u16 from_float(float f) {
 #endif
 inline u32 pack(float low, float high) { return from_float(low) | (u32)from_float(high) << 16; }
 enum : u32 { LOW_BYTES = 0, HIGH_BYTES = 16 };
-inline u32 to_16bit(u32 word, u32 shift) {
+constexpr u32 OFFSETS = 0;
+inline u32 to_16bit(u32 word, u32 shift, u32) {
     return pack((float)(word >> shift & 255) - 128, (float)(word >> (shift + 8) & 255) - 128);
 }
 
@@ -171,6 +172,10 @@ inline void mma(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
         c[i] = (float)sum;
     }
     meet(warp, 32);
+}
+inline void first_mma(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
+    c[0] = c[1] = c[2] = c[3] = 0.0f;
+    mma(c, a, b0, b1);
 }
 
 inline void begin() {

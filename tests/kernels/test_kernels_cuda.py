@@ -139,7 +139,7 @@ def test_the_product_is_the_exact_one_rounded(emulated, case):
     [
         ("wait_for_copies<STAGES - 2>();", "wait_for_copies<STAGES - 1>();"),
         ("__syncthreads();  // the block's", "// the block's"),
-        ("scales[i / (NT * 4)][i % 4 / 2]", "scales[i / (NT * 4)][0]"),
+        ("scales[t][i % 4 / 2]", "scales[t][0]"),
     ],
     ids=["a copy not waited for", "a barrier left out", "another row's scale"],
 )

@@ -54,13 +54,18 @@ __device__ __forceinline__ void load_words(u32 address, u32 (&words)[2]) {
                  : "=r"(words[0]), "=r"(words[1]) : "r"(address));
 }
 
+#if BF16
+constexpr u32 OFFSETS = 0x43434343;
+#else
+constexpr u32 OFFSETS = 0x64646464;
+#endif
 // Two stored bytes q + 128 of a word -> two 16-bit q, exactly. `selector` says which bytes.
-__device__ __forceinline__ u32 to_16bit(u32 word, u32 selector) {
+__device__ __forceinline__ u32 to_16bit(u32 word, u32 selector, u32 offsets = OFFSETS) {
     u32 r, v;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(word), "r"(offsets), "r"(selector));
 #if BF16
     // 0x43uu is 128 + (u & 127) with bit 7 in the exponent's last place: take it out of one
     // operand and put its complement in the other, and the difference is u - 128.
-    asm("prmt.b32 %0, %1, 0x43434343, %2;" : "=r"(v) : "r"(word), "r"(selector));
 #if __CUDA_ARCH__ >= 900
     asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(r)
         : "r"(v & 0xff7fff7fu), "r"((v ^ 0x00800080u) & 0xff80ff80u));
@@ -70,7 +75,6 @@ __device__ __forceinline__ u32 to_16bit(u32 word, u32 selector) {
 #endif
 #else
     // 0x64uu is 1024 + u
-    asm("prmt.b32 %0, %1, 0x64646464, %2;" : "=r"(v) : "r"(word), "r"(selector));
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(0x64806480u));
 #endif
     return r;
@@ -110,4 +114,15 @@ __device__ __forceinline__ void mma(float* c, const u32 (&a)[4], u32 b0, u32 b1)
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// The same with zeros for c.
+__device__ __forceinline__ void first_mma(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
+#if BF16
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+#endif
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+                 : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
 }

@@ -55,39 +55,64 @@ __device__ __forceinline__ u32 chunk_address(int line, int chunk) {
     return line * 128 + ((chunk ^ (line & 7)) << 4);
 }
 
-// The copies of one block of K, everybody's part of them. Beyond the matrices there are zeros.
-__device__ __forceinline__ void copy_block(const Operands& o, u32 stage, int tile, int k) {
-    const Problem& p = o.p;
-    int row = tile / p.tiles_m * BN, token = tile % p.tiles_m * MT;
-    constexpr int W_CHUNKS = KB / 16, X_CHUNKS = KB / 8;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < BN * W_CHUNKS; i += THREADS) {
-        int line = i / W_CHUNKS, chunk = i % W_CHUNKS, column = k * KB + chunk * 16;
-        bool inside = row + line < p.out_features && column < p.in_features;
-        const u8* from = o.packed + (inside ? (long long)(row + line) * p.in_features + column : 0);
-        copy16(stage + chunk / 8 * W_BOX + chunk_address(line, chunk % 8), from, inside);
+// A thread's part of the copies of one matrix of SIZE bytes a number: the same 16 bytes of every
+// STEP-th line of a block. Lines beyond the matrix are left as they are: they end in sums that nobody
+// stores. Beyond its columns x is zero, and W, which is finite whatever its bytes, is left too.
+template <int SIZE, int LINES> struct Share {
+    static constexpr int CHUNKS = KB * SIZE / 16, STEP = THREADS / CHUNKS, COPIES = LINES / STEP;
+    static_assert(THREADS % CHUNKS == 0 && LINES % STEP == 0, "equal shares");
+    const u8* from;
+    u32 to, stride;
+    int lines, columns;  // to copy; to the end of a line
+
+    __device__ __forceinline__ void aim(const void* matrix, int height, int width, int first,
+                                        int column) {
+        int line = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        column += chunk * (16 / SIZE);
+        from = (const u8*)matrix + ((long long)(first + line) * width + column) * SIZE;
+        stride = width * SIZE * STEP;
+        to = chunk / 8 * LINES * 128 + chunk_address(line, chunk % 8);
+        lines = (height - first - line + STEP - 1) / STEP;
+        columns = width - column;
     }
-    u32 x = stage + BOXES * W_BOX;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < MT * X_CHUNKS; i += THREADS) {
-        int line = i / X_CHUNKS, chunk = i % X_CHUNKS, column = k * KB + chunk * 8;
-        bool inside = token + line < p.num_tokens && column < p.in_features;
-        const u16* from = o.x + (inside ? (long long)(token + line) * p.in_features + column : 0);
-        copy16(x + chunk / 8 * X_BOX + chunk_address(line, chunk % 8), from, inside);
+    __device__ __forceinline__ void next(u32 box) {
+        bool inside = columns > 0;
+        int wanted = SIZE == 1 && !inside ? 0 : lines;
+#pragma unroll
+        for (int j = 0; j < COPIES; ++j)
+            if (j < wanted)
+                copy16(box + (to ^ ((j * STEP & 7) << 4)) + j * STEP * 128,
+                       from + (u64)stride * j, SIZE == 1 || inside);
+        from += KB * SIZE;
+        columns -= KB;
     }
-}
+};
 
 // Walks a worker's blocks of K ahead of the products, one a call, to the end of its work.
 struct Copier {
     const Operands& o;
     Schedule schedule;
     Segment s;
+    Share<1, BN> w;
+    Share<2, MT> x;
 
     __device__ Copier(const Operands& operands, int worker)
         : o(operands), schedule(operands.p, worker), s{0, 0, 0} {}
     __device__ __forceinline__ void next(u32 stage) {
-        if (s.k_begin < s.k_end || schedule.pop(s)) copy_block(o, stage, s.tile, s.k_begin++);
+        if (s.k_begin < s.k_end || begin()) {
+            w.next(stage);
+            x.next(stage + BOXES * W_BOX);
+            ++s.k_begin;
+        }
         end_copy_group();
+    }
+    __device__ __forceinline__ bool begin() {
+        const Problem& p = o.p;
+        if (!schedule.pop(s)) return false;
+        int row = s.tile / p.tiles_m * BN, token = s.tile % p.tiles_m * MT;
+        w.aim(o.packed, p.out_features, p.in_features, row, s.k_begin * KB);
+        x.aim(o.x, p.num_tokens, p.in_features, token, s.k_begin * KB);
+        return true;
     }
 };
 
@@ -103,65 +128,106 @@ __device__ __forceinline__ float scale_at(const Problem& p, long long i) {
 #endif
 }
 
-// Scales of this lane's rows for the columns of K block k that its warp takes.
-__device__ __forceinline__ void load_scales(const Problem& p, int row, int k, int wk,
-                                            float (&scales)[RUNS][RT][2]) {
-#pragma unroll
-    for (int c = 0; c < RUNS; ++c) {
-        int column = k * KB + wk * UNITS * 64 + c * RUN;
-        int group = min(column / p.group_size, p.num_groups - 1);
-#pragma unroll
-        for (int i = 0; i < RT * 2; ++i) {
-            int n = min(row + 8 * i, p.out_features - 1);
-            scales[c][i / 2][i % 2] = scale_at(p, (long long)n * p.num_groups + group);
-        }
-    }
-}
+// Scales of a lane's rows, and where in K they are.
+struct Scales {
+    const Problem& p;
+    long long first;
+    int others[RT * 2];
+    float groups;  // a column
 
-// Add the product of SPAN columns: W rows from `w` (this lane's first row), tokens from `x` (its
-// first); `first` counts 16 columns of the box, and 16-bit chunks of x begin at 2 (first % 4).
-__device__ __forceinline__ void multiply(u32 w, u32 x, int row, int token, int quad, int first,
-                                         float (&sums)[ACC]) {
-    constexpr int STEPS = SPAN / 16;
-    u32 a[RT][STEPS][4];
+    __device__ Scales(const Problem& problem, int row) : p(problem) {
+        int last = p.out_features - 1;
+        first = (long long)min(row, last) * p.num_groups;
 #pragma unroll
-    for (int t = 0; t < RT; ++t) {
-        u32 upper[STEPS], lower[STEPS];
-        int chunk = first + quad * STEPS / 4;
-        u32 at = w + t * 2048 + (((chunk ^ row) << 4) | (STEPS == 2 ? (quad & 1) * 8 : 0));
-        load_words(at, upper);
-        load_words(at + 1024, lower);
+        for (int i = 0; i < RT * 2; ++i)
+            others[i] = (min(row + 8 * i, last) - min(row, last)) * p.num_groups;
+        groups = 1.0f / p.group_size;
+    }
+    // For the columns from `column` on. Half a column more, and rounding does not cross a border.
+    __device__ __forceinline__ void load(int column, float (&scales)[RUNS][RT][2]) const {
 #pragma unroll
-        for (int i = 0; i < STEPS; ++i) {
-            a[t][i][0] = to_16bit(upper[i], LOW_BYTES);
-            a[t][i][1] = to_16bit(lower[i], LOW_BYTES);
-            a[t][i][2] = to_16bit(upper[i], HIGH_BYTES);
-            a[t][i][3] = to_16bit(lower[i], HIGH_BYTES);
+        for (int c = 0; c < RUNS; ++c) {
+            int group = min((int)((column + c * RUN + 0.5f) * groups), p.num_groups - 1);
+#pragma unroll
+            for (int i = 0; i < RT * 2; ++i)
+                scales[c][i / 2][i % 2] = scale_at(p, first + others[i] + group);
         }
     }
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-        u32 b[STEPS][2];
-#pragma unroll
-        for (int c = 0; c < STEPS / 2; ++c) {
-            int chunk = 2 * (first % 4) + quad * STEPS / 2 + c;
-            uint4 v = load16(x + n * 1024 + ((chunk ^ token) << 4));
-            b[2 * c][0] = v.x, b[2 * c][1] = v.y, b[2 * c + 1][0] = v.z, b[2 * c + 1][1] = v.w;
-        }
-#pragma unroll
-        for (int i = 0; i < STEPS; ++i)
-#pragma unroll
-            for (int t = 0; t < RT; ++t) mma(sums + (t * NT + n) * 4, a[t][i], b[i][0], b[i][1]);
-    }
-}
+};
 
-__device__ __forceinline__ void promote(const float (&scales)[RT][2], float (&sums)[ACC],
-                                        float (&total)[ACC]) {
+// A warp's products of a stage, in items: 32 columns (two steps) with NB times 8 tokens. Operands of
+// an item are loaded while the one before is multiplied.
+constexpr int NB = NT % 2 == 0 ? 2 : 1;
+constexpr int PAIRS = NT / NB;
+constexpr int ITEMS = 2 * UNITS * PAIRS;
+constexpr int STEPS = SPAN / 16;
+
+struct Fragments {
+    u32 w, x;  // this lane's first row and first token in the stage
+    int row, token, quad, column;
+    u32 offsets;  // OFFSETS in a register, so that what takes them has room for other constants
+    u32 upper[RT][STEPS], lower[RT][STEPS], a[RT][2][4], b[2][NB][4];
+
+    // W of SPAN columns, and x of an item.
+    __device__ __forceinline__ void load(int item) {
+        int at = column + item / PAIRS * 32, span = at / SPAN * SPAN;
+        if (item % (PAIRS * STEPS / 2) == 0)
 #pragma unroll
-    for (int i = 0; i < ACC; ++i) {
-        total[i] += scales[i / (NT * 4)][i % 4 / 2] * sums[i];
-        sums[i] = 0.0f;
+            for (int t = 0; t < RT; ++t) {
+                int chunk = span % 128 / 16 + quad * STEPS / 4;
+                u32 words = w + span / 128 * W_BOX + t * 2048 + ((chunk ^ row) << 4) +
+                            (STEPS == 2 ? (quad & 1) * 8 : 0);
+                load_words(words, upper[t]);
+                load_words(words + 1024, lower[t]);
+            }
+        int chunk = 2 * (span % 64 / 16) + quad * STEPS / 2 + at % SPAN / 32;
+#pragma unroll
+        for (int n = 0; n < NB; ++n) {
+            uint4 v = load16(x + span / 64 * X_BOX + (item % PAIRS * NB + n) * 1024 +
+                             ((chunk ^ token) << 4));
+            u32(&to)[4] = b[item % 2][n];
+            to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+        }
     }
+    __device__ __forceinline__ void convert(int item) {
+#pragma unroll
+        for (int t = 0; t < RT; ++t)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                int step = item / PAIRS % (STEPS / 2) * 2 + i;
+                a[t][i][0] = to_16bit(upper[t][step], LOW_BYTES, offsets);
+                a[t][i][1] = to_16bit(lower[t][step], LOW_BYTES, offsets);
+                a[t][i][2] = to_16bit(upper[t][step], HIGH_BYTES, offsets);
+                a[t][i][3] = to_16bit(lower[t][step], HIGH_BYTES, offsets);
+            }
+    }
+    __device__ __forceinline__ void multiply(int item, float (&sums)[ACC]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int n = 0; n < NB; ++n)
+#pragma unroll
+                for (int t = 0; t < RT; ++t) {
+                    float* c = sums + (t * NT + item % PAIRS * NB + n) * 4;
+                    const u32(&x16)[4] = b[item % 2][n];
+                    if (item / PAIRS * 32 % RUN == 0 && i == 0)
+                        first_mma(c, a[t][i], x16[0], x16[1]);
+                    else
+                        mma(c, a[t][i], x16[2 * i], x16[2 * i + 1]);
+                }
+    }
+};
+
+// Add what an item's tokens have summed over a run.
+__device__ __forceinline__ void promote(int item, const float (&scales)[RT][2],
+                                        const float (&sums)[ACC], float (&total)[ACC]) {
+#pragma unroll
+    for (int t = 0; t < RT; ++t)
+#pragma unroll
+        for (int i = 0; i < NB * 4; ++i) {
+            int at = (t * NT + item % PAIRS * NB) * 4 + i;
+            total[at] += scales[t][i % 4 / 2] * sums[at];
+        }
 }
 
 // Sum over the WK warps of the same rows and tokens, into the first of them.
@@ -214,28 +280,35 @@ w8a16(const __grid_constant__ Operands o) {
     Copier copier(o, worker);
     for (int i = 0; i < STAGES - 1; ++i) copier.next(ring + i * STAGE_BYTES);
     int stage = 0;
+    Fragments fragments;
+    fragments.row = row, fragments.token = token, fragments.quad = quad;
+    fragments.column = wk * UNITS * 64;
+    fragments.offsets = OFFSETS + (p.num_tokens < 0);
     Segment s;
     for (Schedule schedule(p, worker); schedule.pop(s);) {
         int n = s.tile / p.tiles_m * BN + first_row, m = s.tile % p.tiles_m * MT + first_token;
         float total[ACC], sums[ACC], scales[RUNS][RT][2], next_scales[RUNS][RT][2];
 #pragma unroll
-        for (int i = 0; i < ACC; ++i) total[i] = sums[i] = 0.0f;
-        load_scales(p, n, s.k_begin, wk, next_scales);
+        for (int i = 0; i < ACC; ++i) total[i] = 0.0f;
+        Scales of_rows(p, n);
+        of_rows.load(s.k_begin * KB + fragments.column, next_scales);
         for (int k = s.k_begin; k < s.k_end; ++k) {
 #pragma unroll
             for (int i = 0; i < RUNS * RT * 2; ++i) (&scales[0][0][0])[i] = (&next_scales[0][0][0])[i];
-            if (k + 1 < s.k_end) load_scales(p, n, k + 1, wk, next_scales);
             wait_for_copies<STAGES - 2>();
             __syncthreads();  // the block's copies are here, and the stage before is free
+            fragments.w = ring + stage * STAGE_BYTES + first_row * 128;
+            fragments.x = ring + stage * STAGE_BYTES + BOXES * W_BOX + (first_token + token) * 128;
+            fragments.load(0);
+            if (k + 1 < s.k_end) of_rows.load((k + 1) * KB + fragments.column, next_scales);
             copier.next(ring + (stage + STAGES - 1) % STAGES * STAGE_BYTES);
-            u32 w = ring + stage * STAGE_BYTES, x = w + BOXES * W_BOX;
 #pragma unroll
-            for (int c = 0; c < 64 * UNITS; c += SPAN) {
-                int column = wk * UNITS * 64 + c;
-                multiply(w + column / 128 * W_BOX + first_row * 128,
-                         x + column / 64 * X_BOX + (first_token + token) * 128, row, token, quad,
-                         column % 128 / 16, sums);
-                if ((c + SPAN) % RUN == 0) promote(scales[c / RUN], sums, total);
+            for (int item = 0; item < ITEMS; ++item) {
+                if (item % PAIRS == 0) fragments.convert(item);
+                if (item + 1 < ITEMS) fragments.load(item + 1);
+                fragments.multiply(item, sums);
+                int columns = item / PAIRS * 32 + 32;
+                if (columns % RUN == 0) promote(item, scales[columns / RUN - 1], sums, total);
             }
             stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
