@@ -75,35 +75,44 @@ template <int SIZE, int LINES> struct Share {
         lines = (height - first - line + STEP - 1) / STEP;
         columns = width - column;
     }
-    __device__ __forceinline__ void next(u32 box) {
+    // Part `part` of `parts`.
+    __device__ __forceinline__ void copy(u32 box, bool more, int part, int parts) const {
         bool inside = columns > 0;
-        int wanted = SIZE == 1 && !inside ? 0 : lines;
+        int wanted = more && (SIZE == 2 || inside) ? lines : 0;
 #pragma unroll
-        for (int j = 0; j < COPIES; ++j)
+        for (int j = COPIES * part / parts; j < COPIES * (part + 1) / parts; ++j)
             if (j < wanted)
                 copy16(box + (to ^ ((j * STEP & 7) << 4)) + j * STEP * 128,
                        from + (u64)stride * j, SIZE == 1 || inside);
+    }
+    __device__ __forceinline__ void advance() {
         from += KB * SIZE;
         columns -= KB;
     }
 };
 
-// Walks a worker's blocks of K ahead of the products, one a call, to the end of its work.
+// Walks a worker's blocks of K ahead of the products to the end of its work: `next`, the parts of a
+// stage in between products, `done`.
 struct Copier {
     const Operands& o;
     Schedule schedule;
     Segment s;
     Share<1, BN> w;
     Share<2, MT> x;
+    bool more;
 
     __device__ Copier(const Operands& operands, int worker)
-        : o(operands), schedule(operands.p, worker), s{0, 0, 0} {}
-    __device__ __forceinline__ void next(u32 stage) {
-        if (s.k_begin < s.k_end || begin()) {
-            w.next(stage);
-            x.next(stage + BOXES * W_BOX);
-            ++s.k_begin;
-        }
+        : o(operands), schedule(operands.p, worker), s{0, 0, 0}, more(true) {}
+    __device__ __forceinline__ void next() {
+        if (s.k_begin == s.k_end) more = begin();
+    }
+    __device__ __forceinline__ void copy(u32 stage, int part, int parts) const {
+        w.copy(stage, more, part, parts);
+        x.copy(stage + BOXES * W_BOX, more, part, parts);
+    }
+    __device__ __forceinline__ void done() {
+        w.advance(), x.advance();
+        s.k_begin += more;
         end_copy_group();
     }
     __device__ __forceinline__ bool begin() {
@@ -143,7 +152,7 @@ struct Scales {
             others[i] = (min(row + 8 * i, last) - min(row, last)) * p.num_groups;
         groups = 1.0f / p.group_size;
     }
-    // For the columns from `column` on. Half a column more, and rounding does not cross a border.
+    // For the columns from `column` on, or the last of a row. Half a column more, and rounding does not cross a border.
     __device__ __forceinline__ void load(int column, float (&scales)[RUNS][RT][2]) const {
 #pragma unroll
         for (int c = 0; c < RUNS; ++c) {
@@ -278,7 +287,11 @@ w8a16(const __grid_constant__ Operands o) {
     int first_row = wn * 16 * RT + row, first_token = wm * 8 * NT;
 
     Copier copier(o, worker);
-    for (int i = 0; i < STAGES - 1; ++i) copier.next(ring + i * STAGE_BYTES);
+    for (int i = 0; i < STAGES - 1; ++i) {
+        copier.next();
+        copier.copy(ring + i * STAGE_BYTES, 0, 1);
+        copier.done();
+    }
     int stage = 0;
     Fragments fragments;
     fragments.row = row, fragments.token = token, fragments.quad = quad;
@@ -300,16 +313,19 @@ w8a16(const __grid_constant__ Operands o) {
             fragments.w = ring + stage * STAGE_BYTES + first_row * 128;
             fragments.x = ring + stage * STAGE_BYTES + BOXES * W_BOX + (first_token + token) * 128;
             fragments.load(0);
-            if (k + 1 < s.k_end) of_rows.load((k + 1) * KB + fragments.column, next_scales);
-            copier.next(ring + (stage + STAGES - 1) % STAGES * STAGE_BYTES);
+            of_rows.load((k + 1) * KB + fragments.column, next_scales);
+            copier.next();
+            u32 free = ring + (stage + STAGES - 1) % STAGES * STAGE_BYTES;
 #pragma unroll
             for (int item = 0; item < ITEMS; ++item) {
                 if (item % PAIRS == 0) fragments.convert(item);
                 if (item + 1 < ITEMS) fragments.load(item + 1);
+                copier.copy(free, item, ITEMS);
                 fragments.multiply(item, sums);
                 int columns = item / PAIRS * 32 + 32;
                 if (columns % RUN == 0) promote(item, scales[columns / RUN - 1], sums, total);
             }
+            copier.done();
             stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
         reduce_warps(buffer, total);
