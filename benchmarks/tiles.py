@@ -2,7 +2,7 @@
 
     python benchmarks/tiles.py hopper                     # measure, on a GPU
     python benchmarks/tiles.py sm80 --limit-seconds 120 --repeats 5
-    python benchmarks/tiles.py hopper --fit benchmarks/results/hopper_tiles.json
+    python benchmarks/tiles.py hopper --fit benchmarks/results/hopper_tiles*.json
     python benchmarks/tiles.py hopper --markdown benchmarks/results/hopper_tiles.json
 
 `halfweight/kernels/hopper/tiles.py` and `halfweight/kernels/cuda/tiles.py` estimate the time of a
@@ -379,7 +379,7 @@ def sweep(name: str, options: argparse.Namespace, device: torch.device) -> list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("family", choices=FAMILIES)
-    parser.add_argument("--fit", type=Path, help="a result of this benchmark")
+    parser.add_argument("--fit", type=Path, nargs="+", help="results, of one card or several")
     parser.add_argument("--markdown", type=Path, help="print the table of a result and stop")
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--shapes", nargs="+", choices=SHAPE_LIST, default=list(SHAPE_LIST))
@@ -394,7 +394,7 @@ def main() -> None:
         print(markdown(family, json.loads(options.markdown.read_text())["results"]))
         return
     if options.fit:
-        rows = json.loads(options.fit.read_text())["results"]
+        rows = [row for path in options.fit for row in json.loads(path.read_text())["results"]]
         for config in fit(rows):
             print(config)
     else:

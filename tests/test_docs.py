@@ -132,9 +132,10 @@ def test_the_kernels_pages_tables_are_those_of_the_results():
     assert kernels.markdown(readme_tables.results("kernels")["results"]) in page
 
 
-def test_the_table_of_chosen_tiles_is_that_of_the_result():
+@pytest.mark.parametrize("name", ["hopper_tiles", "hopper_tiles_h200"])
+def test_the_table_of_chosen_tiles_is_that_of_the_result(name):
     page = (ROOT / "docs" / "kernels.md").read_text()
-    rows = readme_tables.results("hopper_tiles")["results"]
+    rows = readme_tables.results(name)["results"]
     assert tiles.markdown(tiles.FAMILIES["hopper"], rows) in page
 
 

@@ -3,7 +3,8 @@
 A configuration is one compiled form of hopper_small.cu, hopper_large.cu or hopper_int8.cu; a
 schedule says which tiles are computed whole and which are shared between blocks (stream-K). `plans`
 estimates the time of every schedule and `choose` takes the fastest. The constants were fitted to
-the times of all configurations and schedules on an H100 (benchmarks/tiles.py).
+the times of all configurations and schedules on an H100 and an H200 (benchmarks/tiles.py), which
+differ in the memory's rate; that and all else of the card is asked of the device.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ STORE_BYTES = 1024
 class Small:
     """A compiled form of hopper_small.cu: its compile-time names, `tokens` = 8 NT.
 
-    `block_us` is how long a stage takes on an H100 where memory is not the limit.
+    `block_us` is how long a stage takes at 1,980 MHz where memory is not the limit.
     """
 
     tokens: int
@@ -106,7 +107,7 @@ class Large:
 
     `cluster` blocks take neighbouring rows of W and share x, or `split` blocks take one tile, each
     a part of K. A stage has `columns` of K. `block_us` is how long what the schedule deals out
-    together takes on an H100 where memory is not the limit.
+    together takes at 1,980 MHz where memory is not the limit.
     """
 
     tokens: int
@@ -242,30 +243,30 @@ Config = Small | Large
 
 
 SMALL = (
-    Small(tokens=8, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=4, block_us=1.44),
-    Small(tokens=8, row_tiles=3, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.571),
-    Small(tokens=16, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.441),
-    Small(tokens=16, row_tiles=3, warps_n=1, warps_k=8, units=1, stages=4, block_us=0.767),
-    Small(tokens=16, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.997),
-    Small(tokens=32, row_tiles=1, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.785),
-    Small(tokens=32, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=3, block_us=1.166),
-    Small(tokens=64, row_tiles=1, warps_n=4, warps_k=2, units=2, stages=4, block_us=0.986),
+    Small(tokens=8, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=4, block_us=1.081),
+    Small(tokens=8, row_tiles=3, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.942),
+    Small(tokens=16, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.16),
+    Small(tokens=16, row_tiles=3, warps_n=1, warps_k=8, units=1, stages=4, block_us=0.83),
+    Small(tokens=16, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=4, block_us=1.064),
+    Small(tokens=32, row_tiles=1, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.642),
+    Small(tokens=32, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=3, block_us=1.022),
+    Small(tokens=64, row_tiles=1, warps_n=4, warps_k=2, units=2, stages=4, block_us=0.925),
 )
 LARGE = (
     Large(tokens=64, warpgroups=2, stages=6, block_us=0.7, columns=128),
-    Large(tokens=64, warpgroups=2, stages=6, block_us=0.562, split=2, columns=128),
-    Large(tokens=64, warpgroups=4, stages=8, block_us=0.634),
-    Large(tokens=128, warpgroups=2, stages=4, block_us=1.047, columns=128),
-    Large(tokens=128, warpgroups=2, stages=4, block_us=0.8, split=2, columns=128),
-    Large(tokens=128, warpgroups=4, stages=6, block_us=0.938),
+    Large(tokens=64, warpgroups=2, stages=6, block_us=0.658, split=2, columns=128),
+    Large(tokens=64, warpgroups=4, stages=8, block_us=0.581),
+    Large(tokens=128, warpgroups=2, stages=4, block_us=1.042, columns=128),
+    Large(tokens=128, warpgroups=2, stages=4, block_us=0.729, split=2, columns=128),
+    Large(tokens=128, warpgroups=4, stages=6, block_us=1.042),
     Large(tokens=256, warpgroups=2, stages=5, block_us=0.895),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.899, cluster=2),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.726, split=2),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.996, cluster=2),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.699, split=2),
 )
 INT8 = (
     Int8(tokens=128, warpgroups=2, stages=6, block_us=2.906),
     Int8(tokens=176, warpgroups=2, stages=5, block_us=3.788),
-    Int8(tokens=176, warpgroups=2, stages=5, block_us=3.795, cluster=2),
+    Int8(tokens=176, warpgroups=2, stages=5, block_us=3.792, cluster=2),
 )
 
 
