@@ -127,9 +127,12 @@ def test_the_readmes_figures_are_those_of_the_results():
     assert readme_tables.PAGE.read_text() == readme_tables.page()
 
 
-def test_the_kernels_pages_tables_are_those_of_the_results():
-    page = (ROOT / "docs" / "kernels.md").read_text()
-    assert kernels.markdown(readme_tables.results("kernels")["results"]) in page
+@pytest.mark.parametrize(
+    ("page", "name"), [("kernels.md", "kernels"), ("notes/kernels.md", "kernels_sm80_h200")]
+)
+def test_the_kernels_pages_tables_are_those_of_the_results(page, name):
+    text = (ROOT / "docs" / page).read_text()
+    assert kernels.markdown(readme_tables.results(name)["results"]) in text
 
 
 @pytest.mark.parametrize("name", ["hopper_tiles", "hopper_tiles_h200"])

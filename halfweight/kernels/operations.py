@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -32,11 +32,22 @@ EmbeddingFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, torch.dtype
 
 
 @dataclass(frozen=True)
+class TokenRange:
+    """The kernel that products of `first` tokens and more take, up to the next range, and why."""
+
+    first: int
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Backend:
     """One implementation of the quantized operations.
 
     `unavailable(device)` returns why this backend cannot run there, or None if it can.
     `linear_int8` is the opt-in product with activations rounded to int8, None where there is none.
+    `ranges(device)` says which kernel how many tokens take, for a weight of common size; empty
+    where one kernel takes all.
     """
 
     name: str
@@ -44,6 +55,7 @@ class Backend:
     linear: LinearFunction
     embedding: EmbeddingFunction
     linear_int8: LinearFunction | None = None
+    ranges: Callable[[torch.device], Sequence[TokenRange]] = lambda device: ()
 
 
 BACKENDS = {

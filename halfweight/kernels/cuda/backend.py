@@ -4,8 +4,9 @@ One kernel, compiled by NVRTC when a form of it is first needed and kept; tiles.
 by the device's own facts. One token is the Triton backend's GEMV, more than 256 are its dequantized
 blocks and the vendor's product, by rule and not by failure.
 
-It is right where it was run: in an emulator on the CPU (tests/kernels/test_kernels_cuda.py). No GPU
-has run it yet, so `choose_backend` never takes it by itself: ask for it by name.
+It is right where it was run: in an emulator on the CPU (tests/kernels/test_kernels_cuda.py), and its
+first version on an H200, where it was mostly slower than Triton's kernels. What it is now no GPU has
+run, so `choose_backend` never takes it by itself: ask for it by name.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from torch import Tensor
 from halfweight.kernels.cuda import driver
 from halfweight.kernels.cuda.schedule import Plan
 from halfweight.kernels.cuda.tiles import SHAPES, Form, choose, run_of
-from halfweight.kernels.operations import Backend
+from halfweight.kernels.operations import Backend, TokenRange
 from halfweight.kernels.triton import backend as portable
-from halfweight.kernels.triton.tables import Config
+from halfweight.kernels.triton.tables import REASONS, Config
 
 MIN_CAPABILITY = (8, 0)
 MOST_TOKENS = 256
@@ -119,6 +120,20 @@ def unavailable(device: torch.device) -> str | None:
     return reason or portable.BACKEND.unavailable(device)
 
 
+def ranges(device: torch.device) -> list[TokenRange]:
+    """By rule: see the top of this file."""
+    return [
+        TokenRange(1, "gemv", REASONS["gemv"]),
+        TokenRange(2, "w8a16.cu", "mma.sync fed by cp.async; its tile by a model of the card"),
+        TokenRange(MOST_TOKENS + 1, "dequantize", REASONS["dequantize"]),
+    ]
+
+
 BACKEND = Backend(
-    "sm80", unavailable, linear, portable.BACKEND.embedding, portable.BACKEND.linear_int8
+    "sm80",
+    unavailable,
+    linear,
+    portable.BACKEND.embedding,
+    portable.BACKEND.linear_int8,
+    ranges,
 )

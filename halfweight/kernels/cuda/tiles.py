@@ -2,7 +2,7 @@
 
 A form's stage takes as long as the slowest of what it needs: bytes from memory and from L2, tensor
 cores, shared memory, conversions. No card is known by its name. The shares below have not been
-fitted to any card yet: w8a16.cu has run on none (docs/kernels.md).
+fitted to any card yet: w8a16.cu as it is has run on none (docs/kernels.md).
 """
 
 from __future__ import annotations

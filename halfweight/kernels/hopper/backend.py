@@ -33,8 +33,9 @@ from halfweight.kernels.hopper.tiles import (
     choose,
     choose_int8,
 )
-from halfweight.kernels.operations import Backend
+from halfweight.kernels.operations import Backend, TokenRange
 from halfweight.kernels.triton import backend as portable
+from halfweight.kernels.triton.tables import COMMON_SHAPE
 
 COMPUTE_CAPABILITY = (9, 0)
 GEMV_COLUMNS = 8192
@@ -44,6 +45,13 @@ INT8_GROUP = 128
 ARCHITECTURE = "sm_90a"
 INT8_TOKENS = 512
 """Fewer tokens are multiplied exactly, which is faster as well."""
+
+COMMON_GROUP = 128
+GEMV_REASON = f"reading the weight is the limit; longer rows than {GEMV_COLUMNS}: hopper_small.cu"
+REASONS = {
+    "hopper_small.cu": "reading the weight is the limit: mma.sync fed by bulk copies",
+    "hopper_large.cu": "L2 and the tensor cores are the limit: wgmma",
+}
 
 KINDS = {torch.int8: "uint8", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 """Activations as a tensor map names them."""
@@ -273,4 +281,14 @@ def unavailable(device: torch.device) -> str | None:
     return reason or portable.BACKEND.unavailable(device)
 
 
-BACKEND = Backend("cuda", unavailable, linear, portable.BACKEND.embedding, linear_int8)
+def ranges(device: torch.device) -> list[TokenRange]:
+    """By the model of tiles on this card, for a weight of common size; one token by rule."""
+    card, found = driver.card_of(device.index or 0), [TokenRange(1, "gemv", GEMV_REASON)]
+    for tokens in range(2, 2 + max(config.tokens for config in SMALL)):
+        file = choose(tokens, *COMMON_SHAPE, COMMON_GROUP, card).config.file
+        if file != found[-1].kernel:
+            found.append(TokenRange(tokens, file, REASONS[file]))
+    return found
+
+
+BACKEND = Backend("cuda", unavailable, linear, portable.BACKEND.embedding, linear_int8, ranges)

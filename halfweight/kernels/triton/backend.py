@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfweight.kernels.operations import Backend
+from halfweight.kernels.operations import Backend, TokenRange
 from halfweight.kernels.triton.launch import device_info, launch
-from halfweight.kernels.triton.tables import Config, best_config
+from halfweight.kernels.triton.tables import REASONS, Config, best_config, kernels_by_tokens
 
 MIN_CAPABILITY = (7, 5)
 BLOCK_K = 128
@@ -389,4 +389,10 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-BACKEND = Backend("triton", unavailable, linear, embedding, linear_int8)
+def ranges(device: torch.device) -> list[TokenRange]:
+    """What the table of this GPU's architecture says of a weight of common size."""
+    found = kernels_by_tokens(device_info(device).architecture)
+    return [TokenRange(first, kernel, REASONS[kernel]) for first, kernel in found]
+
+
+BACKEND = Backend("triton", unavailable, linear, embedding, linear_int8, ranges)

@@ -20,6 +20,15 @@ from halfweight.cache_folder import cache_folder, write_whole
 
 Kernel = Literal["gemv", "matmul", "two_int8", "int8", "dequantize"]
 DEFAULT = "default"
+COMMON_SHAPE = (28672, 4096)
+"""[N, K] of a weight of common size: a layer of an 8B model."""
+REASONS: dict[Kernel, str] = {
+    "gemv": "reading the weight is the limit: x stays in registers, rows stream past",
+    "matmul": "16-bit tensor cores, bytes converted in registers",
+    "two_int8": "int8 tensor cores, x in two int8 parts: nothing to convert",
+    "dequantize": "arithmetic is the limit: blocks of the weight to 16 bits, then the vendor's",
+}
+"""Why a kernel is taken for exact products."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,17 @@ def best_config(
 ) -> Config:
     """`Table.find` of an architecture's table, remembered: it is asked at every launch."""
     return table_for(architecture).find(tokens, shape, int8=int8)
+
+
+def kernels_by_tokens(architecture: str) -> list[tuple[int, Kernel]]:
+    """For a weight of common size: from how many tokens on which kernel is taken."""
+    batches = sorted({entry.tokens for entry in table_for(architecture).exact})
+    found: list[tuple[int, Kernel]] = []
+    for first, tokens in zip([1, *(batch + 1 for batch in batches)], batches, strict=False):
+        kernel = best_config(architecture, tokens, COMMON_SHAPE).kernel
+        if not found or kernel != found[-1][1]:
+            found.append((first, kernel))
+    return found
 
 
 def write_table(architecture: str, table: Table) -> Path:
