@@ -38,7 +38,7 @@ from halfweight.engine.runners.gpu_memory import (
     pages_that_fit,
     sizes_of,
 )
-from halfweight.engine.runners.gpu_read import READ_STEP, ReadStep, read_bucket
+from halfweight.engine.runners.gpu_read import ReadStep, read_bucket, read_buckets
 from halfweight.engine.runners.gpu_steps import FewTokens, MixedStep, Parts, Recordings
 from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.step import KvCache, Step
@@ -137,7 +137,7 @@ class GpuRunner:
                 for _ in range(2):
                     self._few(batch, tokens)([])
         if ReadStep.takes(self._parts, []):
-            for tokens in range(READ_STEP, self._most_read() + 1, READ_STEP):
+            for tokens in read_buckets(self._most_read()):
                 for _ in range(2):
                     self._read(tokens)([])
 

@@ -29,7 +29,7 @@ from halfweight.engine.runners.gpu_inputs import (
 from halfweight.engine.runners.gpu_layers import Layer, Layers
 from halfweight.engine.step import Chunk, Step
 
-LEAST_PAGES_OF_A_PART = 16
+LEAST_PAGES_OF_A_PART = 8
 """Of a prompt's tile: shorter ones are not worth cutting."""
 _cuda: Any = torch.cuda
 """torch.cuda, whose stubs leave graphs and streams untyped."""
