@@ -54,4 +54,4 @@ def has_invariant_products(model: PreTrainedModel) -> bool:
 
 def row_by_row(product: Product) -> Product:
     """A vendor's product, which takes another kernel for another batch, of one row at a time."""
-    return lambda x: torch.cat([product(row) for row in x.split(1)])
+    return lambda x: torch.cat([product(x[i : i + 1]) for i in range(len(x))])

@@ -50,7 +50,9 @@ class Layers:
     """All layers of a model, its embedding and its head."""
 
     def __init__(
-        self, model: PreTrainedModel, vendors: Callable[[Product], Product] = lambda product: product
+        self,
+        model: PreTrainedModel,
+        vendors: Callable[[Product], Product] = lambda product: product,
     ) -> None:
         """Stacks the projections: each weight that did not lie beside its neighbour is copied.
 
