@@ -37,6 +37,7 @@ class Backend:
 
     `unavailable(device)` returns why this backend cannot run there, or None if it can.
     `linear_int8` is the opt-in product with activations rounded to int8, None where there is none.
+    `is_invariant` where a row's product is the same to the bit whatever rows it comes with.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Backend:
     linear: LinearFunction
     embedding: EmbeddingFunction
     linear_int8: LinearFunction | None = None
+    is_invariant: bool = False
 
 
 BACKENDS = {

@@ -109,7 +109,7 @@ class Case:
 
     def tiles(self, queries, out, starts, counts, first, table, at_once):
         """`PagedAttention.tiles` of chunks, in INT8 with all their pages as sources."""
-        size, sources = self.attention.shape.tile_queries, None
+        size, sources = self.attention.tile_queries, None
         if self.pool.steps is not None:
             num = pages_of(starts + counts)
             some = [self.tables[row, :n] for row, n in enumerate(num)]

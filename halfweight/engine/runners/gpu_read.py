@@ -112,7 +112,7 @@ def read_buckets(most: int) -> list[int]:
 def _most_items(parts: Parts, tokens: int) -> int:
     """Items of work that a step of so many tokens can have: see `cut`."""
     attention = parts.attention
-    tiles = tokens // attention.shape.tile_queries + READ_CHUNKS
+    tiles = tokens // attention.tile_queries + READ_CHUNKS
     return tiles + attention.num_tiles_at_once
 
 
