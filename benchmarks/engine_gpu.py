@@ -25,6 +25,7 @@ from models import DEVICE, random_model
 
 from halfweight.engine.runners import gpu_attention, gpu_steps
 from halfweight.engine.runners.gpu import GpuRunner
+from halfweight.engine.runners.gpu_steps import wanted_rows
 from halfweight.engine.step import Chunk
 from halfweight.evaluation.speed.generate import step_bytes
 from halfweight.kernels.timing import read_bandwidth
@@ -241,7 +242,7 @@ def tiles(runner: GpuRunner) -> Any:
             groups = list(mixed._groups(step))
             sections = gpu_steps._sections(STEP_TOKENS, count, groups)
             mixed._inputs = gpu_steps.Inputs(sections.total, DEVICE)
-            mixed._pack(step, sections, groups, list(mixed._wanted_rows(step)))
+            mixed._pack(step, sections, groups, list(wanted_rows(step)))
             inputs = mixed._inputs.send(sections.total)
             with torch.inference_mode():
                 ms = milliseconds(

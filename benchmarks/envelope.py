@@ -19,6 +19,7 @@ PACKAGES = (
     "triton",
     "transformers",
     "peft",
+    "gguf",
     "numba",
     "humming-kernels",
     "gemlite",

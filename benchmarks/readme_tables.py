@@ -41,6 +41,12 @@ These were measured before the engine; serving by the engine, on one {serve_gpu}
 |---|{lines}
 | tokens a second | {served} |
 
+Llama-3-70B's shapes by {ranks} ranks that may take {limit:.0f} GB each, all on one {ranks_gpu}:
+{ranks_batch} prompts of {prompt:,} tokens read and {new} written, at a context of {context:,}. \
+The fullest rank took
+{peak:.2f} GB, {planned:.2f} were planned; each read {read:.2f} GB of the file. \
+How fast four cards are was not measured.
+
 Decode on a CPU ({cpu}; [more](docs/cpu.md)), tokens a second:
 
 | | 16 bit, transformers | llama.cpp Q8_0 | INT8 |
@@ -109,6 +115,7 @@ def figures() -> str:
         after_batch_ratio=after_batch / before_batch,
         **serving(),
         **serving_on_a_cpu(),
+        **several_ranks(),
         cpu=cpu["device"],
         bf16=models["transformers bfloat16"]["decode_tokens_per_second"],
         llama_cpp=models[LLAMA_CPP]["decode_tokens_per_second"],
@@ -135,6 +142,24 @@ def serving() -> dict[str, str]:
         "at_once": " | ".join(map(str, rates)),
         "lines": "---|" * len(rates),
         "served": " | ".join(f"{rate:,.0f}" for rate in rates.values()),
+    }
+
+
+def several_ranks() -> dict[str, Any]:
+    """The memory of a model that no single card of its ranks' size holds."""
+    found = results("tensor_parallel")
+    row = next(row for row in found["results"] if row["limit_bytes"])
+    return {
+        "ranks": row["ranks"],
+        "ranks_gpu": found["device"],
+        "ranks_batch": row["batch"],
+        "limit": row["limit_bytes"] / 1e9,
+        "prompt": row["prompt_tokens"],
+        "new": row["new_tokens"],
+        "context": row["context"],
+        "peak": row["peak_bytes"] / 1e9,
+        "planned": row["planned_bytes"] / 1e9,
+        "read": row["bytes_read_a_rank"] / 1e9,
     }
 
 

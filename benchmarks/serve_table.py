@@ -53,6 +53,7 @@ def _section(model: str, name: str) -> Iterator[str]:
     yield from _at_once_lines(at_once)
     yield ""
     yield from _prefill_lines(rows)
+    yield from _again_lines(rows)
 
 
 def _steps_lines() -> Iterator[str]:
@@ -114,6 +115,18 @@ def _prefill_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
             yield (
                 f"{row['concurrency']} prompts of {row['prompt_tokens']:,} tokens are read at "
                 f"{row['prefill_tokens_per_second']:,.0f} tokens/s."
+            )
+
+
+def _again_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """How soon a prompt starts whose first 2,000 tokens an earlier one had."""
+    times = {(row["workload"], row["runner"]): row["first_token_ms_p50"] for row in rows}
+    for runner, name in (("engine", "a prompt"), ("http", "over HTTP one")):
+        if ("prefix", runner) in times:
+            first, again = times["prefix", runner], times["prefix again", runner]
+            yield (
+                f"After one with the same first 2,000 tokens, {name} of 2,048 starts in "
+                f"{again:.1f} ms instead of {first:.1f} ({again / first:.1%})."
             )
 
 

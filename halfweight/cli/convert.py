@@ -53,6 +53,10 @@ def quantize(
             "INT8 in SRC is kept as it is]."
         ),
     ] = None,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(min=1, help="GPUs that are to share it: groups may have to be smaller."),
+    ] = 1,
     scale: Annotated[
         str, typer.Option(help="Scale format: grid8, bfloat16, float16 or float32.")
     ] = "grid8",
@@ -86,7 +90,7 @@ def quantize(
         report = convert.quantize(
             source,
             out,
-            Recipe(scheme, tuple(keep or ()), requantize=group_size is not None),
+            Recipe(scheme, tuple(keep or ()), group_size is not None, tensor_parallel),
             jobs=jobs,
             overwrite=overwrite,
             progress=show_parts(bar, "reading headers"),
@@ -98,7 +102,7 @@ def quantize(
     if json_output:
         print_json(_fields(report))
     else:
-        _print_report(report, readers or ())
+        _print_report(report, readers or (), tensor_parallel)
 
 
 @app.command()
@@ -244,16 +248,17 @@ def _fields(report: ConversionReport) -> dict[str, Any]:
     return {**asdict(report), "out": str(report.out)}
 
 
-def _print_report(report: ConversionReport, readers: Sequence[str]) -> None:
+def _print_report(report: ConversionReport, readers: Sequence[str], ranks: int) -> None:
     for note in report.notes:
         stderr.print(note, markup=False, highlight=False, soft_wrap=True)
     stdout.print(f"{report.num_quantized} tensors quantized, {report.num_kept} kept")
     stdout.print(f"source     {size(report.source_bytes)}")
     for what, num_bytes in (("on disk", report.disk_bytes), ("in memory", report.resident_bytes)):
         stdout.print(f"{what:<10} {size(num_bytes)}, {_change(num_bytes, report.source_bytes)}")
-    if readers:
-        what = f"{report.readers_bytes:,} bytes of it for {' and '.join(readers)}"
-        stdout.print(f"{'':<10} {what}, {size(report.readers_bytes)}")
+    asked_by = [(" and ".join(readers), report.readers_bytes)] if readers else []
+    asked_by += [(f"{ranks} GPUs", report.ranks_bytes)] if ranks > 1 else []
+    for who, num_bytes in asked_by:
+        stdout.print(f"{'':<10} {num_bytes:,} bytes of it for {who}, {size(num_bytes)}")
     stdout.print(f"error      {report.relative_error:.4f} of the weights' norm")
     stdout.print(f"wrote {report.out}", markup=False, highlight=False, soft_wrap=True)
 

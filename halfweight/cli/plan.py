@@ -85,7 +85,8 @@ def plan(
 
     asked = group_size or "128"
     size_or_row: Any = int(asked) if asked.isdigit() else asked
-    recipe = Recipe(Scheme(size_or_row, scale), tuple(keep or ()), group_size is not None)
+    scheme, kept = Scheme(size_or_row, scale), tuple(keep or ())
+    recipe = Recipe(scheme, kept, group_size is not None, tensor_parallel or 1)
     found = planned_model(model, recipe)
     target = _target(gpus, budget, reserve)
     ranks = tensor_parallel or target.gpus.count

@@ -35,10 +35,12 @@ def describe_job(source: Source, layout: Layout) -> dict[str, Any]:
 
 
 def _recipe(recipe: Recipe, source: Source) -> dict[str, Any]:
-    """The recipe as JSON has it; `requantize` only where it makes a difference."""
+    """The recipe as JSON has it; `requantize` and ranks only where they make a difference."""
     fields: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
     if not (recipe.requantize and any(tensor.int8 for tensor in source.tensors)):
         del fields["requantize"]
+    if recipe.tensor_parallel == 1:
+        del fields["tensor_parallel"]
     return fields
 
 

@@ -44,6 +44,8 @@ from halfweight.conversion.shard_writer import shard_part
 from halfweight.conversion.verification import check_structure
 from halfweight.conversion.workspace import Workspace, remove_leftovers
 from halfweight.errors import CheckpointError
+from halfweight.memory.architecture import architecture
+from halfweight.memory.plan import Model, check_ranks
 from halfweight.model.loadability import fit_aside, model_tensors
 from halfweight.quantization.scheme import Decision, Recipe
 
@@ -59,7 +61,8 @@ class ConversionReport:
 
     `source_bytes` are those of the source as it lies: of a .gguf file before it is decoded.
 
-    `readers_bytes` are those of `disk_bytes` that only the named readers ask for.
+    `readers_bytes` are those of `disk_bytes` that only the named readers ask for, `ranks_bytes`
+    those that only smaller groups for several ranks do.
     `relative_error` is |w - w'| / |w| over all quantized weights (Frobenius norms).
     """
 
@@ -69,6 +72,7 @@ class ConversionReport:
     source_bytes: int
     disk_bytes: int
     readers_bytes: int
+    ranks_bytes: int
     resident_bytes: int
     relative_error: float
     resumed_shards: int
@@ -109,8 +113,8 @@ def quantize(
     `check` gets the finished folder before it is published: what it raises keeps `out` from
     appearing, and finished shards are kept for the next run.
 
-    Raises CheckpointError for a bad source, UsageError for an `out` that is in the way,
-    DiskFullError, and InterruptedConversionError after `stop`.
+    Raises CheckpointError for a bad source, UsageError for an `out` that is in the way or for ranks
+    that the model's sizes do not allow, DiskFullError, and InterruptedConversionError after `stop`.
     """
     opened = open_source(source)
     out = Path(os.path.abspath(Path(out).expanduser()))
@@ -118,6 +122,7 @@ def quantize(
     asked_by = find_readers(readers)
     check_scheme(asked_by, recipe.scheme)
     lay_out(opened.tensors, recipe)  # a recipe that cannot be is refused before the model is asked
+    _check_ranks(opened, recipe)
     fit = fit_aside(opened.name, opened.config, opened.tensors, recipe)
     for note in fit.notes:
         log.warning("%s: %s", opened.name, note)
@@ -126,7 +131,7 @@ def quantize(
     smallest = lay_out(opened.tensors, recipe, fit.kept)
     kept = with_kept(recipe, asked_by, opened.config, opened.tensors, fit.kept)
     layout = lay_out(opened.tensors, recipe, kept)
-    more = cost_bytes(smallest.decisions, layout.decisions)
+    more = cost_bytes(smallest.decisions, layout.decisions), _ranks_bytes(opened, layout, kept)
     job = describe_job(opened, layout) | (refine.description if refine else {})
     if not overwrite and is_published(out, job):
         log.warning("%s: already complete", out)
@@ -148,6 +153,18 @@ def quantize(
             check(workspace.checkpoint)
         workspace.publish()
         return _report(out, opened, layout, more, workspace.finished, resumed)
+
+
+def _check_ranks(source: Source, recipe: Recipe) -> None:
+    """Raise UsageError for ranks that could not share the file that the recipe makes."""
+    if recipe.tensor_parallel > 1:
+        found = architecture(source.config, source.name, source.tensors)
+        check_ranks(Model.from_recipe(found, recipe), recipe.tensor_parallel)
+
+
+def _ranks_bytes(source: Source, layout: Layout, kept: Mapping[str, str]) -> int:
+    alone = lay_out(source.tensors, replace(layout.recipe, tensor_parallel=1), kept)
+    return cost_bytes(alone.decisions, layout.decisions)
 
 
 def _refuse_experts(kept: Mapping[str, str]) -> None:
@@ -182,10 +199,11 @@ def _report(
     out: Path,
     source: Source,
     layout: Layout,
-    readers_bytes: int,
+    more: tuple[int, int],
     shards: dict[str, Any],
     resumed_shards: int,
 ) -> ConversionReport:
+    """`more` bytes of the readers and of the ranks."""
     tensors = {n: record for entry in shards.values() for n, record in entry["tensors"].items()}
     error, norm = (
         sum(record[key] for record in tensors.values()) for key in ("squared_error", "squared_norm")
@@ -196,7 +214,8 @@ def _report(
         num_kept=len(layout.decisions) - len(tensors),
         source_bytes=source.stored_bytes,
         disk_bytes=sum(decision.disk_bytes for decision in layout.decisions),
-        readers_bytes=readers_bytes,
+        readers_bytes=more[0],
+        ranks_bytes=more[1],
         resident_bytes=sum(_resident_bytes(d, tensors) for d in layout.decisions),
         relative_error=math.sqrt(error / norm) if norm else 0.0,
         resumed_shards=resumed_shards,

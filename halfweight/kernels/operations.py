@@ -46,6 +46,7 @@ class Backend:
 
     `unavailable(device)` returns why this backend cannot run there, or None if it can.
     `linear_int8` is the opt-in product with activations rounded to int8, None where there is none.
+    `is_invariant` where a row's product is the same to the bit whatever rows it comes with.
     `ranges(device)` says which kernel how many tokens take, for a weight of common size; empty
     where one kernel takes all.
     """
@@ -55,6 +56,7 @@ class Backend:
     linear: LinearFunction
     embedding: EmbeddingFunction
     linear_int8: LinearFunction | None = None
+    is_invariant: bool = False
     ranges: Callable[[torch.device], Sequence[TokenRange]] = lambda device: ()
 
 

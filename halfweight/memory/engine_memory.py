@@ -118,11 +118,12 @@ def gpu_parts(sizes: Sizes, limits: Limits) -> dict[str, int]:
     tokens = min(limits.max_step_tokens, limits.max_sequences * context)
     reading = min(READ_TOKENS, tokens) if limits.kv_cache == "16bit" else 0
     logits = sizes.vocabulary * sizes.number_bytes
+    recorded = activation_bytes(sizes, max(rows, reading)) + _decode_sums(sizes, limits)
     return {
         "tables": 4 * slots * (context + 1 + limits.max_pages) + 4 * context * sizes.head_dim,
         "scratch pages": limits.scratch_pages * page_bytes(sizes, "16bit"),
         "step activations": activation_bytes(sizes, tokens) + _tile_sums(sizes, limits),
-        "recorded steps": activation_bytes(sizes, max(rows, reading)) + _decode_sums(sizes, limits),
+        "recorded steps": recorded + (_tile_sums(sizes, limits) if reading else 0),
         "logits": (rows + limits.max_sequences) * logits + _gathered(sizes, rows),
     }
 

@@ -44,7 +44,9 @@ from halfweight.memory.tensor_parallel import (
     is_divided,
     is_of_kv_heads,
     own_sizes,
+    regrouping,
     why_not,
+    without_groups,
 )
 from halfweight.memory.transient import (
     MULTIPROCESSORS,
@@ -147,6 +149,12 @@ class Model:
         """The model as `halfweight quantize` would write it."""
         recipe = recipe or Recipe()
         return cls(found, tuple(recipe.decide_all(found.tensors)), recipe)
+
+    def for_ranks(self, ranks: int) -> Model:
+        """The same as it would be written for so many ranks, if it is to be written for several."""
+        if self.recipe is None or self.recipe.tensor_parallel == 1:
+            return self
+        return Model.from_recipe(self.architecture, replace(self.recipe, tensor_parallel=ranks))
 
     @cached_property
     def disk_bytes(self) -> int:
@@ -379,9 +387,12 @@ def legal_ranks(model: Model, most: int = 64) -> list[int]:
 def check_ranks(model: Model, ranks: int) -> None:
     """Raise UsageError naming what `ranks` does not divide."""
     if why := _why_not(model, ranks):
-        legal = ", ".join(map(str, legal_ranks(model)))
-        raise UsageError(f"{ranks} GPUs {why}", hint=f"legal tensor-parallel sizes: {legal}")
+        hint = f"legal tensor-parallel sizes: {', '.join(map(str, legal_ranks(model)))}"
+        hint += regrouping(model.architecture, model.decisions, ranks)
+        raise UsageError(f"{ranks} GPUs {why}", hint=hint)
 
 
 def _why_not(model: Model, ranks: int) -> str | None:
-    return why_not(model.architecture, model.decisions, ranks)
+    a, made = model.architecture, model.for_ranks(ranks)
+    found = why_not(a, made.decisions, ranks)
+    return found or without_groups(model.for_ranks(1).decisions, made.decisions, ranks)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from halfweight.memory.architecture import Architecture
-from halfweight.quantization.scheme import Decision
+from halfweight.quantization.scheme import DIVIDED_BY_COLUMNS, FALLBACK_GROUP_SIZES, Decision
 
 Split = Literal["rows", "kv rows", "columns"]
 
@@ -25,7 +25,7 @@ KINDS = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_mo
 SPLITS: dict[str, Split] = {
     **dict.fromkeys(("q_proj", "gate_proj", "up_proj", "w1", "w3"), "rows"),
     **dict.fromkeys(("k_proj", "v_proj"), "kv rows"),
-    **dict.fromkeys(("o_proj", "down_proj", "w2"), "columns"),
+    **dict.fromkeys(DIVIDED_BY_COLUMNS, "columns"),
     **dict.fromkeys(("embed_tokens", "lm_head"), "rows"),
 }
 """By the last part of a module's name; what is not named is whole on every rank."""
@@ -95,8 +95,7 @@ def is_of_kv_heads(tensor: str) -> bool:
 
 def bytes_a_part(decision: Decision) -> int:
     """Of an INT8 weight whose columns ranks divide: scales that go with each part, one a row."""
-    by_columns = split_of(decision.tensor.name.rpartition(".")[0]) == "columns"
-    if decision.scheme is None or not by_columns:
+    if decision.scheme is None or not _is_by_columns(decision):
         return 0
     return decision.tensor.shape[0] * decision.scheme.format.row_bytes
 
@@ -116,8 +115,31 @@ def why_not(a: Architecture, decisions: Iterable[Decision], ranks: int) -> str |
         return f"do not divide {a.kv_heads} key-value heads, nor they them"
     for decision in decisions:
         group = decision.scheme.group_size if decision.scheme else None
-        module = decision.tensor.name.removesuffix(".weight")
-        by_columns = split_of(module) == "columns"
-        if isinstance(group, int) and by_columns and decision.tensor.shape[1] % (ranks * group):
+        if not isinstance(group, int) or not _is_by_columns(decision):
+            continue
+        if decision.tensor.shape[1] % (ranks * group):
             return f"cut {decision.tensor.name} inside a group of {group}"
     return None
+
+
+def without_groups(alone: Iterable[Decision], made: Iterable[Decision], ranks: int) -> str | None:
+    """The first weight in INT8 on one GPU that has no groups for `ranks`, as `why_not` says it."""
+    for one, other in zip(alone, made, strict=True):
+        if one.scheme is not None and other.scheme is None:
+            name, columns = one.tensor.name, one.tensor.shape[1]
+            return f"leave {name} {columns / ranks:g} columns each, which no group size divides"
+    return None
+
+
+def regrouping(a: Architecture, decisions: Iterable[Decision], ranks: int) -> str:
+    """What to add to a hint where nothing but the size of groups keeps `ranks` from sharing it."""
+    least = ranks * FALLBACK_GROUP_SIZES[-1]
+    columns = [d.tensor.shape[1] for d in decisions if d.scheme and _is_by_columns(d)]
+    if why_not(a, (), ranks) or any(count % least for count in columns):
+        return ""
+    command = f"`halfweight quantize --tensor-parallel {ranks} --group-size 128`"
+    return f"; {command} of the source makes groups that allow it"
+
+
+def _is_by_columns(decision: Decision) -> bool:
+    return split_of(decision.tensor.name.removesuffix(".weight")) == "columns"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from halfweight.checkpoint.readers import READERS, check_scheme, unread_of, with_kept
 from halfweight.memory.cards import Gpus
+from halfweight.memory.commands import ranks_option
 from halfweight.memory.plan import Model, Plan
 from halfweight.memory.presets import PRESETS
 
@@ -60,7 +61,7 @@ def _commands(plan: Plan, name: str, gpus: Gpus, plugin: bool) -> list[str]:
     words += [] if scheme.group_size == 128 else [f"--group-size {scheme.group_size}"]
     words += [] if scheme.scale_format == "grid8" else [f"--scale {scheme.scale_format}"]
     words += [f"--keep {shlex.quote(glob)}" for glob in recipe.keep if "*" in glob]
-    return [" ".join(words), _serve(plan, OUT, gpus)]
+    return [" ".join(words) + ranks_option(plan.model), _serve(plan, OUT, gpus)]
 
 
 def _serve(plan: Plan, folder: str, gpus: Gpus) -> str:

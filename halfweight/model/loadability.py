@@ -227,7 +227,8 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
         for name, dtype, shape, int8 in question["tensors"]
     ]
     asked = question["recipe"]
-    recipe = Recipe(Scheme(**asked["scheme"]), tuple(asked["keep"]), asked["requantize"])
+    scheme, keep = Scheme(**asked.pop("scheme")), tuple(asked.pop("keep"))
+    recipe = Recipe(scheme, keep, **asked)
     try:
         return asdict(fit_on_meta(question["where"], question["config"], tensors, recipe))
     except CheckpointError as error:

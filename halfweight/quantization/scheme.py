@@ -34,6 +34,9 @@ DTYPE_BYTES = {
 ALWAYS_KEPT = ("*norm*", "*.gate.weight", "*router*", "*rotary*", "*position_embeddings.weight")
 """Tensors never quantized: norms, mixture-of-experts routers, position tables."""
 
+DIVIDED_BY_COLUMNS = ("o_proj", "down_proj", "w2")
+"""Linears of which each of several ranks holds some columns, by the last part of their names."""
+
 
 @dataclass(frozen=True)
 class ScaleFormat:
@@ -214,11 +217,13 @@ class Recipe:
     """What to do with a whole checkpoint: one scheme, and globs of tensors kept in 16 bits.
 
     What is INT8 in the source stays as it is, unless `requantize` gives it the scheme as well.
+    Groups are smaller where `tensor_parallel` ranks' columns would not hold whole ones.
     """
 
     scheme: Scheme = Scheme()
     keep: tuple[str, ...] = ()
     requantize: bool = False
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.scheme.group_size not in (*GROUP_SIZES, "row", "tensor"):
@@ -241,14 +246,25 @@ class Recipe:
             groups = tensor.int8.group_size
             size = "one scale a row" if groups == "row" else f"groups of {groups}"
             return Decision(tensor, tensor.int8, f"INT8 in the source, kept bit for bit: {size}")
-        scheme = self.scheme.for_in_features(tensor.shape[1])
+        columns, what = self._columns(tensor)
+        scheme = self.scheme.for_in_features(columns)
         if scheme is None:
-            return Decision(tensor, None, f"no group size divides in_features {tensor.shape[1]}")
+            return Decision(tensor, None, f"no group size divides {what}")
         if scheme.group_size != self.scheme.group_size:
             asked = self.scheme.group_size
-            reason = f"group size {scheme.group_size}: {asked} does not divide {tensor.shape[1]}"
+            what = what.removeprefix("in_features ")
+            reason = f"group size {scheme.group_size}: {asked} does not divide {what}"
             return Decision(tensor, scheme, reason)
         return Decision(tensor, scheme, "")
+
+    def _columns(self, tensor: TensorInfo) -> tuple[int, str]:
+        """How many columns groups have to divide, and how they are called: 0 where ranks do not."""
+        columns, ranks = tensor.shape[1], self.tensor_parallel
+        own = tensor.name.removesuffix(".weight").rpartition(".")[2]
+        if ranks == 1 or own not in DIVIDED_BY_COLUMNS:
+            return columns, f"in_features {columns}"
+        each, rest = divmod(columns, ranks)
+        return (0 if rest else each), f"{columns / ranks:g}, the columns that each rank has"
 
     def decide_all(self, tensors: Iterable[TensorInfo]) -> list[Decision]:
         """`decide` for each tensor, in the given order."""

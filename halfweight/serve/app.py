@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import secrets
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -35,6 +36,9 @@ COMPLETION_TOKENS = 16
 MOST_REQUESTS = 1024
 SHORT_BYTES = 8192
 """Of a request, up to which its jobs are made in less time than a thread would take to begin."""
+SWITCH_SECONDS = 0.001
+"""How long the thread that talks to clients may keep Python from the engine's, which needs it many
+times a step. Python's 5 ms are as long as a step of 64 sequences."""
 T = TypeVar("T")
 R = TypeVar("R", bound=schema.Request)
 
@@ -61,8 +65,11 @@ def build_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         gc.collect()
         gc.freeze()  # a collection of all that is loaded by now would stop every stream for 0.1 s
+        switch_seconds = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)
         yield
         await asyncio.to_thread(engine.close)
+        sys.setswitchinterval(switch_seconds)
         gc.unfreeze()
 
     async def authorized(request: Request) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-import sys
 from contextlib import suppress
 from typing import Any
 
@@ -19,9 +18,6 @@ GRACE_SECONDS = 5
 """What runs when the server is told to end has so long to end by itself."""
 HARD_SECONDS = 60
 """Then uvicorn cuts what is left, should the engine not have ended it."""
-SWITCH_SECONDS = 0.001
-"""How long the thread that talks to clients may keep Python from the engine's, which needs it many
-times a step. Python's 5 ms are as long as a step of 64 sequences."""
 
 _PORT_HINT = "--port 0 takes a free one"
 _HOST_HINT = "--host 127.0.0.1 is for this machine alone, 0.0.0.0 for all that reach it"
@@ -65,7 +61,6 @@ def require_address(host: str, port: int) -> None:
 
 def listen(app: FastAPI, engine: Engine, host: str, port: int) -> None:
     """Serve until told to end. Leaves the process with uvicorn's code where it cannot listen."""
-    sys.setswitchinterval(SWITCH_SECONDS)
     config = uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=HARD_SECONDS)
     server = _Server(config, engine)
     with suppress(KeyboardInterrupt):  # uvicorn raises it again once all has ended

@@ -163,3 +163,43 @@ main(["quantize", {str(llama)!r}, {str(tmp_path / "out")!r}])
     assert not (tmp_path / "out").exists()
     assert workspace_folder(tmp_path / "out").exists()
     convert.quantize(llama, tmp_path / "out")
+
+
+def test_quantize_for_several_gpus_says_what_their_groups_cost(capsys, llama, tmp_path):
+    out = str(tmp_path / "out")
+    code, text, err = run(capsys, "quantize", str(llama), out, "--tensor-parallel", "2")
+    assert code == 0
+    assert "group size 32: 128 does not divide 32, the columns that each rank has" in err
+    more = 2 * 2 * 64 * (1 + 3)  # two layers, scales of two bytes, 64 rows of o_proj and down_proj
+    assert f"{more:,} bytes of it for 2 GPUs" in text
+    recipe = json.loads((tmp_path / "out" / "halfweight.json").read_text())["job"]["recipe"]
+    assert recipe["tensor_parallel"] == 2
+    _, text, _ = run(capsys, "quantize", str(llama), str(tmp_path / "alone"), "--json")
+    alone = json.loads(text)
+    code, text, _ = run(
+        capsys, *("quantize", str(llama), out, "--tensor-parallel", "2", "--json", "--overwrite")
+    )
+    found = json.loads(text)
+    assert (found["ranks_bytes"], alone["ranks_bytes"]) == (more, 0)
+    assert found["disk_bytes"] == alone["disk_bytes"] + more
+    assert "tensor_parallel" not in (tmp_path / "alone" / "halfweight.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        (3, "error: 3 GPUs do not divide 4 heads"),
+        (
+            4,
+            "error: 4 GPUs leave model.layers.0.self_attn.o_proj.weight 16 columns each, which no ",
+        ),
+    ],
+)
+def test_quantize_refuses_gpus_that_no_groups_allow(capsys, llama, tmp_path, ranks, words):
+    out = tmp_path / "out"
+    command = ("quantize", str(llama), str(out), "--tensor-parallel", str(ranks))
+    code, _, err = run(capsys, *command)
+    assert code == 2
+    assert words in err
+    assert "legal tensor-parallel sizes: 1, 2" in err
+    assert not out.exists()

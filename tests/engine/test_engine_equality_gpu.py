@@ -1,5 +1,7 @@
 """The same answer in every way that an engine comes to it, on a GPU: greedy, drawn, to the bit."""
 
+from functools import partial
+
 import pytest
 import torch
 from same_answers import NUM_OTHERS, NUM_PROMPTS, Ways, compare
@@ -15,6 +17,8 @@ pytestmark = [
 ]
 NEAR = 0.02
 """Nats between the two likeliest of a near tie in float16, where logits are about 2."""
+NEW_TOKENS = 96
+"""Two pages more: a sequence that has to give way has tokens of its own to read again."""
 CONFIG = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -41,29 +45,31 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompts():
+    """Of 100 to 135 tokens: a page of the GPU runner holds 64."""
     generator = torch.Generator().manual_seed(1)
-    sizes = [40 + 7 * i % 36 for i in range(NUM_PROMPTS + NUM_OTHERS)]
+    sizes = [100 + 7 * i % 36 for i in range(NUM_PROMPTS + NUM_OTHERS)]
     return [tuple(torch.randint(3, 16_000, (n,), generator=generator).tolist()) for n in sizes]
 
 
 @pytest.mark.parametrize("make", [GpuRunner, TransformersRunner])
 def test_greedy_answers_are_the_same_but_for_near_ties(folder, prompts, make):
     model = halfweight.load(folder, device="cuda", dtype=torch.float16)
-    ways = Ways(make, model, prompts)
+    ways = Ways(make, model, prompts, new_tokens=NEW_TOKENS)
     alone = ways.alone()
     for way, found in ways.all():
         partings = compare(way, found, alone)
         assert all(gap < NEAR for gap in partings), way
-        assert len(partings) <= NUM_PROMPTS // 2, way
+        assert len(partings) < NUM_PROMPTS, way
 
 
 @pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
-@pytest.mark.parametrize("make", [GpuRunner, TransformersRunner])
+@pytest.mark.parametrize("kv_cache", ["16bit", "int8"])
 def test_with_the_invariant_backend_answers_are_the_same_to_the_bit(
-    folder, prompts, make, sampling
+    folder, prompts, kv_cache, sampling
 ):
     model = halfweight.load(folder, device="cuda", dtype=torch.float16, backend="triton-invariant")
-    ways = Ways(make, model, prompts, **sampling)
+    make = partial(GpuRunner, kv_cache=kv_cache)
+    ways = Ways(make, model, prompts, new_tokens=NEW_TOKENS, **sampling)
     alone = ways.alone()
     for way, found in ways.all():
         assert compare(way, found, alone) == []

@@ -31,7 +31,7 @@ from halfweight.engine.runners.gpu_attention import (
 )
 from halfweight.engine.runners.gpu_inputs import Queries, cut, tiles
 from halfweight.engine.runners.gpu_layers import Layer
-from halfweight.engine.runners.gpu_read import READ_STEP, READ_TOKENS, ReadStep
+from halfweight.engine.runners.gpu_read import READ_TOKENS, ReadStep, read_buckets
 from halfweight.engine.step import Chunk
 from halfweight.model.modules import stack
 
@@ -109,7 +109,7 @@ class Case:
 
     def tiles(self, queries, out, starts, counts, first, table, at_once):
         """`PagedAttention.tiles` of chunks, in INT8 with all their pages as sources."""
-        size, sources = self.attention.shape.tile_queries, None
+        size, sources = self.attention.tile_queries, None
         if self.pool.steps is not None:
             num = pages_of(starts + counts)
             some = [self.tables[row, :n] for row, n in enumerate(num)]
@@ -469,7 +469,7 @@ def test_reads_of_every_bucket_plain_recorded_and_replayed(tmp_path, dtype):
         found, expected = texts.step((slot, 2000, 1))
         assert error(found, expected) < WHOLE[dtype]
     mixed, runner._mixed = runner._mixed, None
-    for tokens in [*range(READ_STEP - 29, READ_TOKENS, READ_STEP), READ_TOKENS]:
+    for tokens in [*(bucket - 19 for bucket in read_buckets(READ_TOKENS)), READ_TOKENS]:
         for turn in range(3):
             counts = tokens - tokens // 2 - tokens // 3, tokens // 3, tokens // 2
             starts = 0, 800 * turn, 37 * turn

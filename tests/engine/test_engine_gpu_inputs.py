@@ -47,6 +47,12 @@ def test_long_sequences_are_cut_and_short_ones_are_not():
     assert work.items[-2:, 6].tolist() == [-1, -1]
 
 
+def test_nothing_is_cut_for_none_at_once():
+    work = cut(queries([1000, 0, 10], count=[8, 0, 1]), 9, 0)
+    assert work.items[:, 4:].tolist() == [[0, 1000, -1], [0, 0, -1], [0, 10, -1]]
+    assert work.num_parts == 0
+
+
 def test_parts_are_numbered_and_found_by_each_query():
     work = cut(queries([40, 1, 40], count=[3, 1, 2]), 6, 4)
     assert work.row_parts[:, 2].tolist() == [0, 1, 2, 0, 0, 1]

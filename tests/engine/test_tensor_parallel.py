@@ -7,9 +7,11 @@ import tp_models
 
 import halfweight
 from halfweight.checkpoint.headers import read_headers
-from halfweight.memory.plan import footprint
+from halfweight.errors import UsageError
+from halfweight.memory.architecture import architecture
+from halfweight.memory.plan import Model, footprint
 from halfweight.memory.workload import Workload
-from halfweight.model.share import described
+from halfweight.model.share import check_shareable, described
 from halfweight.quantization.scheme import Recipe, Scheme
 
 LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -24,16 +26,29 @@ def models(tmp_path_factory):
     found = {kind: tp_models.make(kind, root / kind) for kind in KINDS}
     kept = Recipe(Scheme(32), keep=("*embed*", "lm_head*", "*.0.self_attn.o_proj*"))
     found["llama-kept"] = tp_models.make("llama", root / "kept", kept)
+    found["groups"] = tp_models.make("llama", root / "groups", Recipe(tensor_parallel=4))
     found["mixtral-16bit"] = root / "mixtral" / "source"
     return found
 
 
 NAMES = (
     *("llama-2", "llama-4", "qwen2-2", "qwen2-4", "qwen3-2", "qwen3-4", "mixtral-2"),
-    *("qwen3_moe-2", "qwen3_moe-4", "llama-kept-2", "mixtral-16bit-2"),
+    *("qwen3_moe-2", "qwen3_moe-4", "llama-kept-2", "mixtral-16bit-2", "groups-4"),
     *("own-llama-4", "own-qwen3-2"),
 )
 """Model and number of ranks; "own" by the runner of GPUs, whose kernels are interpreted here."""
+
+
+def test_groups_of_128_would_have_been_refused(models):
+    """What four ranks run as `groups-4`: groups are smaller where ranks divide columns alone."""
+    made = described(models["groups"])
+    sizes = {d.tensor.name.split(".")[-2]: d.scheme.group_size for d in made.decisions if d.scheme}
+    columns = {"o_proj": 64, "down_proj": 64}
+    assert sizes == dict.fromkeys(sizes, 128) | columns
+    source = read_headers(models["groups"].parent / "source")
+    plain = Model.from_recipe(architecture(source.config, "", [t.info for t in source.tensors]))
+    with pytest.raises(UsageError, match=r"4 GPUs cut .* inside a group of 128"):
+        check_shareable(plain, 4)
 
 
 UNWANTED = (8, 9)

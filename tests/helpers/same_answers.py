@@ -7,7 +7,6 @@ from halfweight.engine.sampler import Sampler
 from halfweight.engine.streams import Completion
 
 NUM_PROMPTS, NUM_OTHERS, NEW_TOKENS = 8, 56, 32
-GREEDY = {"stop_tokens": (), "max_new_tokens": NEW_TOKENS}
 
 
 @contextmanager
@@ -21,17 +20,18 @@ def over(make, model, **limits):
 class Ways:
     """Answers to the first prompts in every way that an engine may come to them."""
 
-    def __init__(self, make, model, prompts, **options):
-        self.make, self.model, self.options = make, model, GREEDY | options
+    def __init__(self, make, model, prompts, *, new_tokens=NEW_TOKENS, **sampling):
+        self.make, self.model, self.sampling = make, model, sampling
+        self.length = {"stop_tokens": (), "max_new_tokens": new_tokens}
         self.asked, self.others = prompts[:NUM_PROMPTS], prompts[NUM_PROMPTS:]
 
     def _ask(self, engine, prompt, i):
-        return engine.request(prompt, **self.options | {"seed": i, "num_logprobs": 2})
+        return engine.request(prompt, **self.length, **self.sampling, seed=i, num_logprobs=2)
 
     def _together(self, engine, *, others):
         requests = [self._ask(engine, prompt, i) for i, prompt in enumerate(self.asked)]
         streams = [engine.open(request) for request in requests]
-        beside = [engine.open(engine.request(prompt, **GREEDY)) for prompt in others]
+        beside = [engine.open(engine.request(prompt, **self.length)) for prompt in others]
         found = [answer_of(stream) for stream in streams]
         for stream in beside:
             stream.cancel()
@@ -49,12 +49,14 @@ class Ways:
             return [answer_of(engine.open(self._ask(engine, prompt, i))) for i, prompt in asked]
 
     def among_others(self):
-        with over(self.make, self.model, max_sequences=64, cache_tokens=64 * 128) as engine:
+        room = 3 * sum(len(prompt) for prompt in (*self.asked, *self.others))
+        with over(self.make, self.model, max_sequences=64, cache_tokens=room) as engine:
             return self._together(engine, others=self.others)
 
     def preempted(self):
         """All of them, twice as many tokens as there is room for."""
-        with over(self.make, self.model, max_sequences=8, cache_tokens=416) as engine:
+        room = sum(len(prompt) + self.length["max_new_tokens"] for prompt in self.asked) // 2
+        with over(self.make, self.model, max_sequences=8, cache_tokens=room) as engine:
             counter, add = [], engine._loop._scheduler.add
             engine._loop._scheduler.add = lambda sequence: (counter.append(0), add(sequence))
             found = self._together(engine, others=[])
@@ -62,13 +64,13 @@ class Ways:
             return found
 
     def shared(self):
-        """Behind a text that goes on from the same beginning."""
+        """Behind a text that goes on from the same beginning: all full pages are shared."""
         with over(self.make, self.model, max_sequences=2, cache_tokens=4096) as engine:
-            found = []
+            found, page = [], engine._loop._scheduler._page_tokens
             for i, prompt in enumerate(self.asked):
                 engine.generate([*prompt, 7, 8, 9], max_new_tokens=2, stop_tokens=())
                 answer = answer_of(engine.open(self._ask(engine, prompt, i)))
-                assert answer.num_shared_tokens >= 32
+                assert 0 < answer.num_shared_tokens == (len(prompt) - 1) // page * page
                 found.append(answer)
             return found
 
@@ -81,7 +83,7 @@ def compare(way, found, alone):
     """Where answers part, with the gap of the two likeliest there; the first tokens apart only."""
     partings = []
     for i, (got, expected) in enumerate(zip(found, alone, strict=True)):
-        assert len(got.tokens) == len(expected.tokens) == NEW_TOKENS
+        assert len(got.tokens) == len(expected.tokens) >= NEW_TOKENS
         pairs = enumerate(zip(got.tokens, expected.tokens, strict=True))
         at = next((at for at, (a, b) in pairs if a != b), None)
         if at is not None:

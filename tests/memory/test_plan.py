@@ -464,7 +464,9 @@ def test_legal_sizes_are_whole_groups():
     cut = Model.from_recipe(narrow, Recipe(Scheme(group_size=128)))
     with pytest.raises(UsageError, match=r"2 GPUs cut .*o_proj\.weight inside a group of 128") as e:
         plan.check_ranks(cut, 2)
-    assert e.value.hint == "legal tensor-parallel sizes: 1"
+    command = "`halfweight quantize --tensor-parallel 2 --group-size 128`"
+    added = f"{command} of the source makes groups that allow it"
+    assert e.value.hint == f"legal tensor-parallel sizes: 1; {added}"
     for ranks, what in ((32, "32 GPUs do not divide 14 heads"), (7, "7 GPUs do not divide 4864")):
         with pytest.raises(UsageError, match=what):
             plan.check_ranks(cut, ranks)

@@ -76,3 +76,27 @@ def test_a_recipe_makes_groups_that_kernels_are_fast_with():
     with pytest.raises(UsageError, match="group size 100 is not supported") as caught:
         Recipe(Scheme(100))
     assert caught.value.hint == "use one of 32, 64, 128, 256, row, tensor"
+
+
+@pytest.mark.parametrize(
+    ("columns", "ranks", "group", "part"),
+    [
+        (4096, 8, 128, "512"),
+        (8960, 2, 128, "4480"),
+        (8960, 4, 64, "2240"),
+        (8960, 8, 32, "1120"),
+        (8960, 16, None, "560"),
+        (8960, 3, None, "2986.67"),
+    ],
+)
+def test_groups_are_whole_in_what_each_rank_has(columns, ranks, group, part):
+    recipe = Recipe(tensor_parallel=ranks)
+    for name in ("model.layers.0.mlp.down_proj.weight", "experts.3.w2.weight", "x.o_proj.weight"):
+        found = recipe.decide(TensorInfo(name, "BF16", (64, columns)))
+        assert (found.scheme.group_size if found.scheme else None) == group
+        if group != 128:
+            assert f"divide {part}, the columns that each rank has"[7:] in found.reason
+    whole = recipe.decide(TensorInfo("model.layers.0.mlp.up_proj.weight", "BF16", (64, 8960)))
+    assert whole.scheme == Scheme(128)
+    rows = Recipe(Scheme("row"), tensor_parallel=8)
+    assert rows.decide(TensorInfo("x.o_proj.weight", "BF16", (64, 896))).scheme == Scheme("row")

@@ -11,6 +11,7 @@ A step takes one of four ways (gpu_steps.py, gpu_read.py):
 What changes from step to step is one int32 array (gpu_inputs.py), sent by one copy before the
 launches; token ids come from the token table on the device. gpu_layers.py has what is between the
 products, gpu_attention.py attention over the pages, gpu_memory.py how many of these there are.
+Where products do not depend on the batch, attention does not either (gpu_invariant.py).
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ from halfweight.engine.runners.gpu_attention import (
     Shape,
 )
 from halfweight.engine.runners.gpu_inputs import Inputs, PageTables
+from halfweight.engine.runners.gpu_invariant import (
+    InvariantAttention,
+    has_invariant_products,
+    row_by_row,
+)
 from halfweight.engine.runners.gpu_layers import Layers
 from halfweight.engine.runners.gpu_memory import (
     GIB,
@@ -38,7 +44,7 @@ from halfweight.engine.runners.gpu_memory import (
     pages_that_fit,
     sizes_of,
 )
-from halfweight.engine.runners.gpu_read import READ_STEP, ReadStep, read_bucket
+from halfweight.engine.runners.gpu_read import ReadStep, read_bucket, read_buckets
 from halfweight.engine.runners.gpu_steps import FewTokens, MixedStep, Parts, Recordings
 from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.step import KvCache, Step
@@ -94,16 +100,18 @@ class GpuRunner:
         self.device, self.kv_cache = model.device, kv_cache
         self.max_sequences, self.max_step_tokens = max_sequences, max_step_tokens
         self.vocab_size = int(model.config.vocab_size)
-        layers, shape = Layers(model), Shape.of(model)
+        is_invariant, shape = has_invariant_products(model), Shape.of(model)
+        layers = Layers(model, row_by_row) if is_invariant else Layers(model)
         self._can_be_recorded = can_be_recorded(model)
         limits = self._choose_pages(model, max_context, cache_tokens, shortens=shortens)
         pool = Pool(shape, model.config.num_hidden_layers, self.num_pages, kv_cache, self.device)
         self.cache_bytes = pool.nbytes
         self._page_tables = PageTables(max_sequences + 1, limits.max_pages, self.device)
-        room = limits.scratch_pages
+        room = 0 if is_invariant else limits.scratch_pages
         scratch = Scratch.make(shape, room, self.device) if room else None
         table = self._page_tables.device_table
-        attention = PagedAttention(model, pool, table, self.max_context, scratch)
+        form = InvariantAttention if is_invariant else PagedAttention
+        attention = form(model, pool, table, self.max_context, scratch)
         rows = (max_sequences + 1, self.max_context + 1)
         self.table = torch.zeros(rows, dtype=torch.int32, device=self.device)
         self._parts = Parts(layers, attention, self.table, limits.max_pages, room)
@@ -116,14 +124,9 @@ class GpuRunner:
         self._send_pages(step)
         most = max(chunk.num_tokens for chunk in step)
         if most == 1:
-            logits = self._few(len(step), 1)(step)
-            if all(chunk.num_logits for chunk in step):
-                return logits[: len(step)]
-            kept = [i for i, chunk in enumerate(step) if chunk.num_logits]
-            return logits[torch.tensor(kept, dtype=torch.long, device=self.device)]
+            return self._few(len(step), 1)(step)
         if most <= FEW_TOKENS and len(step) <= FEW_SEQUENCES:
-            logits = self._few(len(step), FEW_TOKENS)(step)
-            return logits[: sum(chunk.num_logits for chunk in step)]
+            return self._few(len(step), FEW_TOKENS)(step)
         if ReadStep.takes(self._parts, step):
             logits = self._read(sum(chunk.num_tokens for chunk in step))(step)
             return logits[: sum(chunk.num_logits for chunk in step)]
@@ -137,7 +140,7 @@ class GpuRunner:
                 for _ in range(2):
                     self._few(batch, tokens)([])
         if ReadStep.takes(self._parts, []):
-            for tokens in range(READ_STEP, self._most_read() + 1, READ_STEP):
+            for tokens in read_buckets(self._most_read()):
                 for _ in range(2):
                     self._read(tokens)([])
 

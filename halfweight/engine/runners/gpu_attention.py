@@ -73,11 +73,6 @@ class Shape:
         return self.heads // self.kv_heads
 
     @property
-    def tile_queries(self) -> int:
-        """Queries of a prompt's tile."""
-        return max(1, self.tile_rows // self.group)
-
-    @property
     def tile_rows(self) -> int:
         """Rows of a prompt's tile: fewer where the sums of a row are many."""
         return TILE_ROWS if self.head_size * self.dtype.itemsize <= 256 else TILE_ROWS // 2
@@ -146,6 +141,9 @@ class Scratch:
 class PagedAttention:
     """Attention of a model over a pool of pages; every call is launches alone."""
 
+    is_invariant = False
+    """Whether a query's bits depend on its position alone; then no token is attended unwritten."""
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -174,15 +172,20 @@ class PagedAttention:
 
     @property
     def num_decoding_at_once(self) -> int:
-        """Work items of decode's attention that fill the GPU."""
+        """Work items of decode's attention that fill the GPU; 0 where sequences stay whole."""
         programs = DECODE_PROGRAMS["int8" if self._is_int8 else "16bit"]
         num_processors = device_info(self._device).num_processors
         return max(1, programs * num_processors // self.shape.kv_heads)
 
     @property
     def num_tiles_at_once(self) -> int:
-        """Tiles of prompts that fill the GPU."""
+        """Tiles of prompts that fill the GPU; 0 where they stay whole."""
         return max(1, device_info(self._device).num_processors // self.shape.kv_heads)
+
+    @property
+    def tile_queries(self) -> int:
+        """Queries of a prompt's tile."""
+        return max(1, self.shape.tile_rows // self.shape.group)
 
     def decode(self, layer: Layer, qkv: Tensor, work: WorkList) -> Tensor:
         """Attention of one new token a sequence, put into its page: [B, heads head_size]."""

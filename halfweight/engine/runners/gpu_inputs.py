@@ -114,11 +114,11 @@ def tiles(
 def cut(queries: Queries, num_rows: int, at_once: int, least_pages: int = 1) -> Work:
     """Items of about equal size: some `at_once` if the tiles are fewer and long enough.
 
-    A tile is cut into parts of about `least_pages` pages or more. There are at most as many items
-    as tiles and `at_once` together. `num_rows` are those of all queries.
+    A tile is cut into parts of about `least_pages` pages or more, for `at_once` 0 none is. There
+    are at most as many items as tiles and `at_once` together. `num_rows` are those of all queries.
     """
     pages = queries.pages
-    share = max(float(least_pages), float(pages.sum()) / at_once)
+    share = max(float(least_pages), float(pages.sum()) / at_once) if at_once else np.inf
     wanted = np.maximum(1, np.rint(pages / share)).astype(np.int32)
     size = np.maximum(1, -(-pages // wanted))
     num = np.maximum(1, -(-pages // size))

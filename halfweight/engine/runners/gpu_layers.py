@@ -49,13 +49,22 @@ Attend = Callable[[Layer, Tensor], Tensor]
 class Layers:
     """All layers of a model, its embedding and its head."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Stacks the projections: each weight that did not lie beside its neighbour is copied."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vendors: Callable[[Product], Product] = lambda product: product,
+    ) -> None:
+        """Stacks the projections: each weight that did not lie beside its neighbour is copied.
+
+        `vendors` makes of the product of a head in 16 bits, which is the vendor's, what is called.
+        """
         body = model.model
         with torch.inference_mode(False):
             self._layers = [_layer(i, layer) for i, layer in enumerate(body.layers)]
         self._embedding = _direct(model.get_input_embeddings())
-        self._head = _direct(model.get_output_embeddings())
+        head = model.get_output_embeddings()
+        product = _direct(head)
+        self._head = product if isinstance(head, QuantizedLinear) else vendors(product)
         self._final_norm: Tensor = body.norm.weight.detach()
         self.epsilon = float(body.norm.variance_epsilon)
 

@@ -21,6 +21,8 @@ from halfweight.memory.engine_memory import READ_TOKENS
 
 READ_STEP = 128
 """Tokens between the buckets: padding takes less time than the launches that it saves."""
+SMALL_READ_STEP = 32
+"""Below READ_STEP, where padding is felt: what is new behind a shared beginning is short."""
 READ_CHUNKS = 8
 """Chunks, and rows of logits, of such a step at most."""
 
@@ -39,6 +41,7 @@ class ReadStep:
         self._inputs, self._logits, self._recordings = inputs, logits, recordings
         self._sections = self.sections(parts, tokens)
         self._num_items = _most_items(parts, tokens)
+        self._num_parts = min(self._num_items, 2 * parts.attention.num_tiles_at_once)
 
     @staticmethod
     def takes(parts: Parts, step: Step) -> bool:
@@ -62,8 +65,7 @@ class ReadStep:
         work = self._parts.prompt_work(step, self._tokens)
         self._pack(step, work, self._inputs.host_array())
         self._inputs.send(self._sections.total)
-        has_parts = work.num_parts > 0
-        self._recordings(("read", self._tokens, has_parts), partial(self._launches, has_parts))
+        self._recordings(("read", self._tokens), self._launches)
         return self._logits
 
     def _pack(self, step: Step, work: Work, host: Ints) -> None:
@@ -77,10 +79,10 @@ class ReadStep:
         _fill(of(host, "work"), work.items.reshape(-1), 0)
         of(host, "row_parts")[:] = work.row_parts.reshape(-1)
 
-    def _launches(self, has_parts: bool) -> None:
+    def _launches(self) -> None:
         inputs, of, layers = self._inputs.device_array, self._sections.of, self._parts.layers
         lists = of(inputs, "work"), self._num_items, of(inputs, "row_parts")
-        work = WorkList(*lists, self._tokens, self._num_items if has_parts else 0)
+        work = WorkList(*lists, self._tokens, self._num_parts)
         attend = partial(self._attend, work, of(inputs, "tables"), of(inputs, "positions"))
         hidden, delta = layers.hidden(self._parts.ids(of(inputs, "ids")), attend)
         rows = of(inputs, "rows")
@@ -97,14 +99,20 @@ class ReadStep:
 
 
 def read_bucket(tokens: int) -> int:
-    """The size of the recorded step that takes so many tokens: 128, 256, 384, ..."""
-    return max(1, -(-tokens // READ_STEP)) * READ_STEP
+    """The size of the recorded step that takes so many tokens: 32, 64, 96, 128, 256, 384, ..."""
+    step = SMALL_READ_STEP if tokens <= READ_STEP else READ_STEP
+    return max(1, -(-tokens // step)) * step
+
+
+def read_buckets(most: int) -> list[int]:
+    """All of them up to that of `most` tokens."""
+    return sorted({read_bucket(tokens) for tokens in range(1, most + 1)})
 
 
 def _most_items(parts: Parts, tokens: int) -> int:
     """Items of work that a step of so many tokens can have: see `cut`."""
     attention = parts.attention
-    tiles = tokens // attention.shape.tile_queries + READ_CHUNKS
+    tiles = tokens // attention.tile_queries + READ_CHUNKS
     return tiles + attention.num_tiles_at_once
 
 

@@ -29,7 +29,7 @@ from halfweight.engine.runners.gpu_inputs import (
 from halfweight.engine.runners.gpu_layers import Layer, Layers
 from halfweight.engine.step import Chunk, Step
 
-LEAST_PAGES_OF_A_PART = 16
+LEAST_PAGES_OF_A_PART = 8
 """Of a prompt's tile: shorter ones are not worth cutting."""
 _cuda: Any = torch.cuda
 """torch.cuda, whose stubs leave graphs and streams untyped."""
@@ -79,7 +79,7 @@ class Parts:
         slots, starts, counts = self.columns(step, len(step))
         first = (np.cumsum(counts) - counts).astype(np.int32)
         table = slots * self.max_pages if table is None else table
-        size = self.attention.shape.tile_queries
+        size = self.attention.tile_queries
         queries = tiles(first, counts, starts, table, size, PAGE_TOKENS)
         return cut(queries, num_rows, self.attention.num_tiles_at_once, LEAST_PAGES_OF_A_PART)
 
@@ -134,8 +134,8 @@ class Recordings:
 class FewTokens:
     """A recorded step of `batch` sequences with up to `tokens` tokens each, padded.
 
-    With one token a sequence it is new to its page (`attend_pages`, IS_NEW); with more, tokens are
-    written first.
+    With one token a sequence it is new to its page (`attend_pages`, IS_NEW); with more, or with
+    invariant attention, tokens are written first.
     """
 
     def __init__(
@@ -151,6 +151,7 @@ class FewTokens:
         self._parts, self._batch, self._tokens = parts, batch, tokens
         self._inputs, self._logits, self._recordings = inputs, logits, recordings
         self._sections = self.sections(parts, batch, tokens)
+        self._is_new = tokens == 1 and not parts.attention.is_invariant
         self._ones = np.ones(batch, np.int32)
         self._last: tuple[bytes, Work] | None = None
 
@@ -163,18 +164,22 @@ class FewTokens:
         return Sections(**sizes, row_parts=rows * ROW_FIELDS, work=items * FIELDS)
 
     def __call__(self, step: Step) -> Tensor:
-        """The buffer of logits: those asked for come first, in order."""
+        """Logits [sum of num_logits, V], in the buffer where no sequence is left out."""
         self._pack(step, self._inputs.host_array())
         self._inputs.send(self._sections.total)
         self._recordings((self._batch, self._tokens), self._launches)
-        return self._logits
+        num_logits = sum(chunk.num_logits for chunk in step)
+        if self._is_new and num_logits < len(step):
+            kept = [i for i, chunk in enumerate(step) if chunk.num_logits]
+            return self._logits[torch.tensor(kept, dtype=torch.long, device=self._logits.device)]
+        return self._logits[:num_logits]
 
     def _pack(self, step: Step, host: Ints) -> None:
         parts, batch, tokens = self._parts, self._batch, self._tokens
         slots, starts, counts = parts.columns(step, batch)
         tables = slots * parts.max_pages
         first = np.arange(batch, dtype=np.int32) * tokens
-        if tokens == 1:
+        if self._is_new:
             self._sections.of(host, "ids")[:] = parts.ids_at(slots, starts)
             queries = Queries(first, self._ones, starts, tables, _num_pages(starts))
         else:
@@ -211,11 +216,12 @@ class FewTokens:
 
     def _launches(self) -> None:
         inputs, rows, of = self._inputs.device_array, self._batch * self._tokens, self._sections.of
-        num_items = self._batch + self._parts.attention.num_decoding_at_once
+        at_once = self._parts.attention.num_decoding_at_once
+        num_items = self._batch + at_once
         lists = of(inputs, "work"), num_items, of(inputs, "row_parts")
-        work = WorkList(*lists, num_queries=rows, num_parts=num_items)
+        work = WorkList(*lists, num_queries=rows, num_parts=num_items if at_once else 0)
         ids, layers = self._parts.ids(of(inputs, "ids")), self._parts.layers
-        if self._tokens == 1:
+        if self._is_new:
             hidden, delta = layers.hidden(ids, partial(self._decode, work))
         else:
             attend = partial(self._verify, work, of(inputs, "tables"), of(inputs, "positions"))

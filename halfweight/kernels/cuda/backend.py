@@ -4,9 +4,9 @@ One kernel, compiled by NVRTC when a form of it is first needed and kept; tiles.
 by the device's own facts. One token is the Triton backend's GEMV, more than 256 are its dequantized
 blocks and the vendor's product, by rule and not by failure.
 
-It is right where it was run: in an emulator on the CPU (tests/kernels/test_kernels_cuda.py), and its
-first version on an H200, where it was mostly slower than Triton's kernels. What it is now no GPU has
-run, so `choose_backend` never takes it by itself: ask for it by name.
+It is right where it was run: in an emulator on the CPU (tests/kernels/test_kernels_cuda.py), and
+its first version on an H200, where it was mostly slower than Triton's kernels. What it is now no
+GPU has run, so `choose_backend` never takes it by itself: ask for it by name.
 """
 
 from __future__ import annotations

@@ -47,4 +47,4 @@ def unavailable(device: torch.device) -> str | None:
     return triton.unavailable(device)
 
 
-BACKEND = Backend("triton-invariant", unavailable, linear, triton.embedding)
+BACKEND = Backend("triton-invariant", unavailable, linear, triton.embedding, is_invariant=True)
