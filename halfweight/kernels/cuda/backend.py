@@ -135,5 +135,5 @@ BACKEND = Backend(
     linear,
     portable.BACKEND.embedding,
     portable.BACKEND.linear_int8,
-    ranges,
+    ranges=ranges,
 )

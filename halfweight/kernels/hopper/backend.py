@@ -291,4 +291,6 @@ def ranges(device: torch.device) -> list[TokenRange]:
     return found
 
 
-BACKEND = Backend("cuda", unavailable, linear, portable.BACKEND.embedding, linear_int8, ranges)
+BACKEND = Backend(
+    "cuda", unavailable, linear, portable.BACKEND.embedding, linear_int8, ranges=ranges
+)

@@ -395,4 +395,4 @@ def ranges(device: torch.device) -> list[TokenRange]:
     return [TokenRange(first, kernel, REASONS[kernel]) for first, kernel in found]
 
 
-BACKEND = Backend("triton", unavailable, linear, embedding, linear_int8, ranges)
+BACKEND = Backend("triton", unavailable, linear, embedding, linear_int8, ranges=ranges)
