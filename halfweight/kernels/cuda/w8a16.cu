@@ -152,7 +152,8 @@ struct Scales {
             others[i] = (min(row + 8 * i, last) - min(row, last)) * p.num_groups;
         groups = 1.0f / p.group_size;
     }
-    // For the columns from `column` on, or the last of a row. Half a column more, and rounding does not cross a border.
+    // For the columns from `column` on, or the last of a row. With half a column more no rounding
+    // crosses a border of groups, to two million columns at least.
     __device__ __forceinline__ void load(int column, float (&scales)[RUNS][RT][2]) const {
 #pragma unroll
         for (int c = 0; c < RUNS; ++c) {
