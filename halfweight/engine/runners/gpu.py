@@ -41,7 +41,7 @@ from halfweight.engine.runners.gpu_memory import (
 from halfweight.engine.runners.gpu_read import READ_STEP, ReadStep, read_bucket
 from halfweight.engine.runners.gpu_steps import FewTokens, MixedStep, Parts, Recordings
 from halfweight.engine.runners.unfit import UnfitError
-from halfweight.engine.step import KvCache, Step
+from halfweight.engine.step import KvCache, Step, wanting_all
 from halfweight.kernels.triton.launch import device_info, launch
 from halfweight.memory.engine_memory import (
     FEW_SEQUENCES,
@@ -54,6 +54,7 @@ from halfweight.memory.engine_memory import (
 )
 from halfweight.model.llama_like import difference, layer_linears
 from halfweight.model.share import can_be_recorded, free_on_all
+from halfweight.model.stage import logits_width
 
 log = logging.getLogger("halfweight")
 
@@ -93,7 +94,7 @@ class GpuRunner:
             raise UnfitError(reason)
         self.device, self.kv_cache = model.device, kv_cache
         self.max_sequences, self.max_step_tokens = max_sequences, max_step_tokens
-        self.vocab_size = int(model.config.vocab_size)
+        self.vocab_size = logits_width(model)
         layers, shape = Layers(model), Shape.of(model)
         self._can_be_recorded = can_be_recorded(model)
         limits = self._choose_pages(model, max_context, cache_tokens, shortens=shortens)
@@ -112,8 +113,13 @@ class GpuRunner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
-        """Logits [sum of num_logits, V] in the model's dtype; see Runner."""
+        """Logits [sum of num_logits, V] in the model's dtype; see Runner.
+
+        Of a stage the states of all tokens, by the way that the whole model takes for the step.
+        """
         self._send_pages(step)
+        is_read = ReadStep.takes(self._parts, step)
+        step = wanting_all(step) if self._parts.layers.leaves else step
         most = max(chunk.num_tokens for chunk in step)
         if most == 1:
             logits = self._few(len(step), 1)(step)
@@ -124,7 +130,7 @@ class GpuRunner:
         if most <= FEW_TOKENS and len(step) <= FEW_SEQUENCES:
             logits = self._few(len(step), FEW_TOKENS)(step)
             return logits[: sum(chunk.num_logits for chunk in step)]
-        if ReadStep.takes(self._parts, step):
+        if is_read:
             logits = self._read(sum(chunk.num_tokens for chunk in step))(step)
             return logits[: sum(chunk.num_logits for chunk in step)]
         return self._mixed(step)
@@ -183,6 +189,8 @@ class GpuRunner:
         self._inputs = Inputs(size, self.device)
         self._updates = Inputs(2 * self._page_tables.max_pages, self.device)
         rows = recorded_rows(self.max_sequences)
+        if self._parts.layers.leaves:
+            rows = max(rows, self._most_read())
         self._logits = torch.empty(rows, self.vocab_size, dtype=dtype, device=self.device)
         self._recordings = Recordings(self.device, is_on=self._can_be_recorded)
         self._steps: dict[tuple[int, int], FewTokens] = {}

@@ -10,6 +10,7 @@ from halfweight.engine.runners.gpu_attention import PAGE_TOKENS, Shape
 from halfweight.errors import DoesNotFitError
 from halfweight.memory.engine_memory import Limits, Sizes, gpu_parts, page_bytes
 from halfweight.model.share import shared
+from halfweight.model.stage import logits_width
 
 GIB = 1 << 30
 FIXED_BYTES = 768 << 20
@@ -28,7 +29,7 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
         shape.heads,
         shape.kv_heads,
         shape.head_size,
-        int(config.vocab_size),
+        logits_width(model),
         shape.dtype.itemsize,
         1 if by is None else by.share.ranks,
     )
