@@ -136,7 +136,8 @@ def _config(content: dict[str, Any], stage: Stage, rows: int) -> dict[str, Any]:
     """The config.json of a stage: tied, with as many layers and rows of embedding as it has."""
     tied = {"tie_word_embeddings": True, "pad_token_id": None}
     own = {"num_hidden_layers": stage.end - stage.begin, "vocab_size": rows}
-    return {**content, **tied, **own, **_by_number(content, stage)}
+    special = {} if stage.is_first else {"bos_token_id": None, "eos_token_id": None}
+    return {**content, **tied, **own, **special, **_by_number(content, stage)}
 
 
 def _by_number(content: dict[str, Any], stage: Stage) -> dict[str, Any]:
@@ -154,14 +155,12 @@ def _by_number(content: dict[str, Any], stage: Stage) -> dict[str, Any]:
     return found
 
 
-def load_stage(
-    checkpoint: Checkpoint, stage: Stage, step_tokens: int, **options: Any
-) -> PreTrainedModel:
-    """A stage of the model of a checkpoint; up to `step_tokens` states enter it at once.
+def load_stage(part: Checkpoint, stage: Stage, step_tokens: int, **options: Any) -> PreTrainedModel:
+    """A stage of a model, of its `stage_part`; up to `step_tokens` states enter it at once.
 
     `options` are those of `load_checkpoint`, whose errors it raises.
     """
-    model = load_checkpoint(stage_part(checkpoint, stage), device=stage.device, **options)
+    model = load_checkpoint(part, device=stage.device, **options)
     as_stage(model, stage, step_tokens)
     return model
 

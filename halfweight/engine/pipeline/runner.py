@@ -81,7 +81,8 @@ class Station:
         with _on(self.runner.device):
             if self._entering is not None:
                 assert states is not None
-                self._entering.table[: len(states)].copy_(states, non_blocking=True)
+                to_gpu = self.runner.device.type == "cuda"  # on a CPU who reads must wait
+                self._entering.table[: len(states)].copy_(states, non_blocking=to_gpu)
                 self._number(step)
             return self.runner.run([self._own(chunk) for chunk in step])
 

@@ -19,10 +19,12 @@ from halfweight.errors import UsageError
 from halfweight.memory.device_memory import available_bytes, indexed, named_device
 from halfweight.memory.devices import processor_device
 from halfweight.memory.pipeline import Limits, Pipeline, Place, place_layers
+from halfweight.memory.plan import Model
 from halfweight.memory.workload import Weights
 from halfweight.model.loading import load_checkpoint
 from halfweight.model.share import described
-from halfweight.model.stage import load_stage
+from halfweight.model.stage import load_stage, stage_part
+from halfweight.model.weight_reader import Progress
 
 log = logging.getLogger("halfweight")
 
@@ -49,11 +51,18 @@ def plan_stages(
     that no stages run, DoesNotFitError where the devices are too small.
     """
     folder = resolve(os.fspath(model))
+    weights: Weights = "int8" if quantized_modules(read_headers(folder)) else "16bit"
+    return place_on(described(folder), weights, devices, limits)
+
+
+def place_on(
+    model: Model, weights: Weights, devices: Sequence[str], limits: dict[str, Any]
+) -> Pipeline:
+    """The same for a model as plans know it, which need not be here."""
     places = find_places(devices)
     most = min(MOST_SEQUENCES[place.kind] for place in places)
     asked = {**limits, "max_sequences": limits.get("max_sequences") or most}
-    weights: Weights = "int8" if quantized_modules(read_headers(folder)) else "16bit"
-    return place_layers(described(folder), places, Limits(**asked), weights)
+    return place_layers(model, places, Limits(**asked), weights)
 
 
 def start(
@@ -90,18 +99,19 @@ def start(
 
 def _load(checkpoint: Checkpoint, pipeline: Pipeline, loading: dict[str, Any]) -> list[Any]:
     """The models of all stages, one after the other; progress is told of the whole."""
-    tell, done, models = loading.get("progress"), 0, []
-    for stage in pipeline.stages:
-        if tell is not None:
-            before = done
-
-            def told(part: int, _: int, before: int = before) -> None:
-                tell(min(before + part, checkpoint.num_bytes), checkpoint.num_bytes)
-
-            loading = {**loading, "progress": told}
-        models.append(load_stage(checkpoint, stage, pipeline.step_tokens, **loading))
-        done += sum(parameter.nbytes for parameter in models[-1].parameters())
+    parts = [stage_part(checkpoint, stage) for stage in pipeline.stages]
+    total, tell = sum(part.num_bytes for part in parts), loading.pop("progress", None)
+    models, done = [], 0
+    for stage, part in zip(pipeline.stages, parts, strict=True):
+        progress = None if tell is None else _after(done, total, tell)
+        models.append(load_stage(part, stage, pipeline.step_tokens, progress=progress, **loading))
+        done += part.num_bytes
     return models
+
+
+def _after(before: int, total: int, tell: Progress) -> Progress:
+    """Progress of a part that `before` bytes come before."""
+    return lambda done, _: tell(before + done, total)
 
 
 def _refuse_what_keeps_more(runner: Runner, model: Any) -> None:
