@@ -19,7 +19,13 @@ from typing import Literal
 
 from halfweight.errors import DoesNotFitError, UsageError
 from halfweight.memory.cache_bytes import page_slots
-from halfweight.memory.engine_memory import READ_TOKENS, STEP_TOKENS, RunnerKind
+from halfweight.memory.engine_memory import (
+    LOGIT_ROWS,
+    PAGE_TOKENS,
+    READ_TOKENS,
+    STEP_TOKENS,
+    RunnerKind,
+)
 from halfweight.memory.plan import Footprint, Model, footprint
 from halfweight.memory.tensor_parallel import KINDS
 from halfweight.memory.workload import GIB, DeviceKind, KvDtype, Weights, Workload
@@ -27,6 +33,9 @@ from halfweight.memory.workload import GIB, DeviceKind, KvDtype, Weights, Worklo
 LEAST_CONTEXT = 4096
 """Tokens of cache that layers are placed beside, where no number is given; the rest is filled."""
 UNLIMITED_CONTEXT = 32_768
+PAGE = max(PAGE_TOKENS.values())
+MARGIN = 2 * PAGE
+"""Tokens of cache beside those counted: a page that is nobody's, and one that is not full."""
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
@@ -110,7 +119,9 @@ def size_words(num_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class StageBytes:
-    """Bytes of a stage. `read` are those of weights that one token reads."""
+    """Bytes of a stage: its model's footprint, and the `states` that enter and leave it, with the
+    logits of prompts of the last on a GPU. `read` are those of weights that one token reads.
+    """
 
     footprint: Footprint
     runner: RunnerKind
@@ -181,14 +192,17 @@ def place_layers(
     def measure(stage: Stage) -> StageBytes:
         return _measure(model, stage, replace(work, device=stage.kind), weights, step_tokens)
 
-    stages = _split(model, places, least, measure)
+    stages, used = _split(model, places, least + MARGIN, measure)
+    if len(used) < len(places):
+        with suppress(DoesNotFitError):  # steps are longer without a CPU, and take more
+            return place_layers(model, used, limits, weights)
     parts = tuple(measure(stage) for stage in stages)
-    rooms = {place.name: place.num_bytes for place in places}
     room = min(
-        (rooms[stage.device] - part.fixed) // part.cache_token
-        for stage, part in zip(stages, parts, strict=True)
+        (place.num_bytes - part.fixed) // part.cache_token
+        for place, part in zip(used, parts, strict=True)
     )
-    tokens = limits.cache_tokens or min(room, limits.max_sequences * context)
+    most = min(room - MARGIN, limits.max_sequences * context)
+    tokens = limits.cache_tokens or most // PAGE * PAGE
     context = limits.max_context or min(context, tokens)
     return Pipeline(tuple(stages), parts, limits.max_sequences, context, tokens, step_tokens)
 
@@ -207,13 +221,17 @@ def _measure(
     runner = smaller.runner(work, weights)
     assert runner is not None
     found = footprint(smaller, work, weights)
-    hidden, number = model.architecture.hidden, 4 if stage.kind == "cpu" else 2
+    on_gpu = runner == "gpu"
+    number = 4 if stage.kind == "cpu" else 2
     entering = 0 if stage.is_first else step_tokens
-    leaving = 0 if stage.is_last else READ_TOKENS if runner == "gpu" else step_tokens
+    leaving = 0 if stage.is_last else READ_TOKENS if on_gpu else step_tokens
+    states = (entering + leaving) * model.architecture.hidden * number
+    if stage.is_last and on_gpu:
+        states += min(LOGIT_ROWS, step_tokens) * model.architecture.vocabulary * number
     return StageBytes(
         found,
         runner,
-        (entering + leaving) * hidden * number,
+        states,
         _read_bytes(smaller, stage),
         found.kv_bytes // page_slots(work, runner),
     )
@@ -235,12 +253,12 @@ def _read_bytes(smaller: Model, stage: Stage) -> int:
 
 def _split(
     model: Model, places: Sequence[Place], tokens: int, measure: Callable[[Stage], StageBytes]
-) -> list[Stage]:
-    """Stages on those of the places that are needed, beside `tokens` of cache."""
+) -> tuple[list[Stage], Sequence[Place]]:
+    """Stages on those of the places that are needed, and these, beside `tokens` of cache."""
     layers = len(model.architecture.cache_layers)
     most = [_most_layers(i, places, layers, tokens, measure) for i in range(len(places))]
     if sum(most) < layers:
-        raise _too_small(model, places, most, tokens)
+        raise _too_small(model, places, most, tokens - MARGIN)
     counts = _counts(places, most, layers)
     if 0 in counts:
         used = [place for place, count in zip(places, counts, strict=True) if count]
@@ -250,10 +268,11 @@ def _split(
             counts[counts.index(0)] += 1
             counts[counts.index(max(counts))] -= 1
     ends, last = list(accumulate(counts)), len(counts) - 1
-    return [
+    stages = [
         Stage(place.name, place.kind, ends[i] - counts[i], ends[i], i == 0, i == last)
         for i, place in enumerate(places)
     ]
+    return stages, places
 
 
 def _most_layers(

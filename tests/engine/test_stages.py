@@ -16,6 +16,7 @@ from halfweight.engine.runners.gpu import GpuRunner
 from halfweight.errors import DoesNotFitError, UsageError
 from halfweight.memory.devices import processor_device
 from halfweight.model.stage import enters, leaves
+from halfweight.quantization.scheme import Recipe, Scheme
 
 LAYERS = 4
 DEEP = {"num_hidden_layers": LAYERS, "layer_types": ["full_attention"] * LAYERS}
@@ -184,3 +185,23 @@ def test_progress_is_told_of_all_stages(models, monkeypatch):
     assert {total for _, total in told} == {first + second}
     done = [first // 2, first, first + second // 2, first + second]
     assert [number for number, _ in told] == done
+
+
+def test_what_is_kept_in_16_bits_may_part_the_runners(tmp_path):
+    """The first stage then runs by transformers in pages of 16 tokens, the second in 32."""
+    keep = ("*embed*", "*.0.self_attn.o_proj*")
+    folder = tp_models.make("llama", tmp_path, Recipe(Scheme(32), keep=keep))
+    whole = make_runner(halfweight.load(folder, dtype=torch.float32), **LIMITS)
+    expected = logits_of(whole)
+    running = start(folder, ["cpu", "cpu"], {"dtype": torch.float32}, LIMITS)
+    assert [stage.runner.page_tokens for stage in running.runner.stages] == [16, 32]
+    assert (running.runner.num_pages - 1) * running.runner.page_tokens == LIMITS["cache_tokens"]
+    error = (logits_of(running.runner) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-4
+
+
+def test_a_model_in_16_bits_lies_on_stages_too(models):
+    folder = models("qwen2").parent / "source"
+    whole = make_runner(halfweight.load(folder), **LIMITS)
+    running = start(folder, ["cpu", "cpu", "cpu"], {}, LIMITS)
+    assert torch.equal(logits_of(running.runner), logits_of(whole))

@@ -78,7 +78,7 @@ class Station:
 
         On the stage's device, valid until the next step.
         """
-        with _on(self.runner.device):
+        with on_device(self.runner.device):
             if self._entering is not None:
                 assert states is not None
                 to_gpu = self.runner.device.type == "cuda"  # on a CPU who reads must wait
@@ -104,5 +104,6 @@ class Station:
         return replace(chunk, pages=pages)
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """In which kernels, streams and graphs are the device's."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from halfweight.checkpoint.headers import Checkpoint, quantized_modules, read_headers, resolve
-from halfweight.engine.pipeline.runner import StagedRunner
+from halfweight.engine.pipeline.runner import StagedRunner, on_device
 from halfweight.engine.runners import MOST_SEQUENCES, make_runner
 from halfweight.engine.runners.gpu_memory import FIXED_BYTES
 from halfweight.engine.step import Runner
 from halfweight.errors import UsageError
 from halfweight.memory.device_memory import available_bytes, indexed, named_device
 from halfweight.memory.devices import processor_device
-from halfweight.memory.pipeline import Limits, Pipeline, Place, place_layers
+from halfweight.memory.engine_memory import PAGE_TOKENS
+from halfweight.memory.pipeline import Limits, Pipeline, Place, StageBytes, place_layers
 from halfweight.memory.plan import Model
 from halfweight.memory.workload import Weights
 from halfweight.model.loading import load_checkpoint
@@ -87,14 +88,24 @@ def start(
     own: dict[str, Any] = {
         "max_sequences": pipeline.max_sequences,
         "max_context": pipeline.max_context,
-        "cache_tokens": pipeline.cache_tokens,
         "kv_cache": limits.get("kv_cache") or "16bit",
     }
     runners = []
-    for loaded in models:
-        runners.append(make_runner(loaded, **own))
+    for loaded, part in zip(models, pipeline.parts, strict=True):
+        own["cache_tokens"] = _tokens_of(part, pipeline)
+        with on_device(loaded.device):
+            runners.append(make_runner(loaded, **own))
         _refuse_what_keeps_more(runners[-1], loaded)
     return Running(StagedRunner(models, runners, pipeline.step_tokens), models[0])
+
+
+def _tokens_of(part: StageBytes, pipeline: Pipeline) -> int:
+    """Tokens of cache of a stage, so that its pages are the largest stage's, with page 0, or parts
+    of these.
+    """
+    largest = max(PAGE_TOKENS[other.runner] for other in pipeline.parts)
+    whole = -(-pipeline.cache_tokens // largest) * largest
+    return whole + largest - PAGE_TOKENS[part.runner]
 
 
 def _load(checkpoint: Checkpoint, pipeline: Pipeline, loading: dict[str, Any]) -> list[Any]:
@@ -104,7 +115,9 @@ def _load(checkpoint: Checkpoint, pipeline: Pipeline, loading: dict[str, Any]) -
     models, done = [], 0
     for stage, part in zip(pipeline.stages, parts, strict=True):
         progress = None if tell is None else _after(done, total, tell)
-        models.append(load_stage(part, stage, pipeline.step_tokens, progress=progress, **loading))
+        with on_device(torch.device(stage.device)):
+            loaded = load_stage(part, stage, pipeline.step_tokens, progress=progress, **loading)
+        models.append(loaded)
         done += part.num_bytes
     return models
 
