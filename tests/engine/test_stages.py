@@ -9,12 +9,16 @@ from stage_steps import LIMITS, logits_of, short_steps, staged, stages_at
 
 import halfweight
 from halfweight.checkpoint.headers import read_headers
-from halfweight.engine.pipeline.start import _load, find_places, plan_stages, start
+from halfweight.engine.pipeline.start import _load, find_places, place_on, plan_stages, start
 from halfweight.engine.runners import make_runner
 from halfweight.engine.runners.cpu import CpuRunner
 from halfweight.engine.runners.gpu import GpuRunner
 from halfweight.errors import DoesNotFitError, UsageError
+from halfweight.memory.architecture import architecture
 from halfweight.memory.devices import processor_device
+from halfweight.memory.pipeline import Place
+from halfweight.memory.plan import Model
+from halfweight.memory.presets import preset
 from halfweight.model.stage import enters, leaves
 from halfweight.quantization.scheme import Recipe, Scheme
 
@@ -205,3 +209,15 @@ def test_a_model_in_16_bits_lies_on_stages_too(models):
     whole = make_runner(halfweight.load(folder), **LIMITS)
     running = start(folder, ["cpu", "cpu", "cpu"], {}, LIMITS)
     assert torch.equal(logits_of(running.runner), logits_of(whole))
+
+
+def test_gpus_that_hold_all_run_as_many_sequences_as_gpus_do(monkeypatch):
+    places = [Place(f"cuda:{i}", "cuda", 22 << 30) for i in range(4)]
+    cpu = Place("cpu", "cpu", 60 << 30)
+    monkeypatch.setattr("halfweight.engine.pipeline.start.find_places", lambda names: names)
+    seventy = Model.from_recipe(architecture(preset("llama-3-70b")))
+    gpus, both, few = (
+        place_on(seventy, "int8", some, {}) for some in (places, [*places, cpu], [*places[:2], cpu])
+    )
+    assert both == gpus
+    assert (gpus.max_sequences, few.max_sequences) == (256, 32)

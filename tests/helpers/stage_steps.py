@@ -69,8 +69,7 @@ def short_steps(page_tokens):
     def chunk(slot, start, num, num_logits):
         return Chunk(slot, start, num, num_logits, [1 + slot])
 
-    yield [chunk(0, 0, 5, 0)]
-    yield [chunk(0, 5, 3, 1), chunk(1, 0, 9, 2)]
+    yield [chunk(0, 0, 8, 0), chunk(1, 0, 9, 2)]
     yield [chunk(0, 8, 1, 0), chunk(1, 9, 1, 1)]
     yield [chunk(1, 10, 1, 1), chunk(0, 9, 4, 3)]
     yield [chunk(0, 13, 12, 12)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ from halfweight.engine.pipeline.runner import StagedRunner, on_device
 from halfweight.engine.runners import MOST_SEQUENCES, make_runner
 from halfweight.engine.runners.gpu_memory import FIXED_BYTES
 from halfweight.engine.step import Runner
-from halfweight.errors import UsageError
-from halfweight.memory.device_memory import available_bytes, indexed, named_device
+from halfweight.errors import DoesNotFitError, UsageError
+from halfweight.memory.device_memory import available_bytes, indexed, named_device, out_of_memory
 from halfweight.memory.devices import processor_device
 from halfweight.memory.engine_memory import PAGE_TOKENS
 from halfweight.memory.pipeline import Limits, Pipeline, Place, StageBytes, place_layers
@@ -29,6 +30,7 @@ from halfweight.model.weight_reader import Progress
 
 log = logging.getLogger("halfweight")
 
+LESS = "ask for fewer cache_tokens, fewer sequences or a shorter context"
 AUTO = "auto"
 """In place of devices: all GPUs, and the CPU for what they do not hold."""
 CPU_SHARE = 0.8
@@ -61,9 +63,19 @@ def place_on(
 ) -> Pipeline:
     """The same for a model as plans know it, which need not be here."""
     places = find_places(devices)
+    found = place_layers(model, places, _asked(limits, places), weights)
+    used = {stage.kind for stage in found.stages}
+    without_cpu = [place for place in places if place.kind in used]
+    if len(without_cpu) < len(places):
+        with suppress(DoesNotFitError):  # GPUs alone run more sequences, which take more
+            return place_layers(model, without_cpu, _asked(limits, without_cpu), weights)
+    return found
+
+
+def _asked(limits: dict[str, Any], places: Sequence[Place]) -> Limits:
+    """As many sequences as the slowest kind of device is good for, if no number is given."""
     most = min(MOST_SEQUENCES[place.kind] for place in places)
-    asked = {**limits, "max_sequences": limits.get("max_sequences") or most}
-    return place_layers(model, places, Limits(**asked), weights)
+    return Limits(**{**limits, "max_sequences": limits.get("max_sequences") or most})
 
 
 def start(
@@ -93,7 +105,7 @@ def start(
     runners = []
     for loaded, part in zip(models, pipeline.parts, strict=True):
         own["cache_tokens"] = _tokens_of(part, pipeline)
-        with on_device(loaded.device):
+        with on_device(loaded.device), out_of_memory(loaded.device, "a stage", hint=LESS):
             runners.append(make_runner(loaded, **own))
         _refuse_what_keeps_more(runners[-1], loaded)
     return Running(StagedRunner(models, runners, pipeline.step_tokens), models[0])
