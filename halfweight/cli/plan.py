@@ -11,6 +11,7 @@ import typer
 
 from halfweight.cli import app
 from halfweight.cli.output import print_json, size, stderr, stdout
+from halfweight.cli.stages import plan_on_devices
 from halfweight.errors import DoesNotFitError, UsageError
 from halfweight.quantization.scheme import Recipe, Scheme
 
@@ -72,6 +73,10 @@ def plan(
         Path | None, typer.Option(help="Write a page with sliders; needs no network.")
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="Of this machine, one after the other: cuda:0,cpu, or auto."),
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Say what a model needs of each device and whether it fits (exit 0) or not (exit 3).
@@ -88,6 +93,13 @@ def plan(
     scheme, kept = Scheme(size_or_row, scale), tuple(keep or ())
     recipe = Recipe(scheme, kept, group_size is not None, tensor_parallel or 1)
     found = planned_model(model, recipe)
+    if devices is not None:
+        if gpus or tensor_parallel:
+            raise UsageError(
+                "--devices beside --gpus or --tensor-parallel", hint="give one of them"
+            )
+        plan_on_devices(found, devices, context, batch, kv_dtype, json_output)
+        return 0
     target = _target(gpus, budget, reserve)
     ranks = tensor_parallel or target.gpus.count
     if ranks > target.gpus.count:

@@ -1,4 +1,4 @@
-"""`--tensor-parallel` and `--devices`: how many ranks run a model, and where."""
+"""`--tensor-parallel` and `--devices`: how many ranks run a model, or which stages, and where."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from halfweight.cli.output import stderr
+from halfweight.cli.stages import device_names
 from halfweight.errors import UsageError
 
 TensorParallel = Annotated[
@@ -14,7 +15,11 @@ TensorParallel = Annotated[
     typer.Option(min=1, help="Processes that run the model together, a GPU each."),
 ]
 Devices = Annotated[
-    str | None, typer.Option(help="Theirs, one each: cuda:0,cuda:1 [default: the first GPUs].")
+    str | None,
+    typer.Option(
+        help="Theirs, one each [default: the first GPUs]. Without --tensor-parallel they hold the "
+        "layers one after the other: cuda:0,cuda:1,cpu, or auto."
+    ),
 ]
 
 
@@ -23,18 +28,18 @@ def rank_options(
 ) -> dict[str, Any]:
     """Options of Engine. Without any said, as many ranks as torchrun has started, or one.
 
-    Raises UsageError for --devices beside --device.
+    Raises UsageError for --devices beside --device, or with a single one.
     """
     from halfweight.engine.parallel.outside import Place
 
     if devices is not None and device is not None:
         raise UsageError("--device and --devices", hint="give one of them")
-    places = None if devices is None else [name.strip() for name in devices.split(",")]
     place = Place.found()
-    count = tensor_parallel or (len(places) if places else place.ranks if place else 1)
-    if count == 1 and places:
-        raise UsageError(f"one rank with --devices {devices}", hint="give --device")
-    return {"tensor_parallel": count, "devices": places}
+    count = tensor_parallel or (place.ranks if place else 1)
+    names = device_names(devices)
+    if count == 1 and names and len(names) == 1 and names != ["auto"]:
+        raise UsageError(f"one device in --devices {devices}", hint="give --device")
+    return {"tensor_parallel": count, "devices": names}
 
 
 def as_many_as_needed(
@@ -49,7 +54,8 @@ def as_many_as_needed(
     from halfweight.memory.device_memory import available_bytes
 
     count = torch.cuda.device_count()
-    if options["tensor_parallel"] > 1 or device is not None or count < 2:
+    is_said = options["tensor_parallel"] > 1 or options["devices"] or device is not None
+    if is_said or count < 2:
         return options
     free = min(available_bytes(f"cuda:{i}") or 0 for i in range(count))
     needed = _fewest(model, count, free, context, kv_cache)

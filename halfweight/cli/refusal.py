@@ -22,7 +22,7 @@ def require_room(
     """Raise DoesNotFitError if `batch` sequences of `context()` tokens cannot fit beside the model.
 
     Only on CUDA, whose free memory is known; a CPU can swap. Of several `ranks` (`rank_options`)
-    each holds its part on a GPU like the first.
+    each holds its part on a GPU like the first. Stages are placed by what is free, or refused then.
     """
     import torch
 
@@ -33,6 +33,8 @@ def require_room(
     from halfweight.memory.workload import Workload
 
     count, first = ranks["tensor_parallel"], (ranks["devices"] or [None])[0]
+    if first and count == 1:
+        return
     free = available_bytes(first or device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if free is None:
         return

@@ -16,6 +16,7 @@ from halfweight.cli import app
 from halfweight.cli.output import bytes_bar, print_json, stderr
 from halfweight.cli.ranks import Devices, TensorParallel, follow_if_told, rank_options
 from halfweight.cli.refusal import Force, longest_prompt, require_room
+from halfweight.cli.stages import say_stages
 from halfweight.errors import UsageError
 
 if TYPE_CHECKING:
@@ -179,6 +180,8 @@ def open_engine(
     follow_if_told()
     folder = resolve(model)
     _refuse_what_does_not_write(folder.name, read_headers(folder).config)
+    if limits.get("devices") and limits.get("tensor_parallel", 1) == 1:
+        say_stages(str(folder), limits["devices"], limits)
     begin = time.perf_counter()
     with bytes_bar() as bar:
         task = bar.add_task("loading", total=None)

@@ -89,7 +89,9 @@ class Engine:
         `tokenizer` is by default the model's own. With `speculates` text that repeats is guessed
         and checked, several tokens a step; that changes no answer. With `tensor_parallel` several
         processes run the model together, each on one of `devices`, by default on as many GPUs, and
-        on the CPU where there is none. Raises what `halfweight.load` and `make_runner` do, and
+        on the CPU where there is none. Without it `devices` hold the layers one after the other, as
+        many as there is room for ("cuda:0", "cuda:1", "cpu"; ["auto"] is all GPUs, then the CPU).
+        Raises what `halfweight.load` and `make_runner` do, and
         RankError where one of several ranks is lost.
         """
         loading: dict[str, Any] = {

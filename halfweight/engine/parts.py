@@ -45,13 +45,15 @@ def make_parts(
     """The parts for a folder, a Hub id or a model that is loaded.
 
     `loading` are options of `halfweight.load`, `limits` of `make_runner`; raises what they do, and
-    for several ranks what `parallel.start` does.
+    for several ranks what `parallel.start` does, for several devices what `pipeline.start` does.
     """
     from halfweight.engine.grammar import GrammarCompiler
     from halfweight.engine.sampler import Sampler
 
     if ranks > 1:
         loaded, runner = _start_ranks(model, loading, limits, ranks, devices)
+    elif devices:
+        loaded, runner = _start_stages(model, loading, limits, devices)
     else:
         loaded = _load(model, **loading)
         runner = make_runner(loaded, **limits)
@@ -75,15 +77,31 @@ def _start_ranks(
     """Rank 0's part of a model and its runner."""
     from halfweight.engine.parallel.start import start
 
-    if not isinstance(model, str | os.PathLike):
-        raise UsageError(
-            "several ranks load a model themselves, and this one is loaded",
-            hint="give the model's name",
-        )
+    _require_name(model)
     if devices is None and loading["device"] is not None:
         devices = [str(loading["device"])] * ranks
     running = start(model, ranks, devices, loading, limits)
     return running.model, running.runner
+
+
+def _start_stages(
+    model: Any, loading: dict[str, Any], limits: dict[str, Any], devices: Sequence[str]
+) -> tuple[Any, Runner]:
+    """The first stage's model and the runner over all."""
+    from halfweight.engine.pipeline.start import start
+
+    _require_name(model)
+    options = {name: value for name, value in loading.items() if name != "device"}
+    running = start(model, devices, options, limits)
+    return running.model, running.runner
+
+
+def _require_name(model: Any) -> None:
+    if not isinstance(model, str | os.PathLike):
+        raise UsageError(
+            "several devices load a model by themselves, and this one is loaded",
+            hint="give the model's name",
+        )
 
 
 def _load(model: Any, **options: Any) -> Any:

@@ -8,7 +8,7 @@ be launched before anybody has looked at the tokens of this one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -37,6 +37,11 @@ class Chunk:
 
 Step = Sequence[Chunk]
 """Chunks of different slots that run together; those of one token first, then the others."""
+
+
+def wanting_all(step: Step) -> list[Chunk]:
+    """The step with what each of its tokens gives: of a stage (model/stage.py) all states go on."""
+    return [replace(chunk, num_logits=chunk.num_tokens) for chunk in step]
 
 
 class Runner(Protocol):

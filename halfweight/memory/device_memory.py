@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from halfweight.errors import DoesNotFitError
+from halfweight.errors import DoesNotFitError, UsageError
 
 GIB = 1 << 30
 
@@ -18,6 +18,16 @@ def indexed(device: torch.device | str) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def named_device(name: str) -> torch.device:
+    """The device of a name. Raises UsageError for what is none."""
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UsageError(
+            f"device {name!r} is not known", hint="name each as cuda:0, cuda:1 or cpu"
+        ) from None
 
 
 def available_bytes(device: torch.device | str) -> int | None:

@@ -23,6 +23,8 @@ FEW_SEQUENCES = 8
 READ_TOKENS = 1024
 """Tokens of a recorded step of prompts at most, in 16-bit pages: the launches of more are no
 slower than the GPU."""
+LOGIT_ROWS = 2048
+"""Rows of logits of a mixed step that are counted: prompts whose own log chances are wanted."""
 SMALL_BUCKETS = (1, 2, 4)
 BUCKET_STEP = 8
 """Between the larger buckets."""

@@ -1,6 +1,8 @@
 """`--tensor-parallel` and `--devices`: refusals before anything starts, and Ctrl-C ends all."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,8 +25,10 @@ from halfweight.memory.presets import preset
         (("--tensor-parallel", "3"), "3 GPUs do not divide 4 heads", "legal tensor-parallel sizes"),
         (("--tensor-parallel", "2", "--devices", "cpu"), "1 devices for 2 ranks", "name one"),
         (("--device", "cpu", "--devices", "cpu,cpu"), "--device and --devices", "give one"),
-        (("--devices", "cpu"), "one rank with --devices cpu", "give --device"),
+        (("--devices", "cpu"), "one device in --devices cpu", "give --device"),
         (("--devices", "cpu,moon"), "device 'moon' is not known", "cuda:0"),
+        (("--devices", "cpu,meta"), "device 'meta' is not known", "cuda:0"),
+        (("--devices", "cpu,cuda:9"), "there is no cuda:9: this machine has ", "--devices auto"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(
@@ -60,6 +64,9 @@ def test_serve_takes_as_many_gpus_as_the_plan_says(
     assert as_many_as_needed(int8_folder, options, "cuda:1", 4096, "16bit") == options
 
 
+RANKS = ("--tensor-parallel", "2", "--devices", "cpu,cpu")
+
+
 def children(pid):
     """Processes that a process has started and that run."""
     found = []
@@ -75,7 +82,7 @@ def children(pid):
 
 def test_chat_on_two_ranks_until_ctrl_c(capsys, int8_folder, monkeypatch):
     options = (int8_folder, "--max-new-tokens", "4", "--greedy", "--dtype", "float32")
-    command = [sys.executable, "-m", "halfweight", "chat", *options, "--devices", "cpu,cpu"]
+    command = [sys.executable, "-m", "halfweight", "chat", *options, *RANKS]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     pipe = subprocess.PIPE
     with subprocess.Popen(
@@ -93,3 +100,37 @@ def test_chat_on_two_ranks_until_ctrl_c(capsys, int8_folder, monkeypatch):
     code, alone, _ = run(capsys, "generate", int8_folder, "user w5 w9", *options[1:])
     assert code == 0
     assert answer.split() == alone.split()
+
+
+def test_generate_over_stages_says_what_lies_where(capsys, int8_folder):
+    options = (int8_folder, "w5 w9", "--max-new-tokens", "6", "--greedy")
+    code, alone, _ = run(capsys, "generate", *options, "--device", "cpu")
+    assert code == 0
+    code, text, err = run(capsys, "generate", *options, "--devices", "cpu,cpu")
+    assert code == 0
+    assert text == alone
+    lines = err.splitlines()
+    assert lines[0].startswith("cpu: embedding, layers 0 to 0, ")
+    assert lines[1].startswith("cpu: layers 1 to 1, head, ")
+    assert re.match(
+        r"at most [\d.]+ tokens a second of one text, by the bytes read: cpu ", lines[2]
+    )
+
+
+def test_plan_on_devices_of_this_machine(capsys, int8_folder):
+    code, text, _ = run(capsys, "plan", int8_folder, "--devices", "cpu,cpu", "--context", "64")
+    assert code == 0
+    assert "cpu: layers 1 to 1, head, " in text
+    options = ("--devices", "auto", "--context", "64", "--json")
+    code, text, _ = run(capsys, "plan", int8_folder, *options)
+    assert code == 0
+    found = json.loads(text)
+    assert sum(end - begin for begin, end in (s["layers"] for s in found["stages"])) == 2
+    seconds = sum(s["read_bytes"] / s["read_bandwidth"] for s in found["stages"])
+    assert found["tokens_per_second"] == pytest.approx(1 / seconds)
+    code, _, err = run(capsys, "plan", "llama-3.1-405b", "--devices", "cpu,cpu")
+    assert code == 3
+    assert "error: 126 layers, each beside 4096 tokens of KV cache, do not fit: cpu holds " in err
+    code, _, err = run(capsys, "plan", int8_folder, "--devices", "cpu,cpu", "--gpus", "24GB")
+    assert code == 2
+    assert "--devices beside --gpus or --tensor-parallel" in err

@@ -1,5 +1,7 @@
 """Small models of the families that several ranks run, whose sizes four ranks divide."""
 
+import copy
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -35,10 +37,15 @@ CONFIGS = {
 }
 
 
-def make(kind, folder, recipe=None):
-    """A random model of the kind in INT8, its norms and biases away from 1 and 0."""
+def make(kind, folder, recipe=None, **changes):
+    """A random model of the kind in INT8, its norms and biases away from 1 and 0; `changes` of its
+    config.
+    """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind])
+    config = copy.deepcopy(CONFIGS[kind])
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         scale = 1.0 if "embed" in name else 0.3 if parameter.dim() == 1 else 0.05
         parameter.data += scale * torch.randn_like(parameter)

@@ -20,6 +20,7 @@ from halfweight.engine.parallel.ranks import STARTING_SECONDS, Ranks
 from halfweight.engine.parallel.runner import SharedRunner
 from halfweight.engine.runners import make_runner
 from halfweight.errors import UsageError
+from halfweight.memory.device_memory import named_device
 from halfweight.model.share import check_shareable, described, load_part, own_part
 
 log = logging.getLogger("halfweight")
@@ -116,7 +117,7 @@ def _lead(job: Job, store: Any, others: Ranks, loading: dict[str, Any]) -> Runni
 def choose_devices(ranks: int, devices: Sequence[str] | None) -> list[torch.device]:
     """A device for each rank; raises UsageError where there are too few, or other than so many."""
     if devices is not None:
-        found = [_device(name) for name in devices]
+        found = [named_device(name) for name in devices]
         if len(found) != ranks:
             raise UsageError(
                 f"{len(found)} devices for {ranks} ranks", hint="name one device for each rank"
@@ -131,15 +132,6 @@ def choose_devices(ranks: int, devices: Sequence[str] | None) -> list[torch.devi
             hint="name the devices, one for each rank: several may be the same",
         )
     return [torch.device("cuda", i) for i in range(ranks)]
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UsageError(
-            f"device {name!r} is not known", hint="name each as cuda:0, cuda:1 or cpu"
-        ) from None
 
 
 def _sendable(loading: dict[str, Any]) -> dict[str, Any]:

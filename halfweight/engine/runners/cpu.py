@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from halfweight.engine.runners.cpu_step import BatchStep, Pages, token_bytes
 from halfweight.engine.runners.unfit import UnfitError
-from halfweight.engine.step import Chunk, KvCache, Step
+from halfweight.engine.step import Chunk, KvCache, Step, wanting_all
 from halfweight.errors import DoesNotFitError
 from halfweight.kernels.cpu.llvm_vectors import LANES
 from halfweight.memory import engine_memory
@@ -25,6 +25,7 @@ from halfweight.memory.devices import processor_device
 from halfweight.model.llama_like import difference, layer_linears
 from halfweight.model.modules import QuantizedEmbedding, QuantizedLinear
 from halfweight.model.share import shared
+from halfweight.model.stage import enters, leaves
 
 PAGE_TOKENS = engine_memory.PAGE_TOKENS["cpu"]
 CACHE_SHARE = 0.5
@@ -74,6 +75,7 @@ class CpuRunner:
     def run(self, step: Step) -> Tensor:
         """Logits float32 [sum of num_logits, V] in chunk order, valid until the next run."""
         assert self._step is not None
+        step = wanting_all(step) if self._step.leaves else step
         wanted = sum(chunk.num_logits for chunk in step)
         if wanted > len(self._logits):
             self._logits = torch.empty(wanted, self.vocab_size)
@@ -118,10 +120,12 @@ def unsupported(model: PreTrainedModel) -> str | None:
     if model.model.layers[0].self_attn.head_dim % LANES:
         return f"its heads are not a multiple of {LANES} wide"
     embedding = model.get_input_embeddings()
-    if not isinstance(embedding, QuantizedEmbedding) or embedding.embed_scale is not None:
+    in_int8 = isinstance(embedding, QuantizedEmbedding) and embedding.embed_scale is None
+    if not in_int8 and enters(model) is None:
         return "its embedding is not in INT8"
     linears = [linear for layer in model.model.layers for linear in layer_linears(layer)]
-    for linear in (*linears, model.get_output_embeddings()):
+    head = [] if leaves(model) else [model.get_output_embeddings()]
+    for linear in (*linears, *head):
         if not isinstance(linear, QuantizedLinear) or linear.backend_name != "cpu":
             return "not every linear is in INT8 on the backend 'cpu'"
     return None

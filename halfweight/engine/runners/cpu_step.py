@@ -31,6 +31,7 @@ from halfweight.kernels.cpu.threads import Arguments, CFunction, Kernel, num_thr
 from halfweight.memory.engine_memory import STEP_TOKENS
 from halfweight.model.llama_like import layer_linears
 from halfweight.model.modules import QuantizedWeight
+from halfweight.model.stage import enters, leaves
 
 MIN_CALL_TOKENS, MAX_CALL_TOKENS = 32, STEP_TOKENS["cpu"]
 """Tokens of one call, at most: the larger number where a core's cache holds them."""
@@ -110,6 +111,8 @@ class BatchStep:
         self._page_tokens = pages.page_tokens
         self._vocab_size = model.get_output_embeddings().out_features
         self._parts = exact_parts(model.dtype)
+        self._enters, self.leaves = enters(model), leaves(model)
+        """Where states enter, and whether they leave: of a stage (model/stage.py)."""
         self._arguments = Arguments(*[0] * names.STEP_CELLS)
         self.rotary = Rotary(model)
         self._work = torch.empty(0, dtype=torch.uint8)
@@ -120,6 +123,7 @@ class BatchStep:
         """Write the chunks' tokens to their pages and logits float32 [L, V].
 
         `ids` int64 [M] are the new tokens of all chunks in order; L is the sum of their num_logits.
+        A stage (model/stage.py) takes up states where they enter, and gives them as logits.
         """
         cells = self._arguments.cells
         count, longest = self._place(chunks)
@@ -129,12 +133,19 @@ class BatchStep:
         cells[names.NUM_TOKENS], cells[names.NUM_SEQUENCES] = count, len(chunks)
         cells[names.NUM_LOGITS], cells[names.LOGITS] = len(logits), logits.data_ptr()
         self._counters.fill(0)
+        if self._enters is not None:
+            self._hidden[:count] = self._enters.table[torch.from_numpy(ids)]
+            self._counters[[names.EMBEDDING_TICKET, names.EMBEDDING_DONE]] = count
+        if self.leaves:
+            cells[names.NUM_LOGITS] = 0
         threads = num_threads()
         if len(self._work) < threads * cells[names.WORK_BYTES]:
             self._work = torch.empty(threads * cells[names.WORK_BYTES], dtype=torch.uint8)
             cells[names.WORK] = self._work.data_ptr()
         cells[names.THREADS] = threads
         _kernel.run(self._arguments, threads)
+        if self.leaves:
+            logits.copy_(self._hidden[torch.from_numpy(self._wanted[: len(logits)])])
 
     def _place(self, chunks: Sequence[Chunk]) -> tuple[int, int]:
         """Fill in positions, page tables and wanted logits; tokens, and the longest sequence."""
@@ -187,8 +198,10 @@ class BatchStep:
         self.max_tokens = MAX_CALL_TOKENS
         if all_turned_bytes(widest, digits, self.max_tokens) > CACHE_BYTES:
             self.max_tokens = MIN_CALL_TOKENS
+        self._hidden = torch.empty(self.max_tokens, config.hidden_size)
         sizes = work_bytes(widest, digits, size, page_tokens, self.max_tokens)
         score, add = _attention[pages.dtype]
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
         values = {
             names.NUM_LAYERS: len(layers),
             names.LAYERS: self._address(layers),
@@ -202,13 +215,13 @@ class BatchStep:
             names.DIGITS: digits,
             names.EPSILON: _bits(body.norm.variance_epsilon),
             names.SCALING: _bits(attention.scaling),
-            names.HIDDEN: self._floats(config.hidden_size),
+            names.HIDDEN: self._address(self._hidden),
             names.QKV: self._floats(qkv),
             names.ATTENDED: self._floats(attended),
             names.ACTIVATED: self._floats(inner),
-            names.EMBEDDING: self._linear_address(model.get_input_embeddings()),
+            names.EMBEDDING: 0 if self._enters else self._linear_address(table),
             names.FINAL_NORM: self._norm(body.norm),
-            names.HEAD: self._linear_address(model.get_output_embeddings()),
+            names.HEAD: 0 if self.leaves else self._linear_address(head),
             names.WIDEST: widest,
             names.PREPARED: self._address(torch.zeros(sizes.prepared, dtype=torch.uint8)),
             names.WORK_BYTES: sizes.own,

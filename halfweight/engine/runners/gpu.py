@@ -47,7 +47,7 @@ from halfweight.engine.runners.gpu_memory import (
 from halfweight.engine.runners.gpu_read import ReadStep, read_bucket, read_buckets
 from halfweight.engine.runners.gpu_steps import FewTokens, MixedStep, Parts, Recordings
 from halfweight.engine.runners.unfit import UnfitError
-from halfweight.engine.step import KvCache, Step
+from halfweight.engine.step import KvCache, Step, wanting_all
 from halfweight.kernels.triton.launch import device_info, launch
 from halfweight.memory.engine_memory import (
     FEW_SEQUENCES,
@@ -60,6 +60,7 @@ from halfweight.memory.engine_memory import (
 )
 from halfweight.model.llama_like import difference, layer_linears
 from halfweight.model.share import can_be_recorded, free_on_all
+from halfweight.model.stage import logits_width
 
 log = logging.getLogger("halfweight")
 
@@ -99,7 +100,7 @@ class GpuRunner:
             raise UnfitError(reason)
         self.device, self.kv_cache = model.device, kv_cache
         self.max_sequences, self.max_step_tokens = max_sequences, max_step_tokens
-        self.vocab_size = int(model.config.vocab_size)
+        self.vocab_size = logits_width(model)
         is_invariant, shape = has_invariant_products(model), Shape.of(model)
         layers = Layers(model, row_by_row) if is_invariant else Layers(model)
         self._can_be_recorded = can_be_recorded(model)
@@ -120,14 +121,19 @@ class GpuRunner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
-        """Logits [sum of num_logits, V] in the model's dtype; see Runner."""
+        """Logits [sum of num_logits, V] in the model's dtype; see Runner.
+
+        Of a stage the states of all tokens, by the way that the whole model takes for the step.
+        """
         self._send_pages(step)
+        is_read = ReadStep.takes(self._parts, step)
+        step = wanting_all(step) if self._parts.layers.leaves else step
         most = max(chunk.num_tokens for chunk in step)
         if most == 1:
             return self._few(len(step), 1)(step)
         if most <= FEW_TOKENS and len(step) <= FEW_SEQUENCES:
             return self._few(len(step), FEW_TOKENS)(step)
-        if ReadStep.takes(self._parts, step):
+        if is_read:
             logits = self._read(sum(chunk.num_tokens for chunk in step))(step)
             return logits[: sum(chunk.num_logits for chunk in step)]
         return self._mixed(step)
@@ -186,6 +192,8 @@ class GpuRunner:
         self._inputs = Inputs(size, self.device)
         self._updates = Inputs(2 * self._page_tables.max_pages, self.device)
         rows = recorded_rows(self.max_sequences)
+        if self._parts.layers.leaves:
+            rows = max(rows, self._most_read())
         self._logits = torch.empty(rows, self.vocab_size, dtype=dtype, device=self.device)
         self._recordings = Recordings(self.device, is_on=self._can_be_recorded)
         self._steps: dict[tuple[int, int], FewTokens] = {}

@@ -18,6 +18,7 @@ from halfweight.kernels.triton.launch import launch
 from halfweight.memory.engine_memory import power_of_two
 from halfweight.model.llama_like import layer_linears
 from halfweight.model.modules import QuantizedEmbedding, QuantizedLinear, stack
+from halfweight.model.stage import leaves
 
 COLUMNS = 1024
 """Of the gated activation, to a program."""
@@ -65,6 +66,8 @@ class Layers:
         head = model.get_output_embeddings()
         product = _direct(head)
         self._head = product if isinstance(head, QuantizedLinear) else vendors(product)
+        self.leaves = leaves(model)
+        """Whether states go on to another stage, in place of logits."""
         self._final_norm: Tensor = body.norm.weight.detach()
         self.epsilon = float(body.norm.variance_epsilon)
 
@@ -81,7 +84,12 @@ class Layers:
         return hidden, delta
 
     def logits(self, hidden: Tensor, delta: Tensor) -> Tensor:
-        """Logits [rows, V] in the model's dtype of what `hidden` gives; adds in place."""
+        """Logits [rows, V] in the model's dtype of what `hidden` gives; adds in place.
+
+        Of a stage whose states leave it these, [rows, H].
+        """
+        if self.leaves:
+            return hidden + delta
         return self._head(self._norm(hidden, delta, self._final_norm))
 
     def _norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:

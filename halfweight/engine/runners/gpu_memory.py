@@ -8,14 +8,19 @@ from transformers import PreTrainedModel
 
 from halfweight.engine.runners.gpu_attention import PAGE_TOKENS, Shape
 from halfweight.errors import DoesNotFitError
-from halfweight.memory.engine_memory import Limits, Sizes, gpu_parts, page_bytes
+from halfweight.memory.engine_memory import (
+    LOGIT_ROWS,
+    Limits,
+    Sizes,
+    gpu_parts,
+    page_bytes,
+)
 from halfweight.model.share import shared
+from halfweight.model.stage import logits_width
 
 GIB = 1 << 30
 FIXED_BYTES = 768 << 20
 """Workspaces of the products, CUDA graphs, and the code of kernels that are not loaded yet."""
-LOGIT_ROWS = 2048
-"""Rows of logits of a mixed step that are counted: prompts whose own log chances are wanted."""
 
 
 def sizes_of(model: PreTrainedModel) -> Sizes:
@@ -28,7 +33,7 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
         shape.heads,
         shape.kv_heads,
         shape.head_size,
-        int(config.vocab_size),
+        logits_width(model),
         shape.dtype.itemsize,
         1 if by is None else by.share.ranks,
     )

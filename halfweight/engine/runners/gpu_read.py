@@ -61,7 +61,10 @@ class ReadStep:
         return Sections(**sizes, row_parts=tokens * ROW_FIELDS, work=items * FIELDS)
 
     def __call__(self, step: Step) -> Tensor:
-        """The buffer of logits: those asked for come first, in order."""
+        """The buffer of logits: those asked for come first, in order.
+
+        Of a stage whose states leave it, the states of all tokens.
+        """
         work = self._parts.prompt_work(step, self._tokens)
         self._pack(step, work, self._inputs.host_array())
         self._inputs.send(self._sections.total)
@@ -75,7 +78,8 @@ class ReadStep:
         _fill(of(host, "ids"), ids, nobody * parts.table.shape[1])
         _fill(of(host, "tables"), tables, nobody * parts.max_pages)
         _fill(of(host, "positions"), positions, 0)
-        _fill(of(host, "rows"), list(wanted_rows(step)), 0)
+        wanted = [] if parts.layers.leaves else list(wanted_rows(step))
+        _fill(of(host, "rows"), wanted, 0)
         _fill(of(host, "work"), work.items.reshape(-1), 0)
         of(host, "row_parts")[:] = work.row_parts.reshape(-1)
 
@@ -85,6 +89,9 @@ class ReadStep:
         work = WorkList(*lists, self._tokens, self._num_parts)
         attend = partial(self._attend, work, of(inputs, "tables"), of(inputs, "positions"))
         hidden, delta = layers.hidden(self._parts.ids(of(inputs, "ids")), attend)
+        if layers.leaves:
+            self._logits[: self._tokens].copy_(layers.logits(hidden, delta))
+            return
         rows = of(inputs, "rows")
         logits = layers.logits(hidden.index_select(0, rows), delta.index_select(0, rows))
         self._logits[:READ_CHUNKS].copy_(logits)

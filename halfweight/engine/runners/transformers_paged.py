@@ -46,12 +46,13 @@ from halfweight.engine.runners.row import (
     to_device,
 )
 from halfweight.engine.runners.unfit import UnfitError
-from halfweight.engine.step import Chunk, KvCache, Step
+from halfweight.engine.step import Chunk, KvCache, Step, wanting_all
 from halfweight.memory import engine_memory
 from halfweight.memory.device_memory import out_of_memory
 from halfweight.memory.engine_memory import power_of_two
 from halfweight.model.experts import has_experts
 from halfweight.model.share import can_be_recorded, free_on_all
+from halfweight.model.stage import leaves
 
 log = logging.getLogger("halfweight")
 
@@ -90,6 +91,7 @@ class TransformersRunner:
         self.device = model.device
         self.max_sequences, self.max_context = max_sequences, max_context
         self._model, self._configs = model, configs_of(model)
+        self._leaves = leaves(model)
         self._arguments = inspect.signature(type(model).forward).parameters
         self._classes = LengthClasses(model, max_context)
         self.shares_prefixes = not self._classes.boundaries
@@ -106,6 +108,7 @@ class TransformersRunner:
 
     def run(self, step: Step) -> Tensor:
         """Logits [sum of num_logits, V] of the chunks, in their order."""
+        step = wanting_all(step) if self._leaves else step
         with torch.inference_mode():
             for chunk in step:
                 self._read_again(chunk)
