@@ -4,7 +4,9 @@ import pytest
 import torch
 from others import (
     linears,
+    rewritten,
     rounded,
+    with_linears,
     write_bitsandbytes,
     write_compressed,
     write_float8,
@@ -173,6 +175,32 @@ def test_fp8_of_compressed_tensors(source, tmp_path, strategy):
         exact = stored[name].float() * stored[f"{name}_scale"].float()
         assert torch.equal(decoded(theirs, name), exact.bfloat16()), name
     assert inspect(theirs).form == "a compressed-tensors FP8 checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("called", "config", "scale_of"),
+    [
+        ("an FP8 (fbgemm)", {"quant_method": "fbgemm_fp8"}, lambda w: w.amax(1, keepdim=True)),
+        ("a ModelOpt FP8", {"quant_method": "modelopt", "quant_algo": "FP8"}, lambda w: w.amax()),
+    ],
+)
+def test_fp8_of_fbgemm_and_of_modelopt(source, tmp_path, called, config, scale_of):
+    """A scale a row, a scale a tensor; both have scales of inputs too, which are not for us."""
+
+    def pack(name, weight):
+        scale = scale_of(weight.float().abs()) / 448
+        inputs = {f"{name}.input_scale_ub": torch.ones(1), f"{name}.input_scale": torch.ones(())}
+        data = (weight.float() / scale).to(torch.float8_e4m3fn)
+        return {f"{name}.weight": data, f"{name}.weight_scale": scale, **inputs}
+
+    theirs = rewritten(source, tmp_path / "theirs", lambda t: with_linears(t, pack), **config)
+    assert inspect(theirs).form == f"{called} checkpoint"
+    stored = load_file(theirs / "model.safetensors")
+    for name in linears(tensors_of(source)):
+        exact = stored[name].float() * stored[f"{name}_scale"]
+        assert torch.equal(decoded(theirs, name), exact.bfloat16()), name
+    halfweight.quantize(theirs, tmp_path / "out")
+    assert verify(tmp_path / "out").problems == ()
 
 
 def test_fp8_scales_that_do_not_fit_are_not_there_or_make_no_sense(source, tmp_path):
