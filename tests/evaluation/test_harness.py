@@ -1,5 +1,6 @@
 """lm-evaluation-harness on a quantized model: the same answers as the model's own logits."""
 
+import importlib
 import json
 import tomllib
 from pathlib import Path
@@ -146,6 +147,19 @@ def test_the_harnesss_own_transformers_model_gives_the_same(folder, task_folder,
     for one, other in zip(found, expected, strict=True):
         scores = [[r[0][0] for r in sample["resps"]] for sample in (one, other)]
         assert scores[0] == pytest.approx(scores[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["hf", "halfweight"])
+def test_the_harnesss_own_command_line(monkeypatch, capsys, pair, task_folder, name):
+    """As docs/evaluate.md starts it: what it imports first is what this process has imported."""
+    from lm_eval.__main__ import cli_evaluate
+
+    importlib.import_module("halfweight.evaluation.harness")
+    words = ["--model", name, "--model_args", f"pretrained={pair[1]}", "--device", "cpu"]
+    words += ["--tasks", "families", "--include_path", str(task_folder), "--limit", "2"]
+    monkeypatch.setattr("sys.argv", ["lm_eval", *words])
+    cli_evaluate()
+    assert "|families|" in capsys.readouterr().out.replace(" ", "")
 
 
 def test_its_name_is_registered():
