@@ -111,6 +111,16 @@ def test_zero_points_are_refused(source, tmp_path):
         halfweight.quantize(theirs, tmp_path / "out")
 
 
+def test_int8_of_weights_that_lie_as_k_by_n_is_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=320, n_positions=64, n_embd=64, n_layer=1, n_head=4)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "source")
+    theirs = write_torchao(tmp_path / "source", tmp_path / "theirs", None)
+    with pytest.raises(CheckpointError, match=r"INT8 of a layer whose weight lies as \[K, N\]"):
+        halfweight.quantize(theirs, tmp_path / "out")
+
+
 def test_scales_of_int8_that_do_not_fit_or_are_not_there(source, tmp_path):
     theirs = write_bitsandbytes(source, tmp_path / "theirs")
     shard = theirs / "model.safetensors"
