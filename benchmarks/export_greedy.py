@@ -122,6 +122,23 @@ def _parting(prompt: str, ours: torch.Tensor, answer: Answer, near: float) -> Pa
     return Parting(prompt, position, gap, gap < near)
 
 
+def markdown(results: dict[str, Any]) -> str:
+    """The table of docs/export.md."""
+    lines = [
+        f"| {results['tokens']} tokens by | texts as ours | part at a near tie | part elsewhere "
+        "| widest gap at a parting | error of logits |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        gaps = [parting["gap"] for parting in row["partings"]]
+        widest = f"{max(gaps):.2f}" if gaps else "none"
+        lines.append(
+            f"| {row['reader']} | {row['equal']} of {row['prompts']} | {row['near_ties']} "
+            f"| {row['different']} | {widest} | {row['logit_error']:.1g} |"
+        )
+    return "\n".join(lines)
+
+
 def _version(python: str) -> str:
     program = "from importlib.metadata import version; print(version('llama-cpp-python'))"
     done = subprocess.run([python, "-c", program], stdout=subprocess.PIPE, text=True, check=True)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import envelope
+import export_table
 import kernels
 import pytest
 import readme_tables
@@ -145,6 +146,10 @@ def test_the_table_of_chosen_tiles_is_that_of_the_result(name):
 def test_the_training_pages_table_is_that_of_the_result():
     page = (ROOT / "docs/training.md").read_text()
     assert training.markdown(readme_tables.results("training")["results"]) in page
+
+
+def test_the_export_pages_figures_are_those_of_its_results():
+    assert export_table.PAGE.read_text() == export_table.page()
 
 
 def test_a_results_command_names_no_folder_of_the_machine(monkeypatch, tmp_path):

@@ -151,8 +151,10 @@ def verify(
     """
     from dataclasses import asdict
 
+    from halfweight.checkpoint.headers import resolve
     from halfweight.conversion.verification import verify as check
 
+    path = resolve(path)
     with bytes_bar() as bar:
         task = bar.add_task("verifying", total=None)
 
@@ -170,8 +172,9 @@ def verify(
             hint=f"quantize the source with --for {' --for '.join(readers or ())}",
         )
     if result.problems:
+        count = "1 problem" if len(result.problems) == 1 else f"{len(result.problems)} problems"
         raise VerificationError(
-            f"{path}: {len(result.problems)} problems, first: {result.problems[0]}",
+            f"{path}: {count}, first: {result.problems[0]}",
             hint="copy or download these files again, or quantize the source again; if they were "
             "changed on purpose, remove halfweight.json and verify what is there",
         )
@@ -180,6 +183,7 @@ def verify(
     if not json_output:
         what = f"{result.num_files} files, {size(result.num_bytes)}, all as written"
         what = what if result.num_files else "sound, and the model loads"
+        what += f"; read by {' and '.join(readers)}" if readers else ""
         stdout.print(f"{path}: {what}", highlight=False, soft_wrap=True)
 
 

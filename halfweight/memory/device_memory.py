@@ -10,14 +10,25 @@ import torch
 from halfweight.errors import DoesNotFitError, UsageError
 
 GIB = 1 << 30
+DEVICE_HINT = "`halfweight backends` shows the devices of this machine"
 
 
 def indexed(device: torch.device | str) -> torch.device:
-    """The device with its number: "cuda" is the current one."""
+    """The device with its number: "cuda" is the current one.
+
+    Raises UsageError for a device that is not there, and for "meta", which has no memory.
+    """
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    if device.type == "meta":
+        raise UsageError("device is meta, on which nothing is computed", hint=DEVICE_HINT)
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise UsageError(f"device is {device}, and torch finds {count} GPUs here", hint=DEVICE_HINT)
+    return torch.device(
+        "cuda", torch.cuda.current_device() if device.index is None else device.index
+    )
 
 
 def named_device(name: str) -> torch.device:

@@ -32,7 +32,7 @@ def one_device(device_map: Any) -> torch.device:
     if name in CHOSEN_FOR_THE_USER:
         return indexed("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return indexed(torch.device(name))
+        return indexed(torch.device("cuda", name) if type(name) is int else torch.device(name))
     except (RuntimeError, TypeError) as error:
         raise UsageError(
             f"device_map is {device_map!r}, expected the name of a device",

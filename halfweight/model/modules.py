@@ -21,11 +21,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from halfweight.errors import UsageError
 from halfweight.kernels.operations import backend_on, embedding_function, linear_function
 from halfweight.model.packed_weight import PackedWeight, whole
 from halfweight.quantization.numerics import QuantizedTensor, scales_float32
 
 PARTS = ("weight_packed", "weight_scale", "weight_exponent")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class QuantizedWeight(nn.Module):
@@ -38,13 +40,14 @@ class QuantizedWeight(nn.Module):
     def __init__(self, shape: tuple[int, int], backend_name: str, dtype: torch.dtype) -> None:
         """Without a weight, and no parameters for a loader to look for, until `hold`.
 
-        `dtype` is that of the 16-bit weight it stands in for. `requested_backend` is one that the
-        user named: it stays wherever it runs.
+        `dtype` is that of the 16-bit weight it stands in for: UsageError for one that kernels do
+        not compute in, here and where the module is brought to one. `requested_backend` is one
+        that the user named: it stays wherever it runs.
         """
         nn.Module.__init__(self)
         self._is_hf_initialized = True  # transformers leaves its weight as it is
         self.out_features, self.in_features = shape
-        self.dtype = dtype
+        self.dtype = _computed(dtype)
         self.backend_name = backend_name
         self.requested_backend: str | None = None
         self._chosen_for: str | None = None
@@ -79,7 +82,7 @@ class QuantizedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = _computed(fn(torch.empty(0, dtype=self.dtype)).dtype)
         if self.weight_packed is not None:
             device = self.weight_packed.device
             if device.type not in (self._chosen_for, "meta"):
@@ -188,6 +191,15 @@ class QuantizedEmbedding(QuantizedWeight):
             return rows if scale is None else rows * scale
 
         return rows_of
+
+
+def _computed(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise UsageError(
+            f"dtype is {dtype}, expected one that a model in INT8 computes in",
+            hint=f"one of {', '.join(map(str, DTYPES))}",
+        )
+    return dtype
 
 
 def stack(linears: Sequence[QuantizedLinear]) -> QuantizedLinear:

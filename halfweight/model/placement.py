@@ -12,6 +12,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -69,7 +70,7 @@ def place(
     _tie_parts(model, tied)
     _keep_a_dtype(model)
     if any(isinstance(table, QuantizedWeight) for table in _tables(model)):
-        model.resize_token_embeddings = refuse_resizing
+        model.resize_token_embeddings = partial(refuse_resizing, _tables(model)[0])
     return {}
 
 
@@ -89,8 +90,20 @@ def _tables(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]
         return None, None
 
 
-def refuse_resizing(*_: object, **__: object) -> None:
-    """In place of a model's `resize_token_embeddings`; transformers would resize one of the two."""
+def refuse_resizing(
+    table: nn.Module | None,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    **_: object,
+) -> nn.Module | None:
+    """In place of a model's `resize_token_embeddings`; transformers would resize one of the two.
+
+    A size that the embedding has is no change, and gives the embedding.
+    """
+    num_rows = getattr(table, "num_embeddings", None)
+    wanted, multiple = new_num_tokens or num_rows, pad_to_multiple_of or 1
+    if wanted is None or -(-wanted // multiple) * multiple == num_rows:
+        return table
     raise UsageError(
         "embedding or head are in INT8, and rows of INT8 are neither added nor dropped",
         hint="quantize with --keep '*embed*' --keep 'lm_head*': in 16 bits both can be resized",

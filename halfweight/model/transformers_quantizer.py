@@ -100,6 +100,12 @@ class HalfweightQuantizer(HfQuantizer):  # type: ignore[misc]
         model.config.quantization_config = saved_config(tensors)
         return tensors, {}
 
+    def _dequantize(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        raise UsageError(
+            "a model in INT8 is not dequantized in memory",
+            hint="`halfweight export DIR OUT --to dequantized` writes 16 bits to load",
+        )
+
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """`save_pretrained` writes the INT8 checkpoint."""
         return True

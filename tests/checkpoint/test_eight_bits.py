@@ -4,7 +4,9 @@ import pytest
 import torch
 from others import (
     linears,
+    rewritten,
     rounded,
+    with_linears,
     write_bitsandbytes,
     write_compressed,
     write_float8,
@@ -109,6 +111,16 @@ def test_zero_points_are_refused(source, tmp_path):
         halfweight.quantize(theirs, tmp_path / "out")
 
 
+def test_int8_of_weights_that_lie_as_k_by_n_is_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=320, n_positions=64, n_embd=64, n_layer=1, n_head=4)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "source")
+    theirs = write_torchao(tmp_path / "source", tmp_path / "theirs", None)
+    with pytest.raises(CheckpointError, match=r"INT8 of a layer whose weight lies as \[K, N\]"):
+        halfweight.quantize(theirs, tmp_path / "out")
+
+
 def test_scales_of_int8_that_do_not_fit_or_are_not_there(source, tmp_path):
     theirs = write_bitsandbytes(source, tmp_path / "theirs")
     shard = theirs / "model.safetensors"
@@ -173,6 +185,32 @@ def test_fp8_of_compressed_tensors(source, tmp_path, strategy):
         exact = stored[name].float() * stored[f"{name}_scale"].float()
         assert torch.equal(decoded(theirs, name), exact.bfloat16()), name
     assert inspect(theirs).form == "a compressed-tensors FP8 checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("called", "config", "scale_of"),
+    [
+        ("an FP8 (fbgemm)", {"quant_method": "fbgemm_fp8"}, lambda w: w.amax(1, keepdim=True)),
+        ("a ModelOpt FP8", {"quant_method": "modelopt", "quant_algo": "FP8"}, lambda w: w.amax()),
+    ],
+)
+def test_fp8_of_fbgemm_and_of_modelopt(source, tmp_path, called, config, scale_of):
+    """A scale a row, a scale a tensor; both have scales of inputs too, which are not for us."""
+
+    def pack(name, weight):
+        scale = scale_of(weight.float().abs()) / 448
+        inputs = {f"{name}.input_scale_ub": torch.ones(1), f"{name}.input_scale": torch.ones(())}
+        data = (weight.float() / scale).to(torch.float8_e4m3fn)
+        return {f"{name}.weight": data, f"{name}.weight_scale": scale, **inputs}
+
+    theirs = rewritten(source, tmp_path / "theirs", lambda t: with_linears(t, pack), **config)
+    assert inspect(theirs).form == f"{called} checkpoint"
+    stored = load_file(theirs / "model.safetensors")
+    for name in linears(tensors_of(source)):
+        exact = stored[name].float() * stored[f"{name}_scale"]
+        assert torch.equal(decoded(theirs, name), exact.bfloat16()), name
+    halfweight.quantize(theirs, tmp_path / "out")
+    assert verify(tmp_path / "out").problems == ()
 
 
 def test_fp8_scales_that_do_not_fit_are_not_there_or_make_no_sense(source, tmp_path):

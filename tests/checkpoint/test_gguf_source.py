@@ -31,7 +31,10 @@ from halfweight.quantization.scheme import Recipe, Scheme
     ("kind", "dtype"),
     [
         (TYPES.Q8_0, torch.float16),
+        (TYPES.Q4_0, torch.float16),
         (TYPES.Q4_1, torch.float16),
+        (TYPES.Q5_0, torch.float16),
+        (TYPES.Q5_1, torch.float16),
         (TYPES.F16, torch.float16),
         (TYPES.BF16, torch.bfloat16),
         (TYPES.F32, torch.float32),

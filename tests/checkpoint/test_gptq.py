@@ -56,6 +56,17 @@ def test_integers_and_scales_are_kept_bit_for_bit(source, tmp_path, group_size, 
     assert planned_model(str(tmp_path / "out")).resident_bytes == resident
 
 
+def test_autoround_is_the_same_by_another_name(source, tmp_path):
+    config = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+    halfweight.quantize(write_gptq(source, tmp_path / "gptq", 32), tmp_path / "expected")
+    theirs = write_gptq(source, tmp_path / "theirs", 32, config=config)
+    assert inspect(theirs).form == "an AutoRound 8-bit checkpoint"
+    halfweight.quantize(theirs, tmp_path / "out")
+    expected = tensors_of(tmp_path / "expected")
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def test_a_last_group_that_is_shorter_keeps_its_scale(source, tmp_path):
     """320 columns in groups of 128 and one of 64: groups of 64, of which two share a scale."""
     theirs = write_gptq(source, tmp_path / "theirs", 128)

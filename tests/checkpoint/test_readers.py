@@ -65,7 +65,8 @@ def test_a_file_for_a_program_keeps_what_it_does_not_read(
     assert made.readers_bytes == made.disk_bytes - smallest.disk_bytes
     matrix = VOCABULARY * HIDDEN
     assert made.readers_bytes == len(kept) * (matrix - 2 * VOCABULARY - 16)
-    assert command("verify", tmp_path / "out", "--for", name).exit_code == 0
+    found = command("verify", tmp_path / "out", "--for", name)
+    assert (found.exit_code, found.stdout.rpartition("; ")[2]) == (0, f"read by {name}\n")
     found = command("verify", tmp_path / "default", "--for", name)
     assert found.exit_code == 5
     assert f"{EMBEDDING}: {name} reads no embedding in INT8" in found.stdout

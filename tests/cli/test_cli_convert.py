@@ -118,6 +118,12 @@ def test_a_bad_source_exits_4_and_a_bad_folder_5(capsys, llama, tmp_path):
     code, text, _ = run(capsys, "verify", str(out), "--json")
     assert code == 5
     assert len(json.loads(text)["problems"]) == 2
+    code, text, err = run(capsys, "verify", str(tmp_path / "none"))
+    assert (code, text) == (4, ""), "nothing is there to be verified"
+    assert "none: no such file or folder" in err
+    convert.quantize(llama, out, overwrite=True)
+    (out / "README.md").write_text("")
+    assert "1 problem, first: " in run(capsys, "verify", str(out))[2]
 
 
 def test_ctrl_c_finishes_the_shard_and_exits_130(capsys, llama, tmp_path, monkeypatch):

@@ -1,6 +1,9 @@
 """lm-evaluation-harness on a quantized model: the same answers as the model's own logits."""
 
 import json
+import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -146,6 +149,20 @@ def test_the_harnesss_own_transformers_model_gives_the_same(folder, task_folder,
     for one, other in zip(found, expected, strict=True):
         scores = [[r[0][0] for r in sample["resps"]] for sample in (one, other)]
         assert scores[0] == pytest.approx(scores[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["hf", "halfweight"])
+def test_the_harnesss_own_command_line(pair, task_folder, name):
+    """The command of docs/evaluate.md, in a process of its own."""
+    page = (Path(__file__).parents[2] / "docs/evaluate.md").read_text()
+    start = page.index("python -c 'import halfweight")
+    words = shlex.split(page[start : page.index("\n    #", start)].replace("\\\n", ""))
+    given = {"python": sys.executable, "hf": name, "arc_easy": "families"}
+    words = [given.get(word, word).replace("=OUT", f"={pair[1]}") for word in words]
+    words += ["--device", "cpu", "--include_path", str(task_folder), "--limit", "2"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "|families|" in done.stdout.replace(" ", "")
 
 
 def test_its_name_is_registered():

@@ -1,5 +1,6 @@
 """transformers' own from_pretrained and pipeline run our modules; other files stay its own."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -86,6 +87,10 @@ def test_load_takes_a_device_map_of_one_device(folder):
         ({"model": "cpu", "lm_head": "disk"}, "puts the model on cpu, disk, expected one device"),
         ({"": "disk"}, "puts the model on disk, expected one device"),
         ("nowhere", "is 'nowhere', expected the name of a device"),
+        ("meta", "device is meta, on which nothing is computed"),
+        ("cuda:99", r"device is cuda:99, and torch finds \d GPUs here"),
+        (99, r"device is cuda:99, and torch finds \d GPUs here"),
+        ({"": 99}, r"device is cuda:99, and torch finds \d GPUs here"),
     ],
 )
 def test_other_maps_are_refused(folder, device_map, message):
@@ -238,9 +243,34 @@ def test_rows_are_neither_added_nor_dropped_while_one_of_both_is_in_int8(tmp_pat
         halfweight.load(tmp_path / "int8"),
         AutoModelForCausalLM.from_pretrained(tmp_path / "int8"),
     ):
-        with pytest.raises(UsageError, match="embedding or head are in INT8"):
-            model.resize_token_embeddings(400)
+        for options in ({"new_num_tokens": 400}, {"pad_to_multiple_of": 128}):
+            with pytest.raises(UsageError, match="embedding or head are in INT8"):
+                copy.deepcopy(model).resize_token_embeddings(**options)
+        for options in (
+            {},
+            {"new_num_tokens": 320},
+            {"new_num_tokens": 290, "pad_to_multiple_of": 32},
+        ):
+            assert model.resize_token_embeddings(**options) is model.get_input_embeddings()
         assert model(IDS).logits.shape[-1] == 320
+
+
+def test_a_dtype_that_no_kernel_computes_in_is_refused(folder):
+    message = "dtype is torch.float64, expected one that a model in INT8 computes in"
+    for call in (
+        lambda: halfweight.load(folder, dtype=torch.float64),
+        lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64),
+        lambda: halfweight.load(folder).double(),
+    ):
+        with pytest.raises(UsageError, match=message):
+            call()
+
+
+def test_a_model_in_int8_is_not_dequantized(folder):
+    for model in (halfweight.load(folder), AutoModelForCausalLM.from_pretrained(folder)):
+        with pytest.raises(UsageError, match="not dequantized in memory") as caught:
+            model.dequantize()
+        assert "halfweight export DIR OUT --to dequantized" in caught.value.hint
 
 
 def test_what_is_kept_in_16_bits_is_resized(tmp_path):
