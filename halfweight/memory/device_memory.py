@@ -16,11 +16,9 @@ DEVICE_HINT = "`halfweight backends` shows the devices of this machine"
 def indexed(device: torch.device | str) -> torch.device:
     """The device with its number: "cuda" is the current one.
 
-    Raises UsageError for a device that is not there, and for "meta", which has no memory.
+    Raises UsageError for a GPU that is not there.
     """
     device = torch.device(device)
-    if device.type == "meta":
-        raise UsageError("device is meta, on which nothing is computed", hint=DEVICE_HINT)
     if device.type != "cuda":
         return device
     count = torch.cuda.device_count()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from halfweight.errors import UsageError
-from halfweight.memory.device_memory import indexed
+from halfweight.memory.device_memory import DEVICE_HINT, indexed
 
 CHOSEN_FOR_THE_USER = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -29,6 +29,8 @@ def one_device(device_map: Any) -> torch.device:
     (name,) = found or {None}
     if name is None:
         return torch.device("cpu")
+    if str(name) == "meta":
+        raise UsageError("device_map is meta, where nothing is computed", hint=DEVICE_HINT)
     if name in CHOSEN_FOR_THE_USER:
         return indexed("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -87,7 +87,7 @@ def test_load_takes_a_device_map_of_one_device(folder):
         ({"model": "cpu", "lm_head": "disk"}, "puts the model on cpu, disk, expected one device"),
         ({"": "disk"}, "puts the model on disk, expected one device"),
         ("nowhere", "is 'nowhere', expected the name of a device"),
-        ("meta", "device is meta, on which nothing is computed"),
+        ("meta", "device_map is meta, where nothing is computed"),
         ("cuda:99", r"device is cuda:99, and torch finds \d GPUs here"),
         (99, r"device is cuda:99, and torch finds \d GPUs here"),
         ({"": 99}, r"device is cuda:99, and torch finds \d GPUs here"),
