@@ -168,12 +168,14 @@ function gpuParts(model, work) {
   const row = 4 * (a.head_dim + 2);
   const group = (a.heads - (a.heads % a.kv_heads)) / a.kv_heads;
   const items = bucket(c, batch) * a.kv_heads + c.DECODE_PROGRAMS[work.kvDtype] * c.MULTIPROCESSORS;
+  const tileSums = row * 2 * c.MULTIPROCESSORS * c.TILE_ROWS;
   const decodeSums = row * items * Math.max(c.MIN_DOT_ROWS, powerOfTwo(group));
   return {
     "tables": 4 * (batch + 1) * (context + 1 + pages) + 4 * context * a.head_dim,
     "scratch pages": scratch * 4 * c.PAGE_TOKENS.gpu * a.kv_heads * a.head_dim,
-    "step activations": activationBytes(a, tokens) + row * 2 * c.MULTIPROCESSORS * c.TILE_ROWS,
-    "recorded steps": activationBytes(a, Math.max(rows, reading)) + decodeSums + partialSumsBytes(model),
+    "step activations": activationBytes(a, tokens) + tileSums,
+    "recorded steps": activationBytes(a, Math.max(rows, reading)) + decodeSums
+      + (reading ? tileSums : 0) + partialSumsBytes(model),
     "logits": (rows + batch) * 2 * a.vocabulary + gathered(a, rows, work.ranks),
   };
 }
