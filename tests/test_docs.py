@@ -166,3 +166,10 @@ def test_no_stored_command_names_a_folder_of_the_machine(result):
 
 def test_the_engines_figures_are_those_of_its_result():
     assert serve_table.PAGE.read_text() == serve_table.page()
+
+
+def test_the_page_of_vllm_has_the_rates_that_were_recorded():
+    page = (ROOT / "docs" / "vllm.md").read_text()
+    rates = [row["tokens_per_second"] for row in readme_tables.results("vllm_plugin")["results"]]
+    *first, last = (f"{rate:,.0f}" for rate in rates)
+    assert f"{', '.join(first)} and {last} tokens/s" in page

@@ -91,8 +91,8 @@ class Engine:
         processes run the model together, each on one of `devices`, by default on as many GPUs, and
         on the CPU where there is none. Without it `devices` hold the layers one after the other, as
         many as there is room for ("cuda:0", "cuda:1", "cpu"; ["auto"] is all GPUs, then the CPU).
-        Raises what `halfweight.load` and `make_runner` do, and
-        RankError where one of several ranks is lost.
+        Raises what `halfweight.load` and `make_runner` do, and RankError where one of several ranks
+        is lost.
         """
         loading: dict[str, Any] = {
             "device": device,

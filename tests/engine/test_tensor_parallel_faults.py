@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import tp_models
+from near_ties import assert_same
 
 import halfweight
 from halfweight.engine.loop import EngineStoppedError
@@ -66,11 +67,11 @@ def test_two_ranks_answer_as_one_device_until_one_is_stopped(folder, expected, m
     with open_engine(folder, tensor_parallel=2, cache_tokens=64) as engine:
         (pid,) = [member.process.pid for member in engine.ranks]
         assert "2 ranks" in engine.description
-        assert_same(engine.generate(PROMPTS, **OPTIONS), expected["greedy"])
+        assert_all_same(engine.generate(PROMPTS, **OPTIONS), expected["greedy"])
         assert engine.generate(PROMPTS[0], **DRAWN) == expected["drawn"]
         many = engine.generate(PROMPTS * 6, **OPTIONS)  # more than there are pages for
         for i in range(6):
-            assert_same(many[2 * i : 2 * i + 2], expected["greedy"])
+            assert_all_same(many[2 * i : 2 * i + 2], expected["greedy"])
         monkeypatch.setattr(ranks_module, "SILENCE_SECONDS", 2.5)
         os.kill(pid, signal.SIGSTOP)
         begin = time.monotonic()
@@ -80,15 +81,9 @@ def test_two_ranks_answer_as_one_device_until_one_is_stopped(folder, expected, m
     assert not alive(pid)
 
 
-def assert_same(found, expected):
-    """The same tokens up to a near tie."""
+def assert_all_same(found, expected):
     for one, other in zip(found, expected, strict=True):
-        for entry, right in zip(one.logprobs, other.logprobs, strict=True):
-            if entry.token != right.token:
-                (_, first), (_, second) = right.top
-                assert first - second < NEAR
-                break
-            assert entry.logprob == pytest.approx(right.logprob, abs=1e-4)
+        assert_same(one, other, NEAR, within=1e-4)
 
 
 def wait_until(holds, seconds=20):
@@ -110,7 +105,7 @@ def test_ranks_that_torchrun_starts_meet_and_end_together(folder, expected, monk
     other = subprocess.Popen([sys.executable, "-c", program], env=env, stderr=subprocess.DEVNULL)
     monkeypatch.setenv("RANK", "0")
     with open_engine(folder, tensor_parallel=2) as engine:
-        assert_same(engine.generate(PROMPTS, **OPTIONS), expected["greedy"])
+        assert_all_same(engine.generate(PROMPTS, **OPTIONS), expected["greedy"])
         other.kill()
         assert wait_until(lambda: engine.fault is not None)
         assert str(engine.fault).startswith(f"rank 1 (pid {other.pid} on ")

@@ -126,17 +126,16 @@ class GpuRunner:
         Of a stage the states of all tokens, by the way that the whole model takes for the step.
         """
         self._send_pages(step)
-        is_read = ReadStep.takes(self._parts, step)
-        step = wanting_all(step) if self._parts.layers.leaves else step
+        own = wanting_all(step) if self._parts.layers.leaves else step
         most = max(chunk.num_tokens for chunk in step)
         if most == 1:
-            return self._few(len(step), 1)(step)
+            return self._few(len(step), 1)(own)
         if most <= FEW_TOKENS and len(step) <= FEW_SEQUENCES:
-            return self._few(len(step), FEW_TOKENS)(step)
-        if is_read:
-            logits = self._read(sum(chunk.num_tokens for chunk in step))(step)
-            return logits[: sum(chunk.num_logits for chunk in step)]
-        return self._mixed(step)
+            return self._few(len(step), FEW_TOKENS)(own)
+        if ReadStep.takes(self._parts, step):
+            logits = self._read(sum(chunk.num_tokens for chunk in step))(own)
+            return logits[: sum(chunk.num_logits for chunk in own)]
+        return self._mixed(own)
 
     @torch.inference_mode()
     def record(self, batch_sizes: list[int]) -> None:
