@@ -11,10 +11,13 @@ vllm = pytest.importorskip("vllm", reason="run by `make test-vllm`")
 
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config  # noqa: E402
+from vllm import envs  # noqa: E402
+from vllm.config.utils import hash_factors  # noqa: E402
 from vllm_run import VllmDiedError, run_vllm  # noqa: E402
 
 import halfweight  # noqa: E402
 from halfweight.quantization.scheme import Recipe, Scheme  # noqa: E402
+from halfweight.vllm import plugin  # noqa: E402
 
 LOGPROB_TOLERANCE = 1e-4
 VOCABULARY = 323
@@ -119,6 +122,15 @@ def test_switched_off_vllm_is_as_it_was(tmp_path):
     folder = make(tmp_path, Qwen3Config(**SIZES, tie_word_embeddings=False), Scheme())
     with pytest.raises(VllmDiedError, match="Failed to find a kernel"):
         run_vllm(folder, prompts(), environment={"HALFWEIGHT_VLLM": "0"})
+
+
+def test_what_vllm_compiled_without_the_plug_in_is_not_used_with_it(monkeypatch):
+    """vLLM keeps compiled models under a hash of factors; a cached graph names its kernels."""
+    monkeypatch.delitem(envs.environment_variables, "HALFWEIGHT_VLLM", raising=False)
+    without = hash_factors(envs.compile_factors())
+    plugin.install()
+    assert hash_factors(envs.compile_factors()) != without
+    assert envs.compile_factors()["HALFWEIGHT_VLLM"] == halfweight.__version__
 
 
 PAGE = (
