@@ -15,7 +15,7 @@ demo: $(VENV)/.installed          ## quantize a real model, compare it with its 
 	$(BIN)/halfweight demo
 
 test: $(VENV)/.installed          ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n logical --maxprocesses 4 --dist loadfile
 
 test-gpu:                         ## every test that needs a GPU, with the machine's own python
 	$(PYTHON) -m pytest -m gpu
