@@ -1,11 +1,17 @@
 """Ranks on GPUs: over NCCL where there are two, recorded as graphs; two on one GPU over gloo."""
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 import tp_models
 from near_ties import assert_same
 
 import halfweight
+from halfweight.engine.loop import EngineStoppedError
+from halfweight.engine.parallel import ranks as ranks_module
 from halfweight.engine.runners.gpu import GpuRunner
 
 pytestmark = pytest.mark.gpu
@@ -37,3 +43,42 @@ def test_ranks_on_gpus_answer_as_one(folder, link, kv_cache):
             for one, other in zip(found, expected, strict=True):
                 assert_same(one, other, NEAR, within=NEAR)
         assert all(rank.peak_bytes > 0 for rank in engine.ranks)
+
+
+def on_two(folder, **options):
+    """An engine over two GPUs."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    limits = {"max_context": 4096, "max_sequences": 4, "cache_tokens": 16384}
+    return halfweight.Engine(folder, tensor_parallel=2, devices=PLACES["nccl"], **limits, **options)
+
+
+@pytest.mark.parametrize("reaches", [True, False], ids=["symmetric", "nccl"])
+def test_a_rank_that_hangs_ends_the_job_while_the_gpus_wait(folder, reaches, monkeypatch):
+    """Rank 0's GPU waits in a kernel, for a sum that never comes, by either way."""
+    if not reaches:
+        monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    with on_two(folder) as engine:
+        assert (engine._loop._runner._link._near is not None) == reaches
+        (pid,) = [member.process.pid for member in engine.ranks]
+        engine.generate(PROMPTS, **OPTIONS)
+        monkeypatch.setattr(ranks_module, "SILENCE_SECONDS", 5)
+        stream = engine.stream(PROMPTS[0], **OPTIONS | {"max_new_tokens": 4000})
+        next(stream)
+        os.kill(pid, signal.SIGSTOP)
+        begin = time.monotonic()
+        with pytest.raises(EngineStoppedError, match=r"rank 1 .* has said nothing for"):
+            list(stream)
+        assert time.monotonic() - begin < 25
+        torch.cuda.synchronize()  # nothing waits any more
+
+
+def test_which_sums_go_by_reads(folder):
+    """That these are right is checked by every link as it is made."""
+    with on_two(folder) as engine:
+        near = engine._loop._runner._link._near
+        assert near is not None
+        sizes = [(torch.bfloat16, 8), (torch.bfloat16, 98304), (torch.float32, 1 << 21)]
+        assert all(near.takes(torch.empty(n, dtype=d, device="cuda:0")) for d, n in sizes)
+        others = [(torch.bfloat16, 7), (torch.float16, 8), (torch.float32, (1 << 21) + 4)]
+        assert not any(near.takes(torch.empty(n, dtype=d, device="cuda:0")) for d, n in others)

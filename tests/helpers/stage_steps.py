@@ -3,7 +3,7 @@
 import torch
 
 from halfweight.checkpoint.headers import read_headers
-from halfweight.engine.pipeline.runner import StagedRunner
+from halfweight.engine.pipeline.runner import StagedRunner, on_device
 from halfweight.engine.runners import make_runner
 from halfweight.engine.step import Chunk
 from halfweight.memory.pipeline import Stage
@@ -58,7 +58,7 @@ def logits_of(runner, steps=steps):
     for slot in range(2):
         ids = [(7 * i * i + 3 * i + 11 * slot + 1) % runner.vocab_size for i in range(TEXT)]
         runner.table[slot, :TEXT] = torch.tensor(ids, dtype=torch.int32)
-    with torch.inference_mode():
+    with torch.inference_mode(), on_device(runner.device):  # as an engine's thread
         found = [runner.run(step).float().clone() for step in steps(runner.page_tokens)]
     return torch.cat(found)
 
@@ -67,7 +67,8 @@ def short_steps(page_tokens):
     """Each way that the GPU's runner has for a step: reads, decodes, verifies, and one by one."""
 
     def chunk(slot, start, num, num_logits):
-        return Chunk(slot, start, num, num_logits, [1 + slot])
+        pages = range(1 + slot, 100, 2)[: -(-(start + num) // page_tokens)]
+        return Chunk(slot, start, num, num_logits, list(pages))
 
     yield [chunk(0, 0, 8, 0), chunk(1, 0, 9, 2)]
     yield [chunk(0, 8, 1, 0), chunk(1, 9, 1, 1)]

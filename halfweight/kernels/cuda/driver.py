@@ -153,6 +153,11 @@ class Start:
     partials: Tensor
     flags: Tensor
 
+    @property
+    def device(self) -> int:
+        """Index of the device."""
+        return self.flags.get_device()
+
 
 def prepare(
     kernel: Any,
@@ -184,9 +189,13 @@ def prepare(
 
 
 def launch(start: Start, *arguments: int) -> None:
-    """Start a kernel with arguments at these addresses."""
+    """Start a kernel, on its device, with arguments at these addresses."""
     from cuda.bindings import driver
 
+    if start.device != torch.cuda.current_device():
+        with torch.cuda.device(start.device):
+            launch(start, *arguments)
+        return
     given = (ctypes.c_void_p * len(arguments))(*arguments)
     where = ctypes.addressof(given)
     check(driver.cuLaunchKernelEx(start.launch, start.kernel, where, 0), "launch")
