@@ -57,7 +57,7 @@ def on_two(folder, **options):
 def test_a_rank_that_hangs_ends_the_job_while_the_gpus_wait(folder, reaches, monkeypatch):
     """Rank 0's GPU waits in a kernel, for a sum that never comes, by either way."""
     if not reaches:
-        monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+        monkeypatch.setenv("HALFWEIGHT_PEER_READS", "0")
     with on_two(folder) as engine:
         assert (engine._loop._runner._link._near is not None) == reaches
         (pid,) = [member.process.pid for member in engine.ranks]

@@ -68,14 +68,15 @@ class GroupLink:
             )
 
     def add_near(self, near: SymmetricSum | None) -> None:
-        """Take `near`, which all ranks have or none, for the sums that it takes; if it is right."""
-        self._near = near
-        if near is not None and not self.least(int(self._is_right())):
-            self._near = None
-            log.warning("sums by the GPUs' own reads come out wrong here; NCCL's are used")
-        if self._is_nccl and self._rank == 0:
-            small = "torch's symmetric memory" if self._near else "NCCL"
-            log.info("sums of few tokens between %d GPUs: %s", self._ranks, small)
+        """Take this rank's `near` for the sums that it takes, if all have one and it is right."""
+        if self.least(int(near is not None)):
+            self._near = near
+            if not self.least(int(self._is_right())):
+                self._near = None
+                log.warning("sums by the GPUs' own reads come out wrong here; NCCL's are used")
+        if self._rank == 0:
+            way = "NCCL" if self._near is None else "torch's symmetric memory"
+            log.info("sums of few tokens between %d GPUs: %s", self._ranks, way)
 
     def set_timeout(self, timeout: timedelta) -> None:
         """How long a call waits for the other ranks.
@@ -123,7 +124,7 @@ class GroupLink:
         """Leave the group, without waiting for those that are lost."""
         self._group.abort()
         if self._near is not None:
-            self._near.let_go()
+            self._near.close()
 
     def _call(self, collective: Callable[..., Any], *operands: Any) -> None:
         try:
@@ -161,7 +162,7 @@ def make_link(
         raise BrokenLinkError(str(error).strip().partition("\n")[0]) from error
     link = GroupLink(group, rank, ranks, device, is_nccl=backend == "nccl")
     if backend == "nccl" and is_local:
-        link.add_near(SymmetricSum.make(store, rank, ranks, device))
+        link.add_near(SymmetricSum.make(store, rank, ranks, device, group))
     return link
 
 

@@ -10,6 +10,7 @@ What stands in a kernel and waits for a rank that is lost never ends by itself: 
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from typing import Any, cast
@@ -25,32 +26,33 @@ ALIGNMENT = 16
 DTYPES = (torch.bfloat16, torch.float32)
 """That torch's kernels add."""
 LETTING_GO_SECONDS = 10.0
+log = logging.getLogger("halfweight")
 _c10d: Any = torch._C._distributed_c10d
 
 
 class SymmetricSum:
     """Sums of a group of ranks through a buffer that each can read."""
 
-    def __init__(self, name: str, rank: int, ranks: int, device: torch.device) -> None:
-        """All ranks together; `name` is known to torch. Raises RuntimeError where it fails."""
+    def __init__(self, name: str, group: Any, device: torch.device) -> None:
+        """All ranks together; `group` is known to torch by its name. Raises RuntimeError."""
+        self._rank, self._ranks, self._device = group.rank(), group.size(), device
+        self._name, self._group = name, group
         memory = _c10d._SymmetricMemory
-        self._rank, self._ranks, self._device, self._name = rank, ranks, device, name
-        self._buffer: Tensor = memory.empty_strided_p2p(
-            (BUFFER_BYTES,), (1,), torch.uint8, device, name
-        )
+        size = (BUFFER_BYTES,), (1,), torch.uint8
+        self._buffer: Tensor = memory.empty_strided_p2p(*size, device, name)
         self._handle = memory.rendezvous(self._buffer, name)
         self._ops: Any = torch.ops.symm_mem
 
     @classmethod
-    def make(cls, store: Any, rank: int, ranks: int, device: torch.device) -> SymmetricSum | None:
-        """Of all ranks, or of none: where each GPU can read the others' memory.
+    def make(
+        cls, store: Any, rank: int, ranks: int, device: torch.device, nccl: Any
+    ) -> SymmetricSum | None:
+        """Of all ranks, where each GPU can read the others' memory; `nccl` is their group.
 
-        Whether what it reads is right is for the caller to check. NCCL_P2P_DISABLE=1 says that it
-        is not.
+        Whether all ranks have one, and what it reads is right, is for the caller to check.
         """
-        where: Any = _c10d.PrefixStore("symmetric", store)
-        is_off = os.environ.get("NCCL_P2P_DISABLE") == "1"
-        where.set(f"device of {rank}", "" if is_off else str(device.index))
+        where = _c10d.PrefixStore("symmetric", store)
+        where.set(f"device of {rank}", "" if _is_off() else str(device.index))
         devices = [where.get(f"device of {other}").decode() for other in range(ranks)]
         if not _reach_each_other(devices):
             return None
@@ -58,8 +60,15 @@ class SymmetricSum:
         if rank == 0:  # which may have other groups; the others are told its name for this one
             where.set("name", f"halfweight-{os.getpid()}-{time.monotonic_ns()}")
         name = where.get("name").decode()
-        _c10d._SymmetricMemory.set_group_info(name, rank, ranks, where)
-        return cls(name, rank, ranks, device)
+        group = _c10d.ProcessGroup(where, rank, ranks)
+        group._register_backend(device, _c10d.ProcessGroup.BackendType.NCCL, nccl)
+        group._set_group_name(name)
+        _c10d._register_process_group(name, group)
+        try:
+            return cls(name, group, device)
+        except RuntimeError as error:
+            log.info("no symmetric memory on rank %d: %s", rank, str(error).partition("\n")[0])
+            return None
 
     def takes(self, x: Tensor) -> bool:
         """Whether `sum` adds such tensors; the same on all ranks."""
@@ -98,8 +107,19 @@ class SymmetricSum:
                     pad.zero_()
             stream.synchronize()
 
+    def close(self) -> None:
+        """Forget the group."""
+        self.let_go()
+        _c10d._unregister_process_group(self._name)
+
     def _is_waiting(self) -> bool:
         return not torch.cuda.default_stream(self._device).query()
+
+
+def _is_off() -> bool:
+    """By HALFWEIGHT_PEER_READS=0, or where NCCL is told not to use it either."""
+    ask = os.environ.get
+    return ask("HALFWEIGHT_PEER_READS") == "0" or ask("NCCL_P2P_DISABLE") == "1"
 
 
 def _reach_each_other(devices: list[str]) -> bool:
