@@ -95,7 +95,7 @@ class SymmetricSum:
         if not self._is_waiting():
             return
         mine, *theirs = (
-            self._handle.get_signal_pad(rank)
+            self._handle.get_signal_pad(rank).view(torch.int32)
             for rank in sorted(range(self._ranks), key=lambda rank: rank != self._rank)
         )
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
