@@ -7,6 +7,7 @@ The ranges of `Sampling` are checked as it is made (request.py); here is what de
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 
 from halfweight.engine.request import Request
 from halfweight.engine.step import Runner
@@ -20,7 +21,7 @@ def check(request: Request, runner: Runner, most_tokens: int) -> None:
     """
     if not request.prompt:
         raise UsageError("the prompt has no tokens", hint="give it at least one")
-    _check_ids("the prompt", request.prompt, runner.vocab_size)
+    _check_prompt(request, runner.vocab_size)
     _check_ids("stop_tokens", request.stop_tokens or (), runner.vocab_size)
     _check_prompt_logprobs(request.prompt_logprobs, runner.vocab_size)
     least = 0 if request.prompt_logprobs is not None else 1
@@ -30,6 +31,13 @@ def check(request: Request, runner: Runner, most_tokens: int) -> None:
             hint="ask for more",
         )
     _check_length(request, runner.max_context, most_tokens)
+
+
+def _check_prompt(request: Request, vocab_size: int) -> None:
+    with suppress(OverflowError):
+        if request.ids.min() >= 0 and request.ids.max() < vocab_size:
+            return
+    _check_ids("the prompt", request.prompt, vocab_size)
 
 
 def _check_ids(what: str, ids: Collection[int], vocab_size: int) -> None:

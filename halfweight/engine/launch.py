@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _cuda: Any = torch.cuda
 """torch.cuda, whose stubs leave events untyped."""
+_Text = tuple[int, int, abc.Sequence[int]]
+"""Slot, position of the first token, and tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +60,17 @@ class Launcher:
     def __init__(self, runner: Runner, sampler: Sampler) -> None:
         self._runner, self._sampler = runner, sampler
         self._is_cuda = runner.device.type == "cuda"
-        self._staging = Staging(runner.device)
+        self._staging = Staging(runner.device, torch.int32)
 
     def launch(self, plan: Plan) -> Launched:
         """Start a step."""
-        if plan.admitted:
-            self._set_slots(plan.admitted)
-        if plan.drafts:
-            self._write_drafts(plan.drafts)
+        texts: list[_Text] = [(s.slot, 0, s.tokens) for s in plan.admitted]
+        texts += [(chunk.slot, chunk.start + 1, tokens) for chunk, tokens in plan.drafts]
+        if texts:
+            self._write(texts)
         logits = self._runner.run(plan.step)
+        for sequence in plan.admitted:  # while the device works
+            self._set_slot(sequence)
         reading = [s for s in plan.sequences if s.prompt_logprobs is not None]
         if reading:
             return self._sample_beside_prompts(plan, logits)
@@ -83,31 +87,23 @@ class Launcher:
         pairs = zip(launched.sampling, gained, strict=True)
         return ((sequence, chunk, found) for (sequence, chunk), found in pairs)
 
-    def _set_slots(self, admitted: list[Sequence]) -> None:
-        """Sequences have got slots: their tokens go to the table, their wishes to the sampler."""
-        self._write([(sequence.slot, 0, sequence.tokens) for sequence in admitted])
-        for sequence in admitted:
-            request = sequence.request
-            self._sampler.set(
-                sequence.slot,
-                request.sampling,
-                request.prompt,
-                generated=sequence.tokens[len(request.prompt) :],
-                stop_tokens=sequence.stops,
-            )
+    def _set_slot(self, sequence: Sequence) -> None:
+        """A sequence has got a slot: its wishes go to the sampler."""
+        request = sequence.request
+        self._sampler.set(
+            sequence.slot,
+            request.sampling,
+            request.prompt,
+            generated=sequence.tokens[len(request.prompt) :],
+            stop_tokens=sequence.stops,
+        )
 
-    def _write_drafts(self, drafts: list[tuple[Chunk, list[int]]]) -> None:
-        self._write([(chunk.slot, chunk.start + 1, tokens) for chunk, tokens in drafts])
-
-    def _write(self, texts: list[tuple[int, int, list[int]]]) -> None:
-        """Put tokens into the table, (slot, position of the first, tokens): one copy for all."""
-        width = self._runner.table.shape[1]
-        begins = [slot * width + position for slot, position, _ in texts]
-        lengths = [len(tokens) for _, _, tokens in texts]
-        places = np.repeat(begins, lengths) + np.concatenate([np.arange(n) for n in lengths])
-        flat = np.concatenate([np.array(tokens, np.int64) for _, _, tokens in texts])
-        both = self._staging.send(np.stack([places, flat]))
-        self._runner.table.view(-1)[both[0]] = both[1].int()
+    def _write(self, texts: list[_Text]) -> None:
+        """Put tokens into the table."""
+        table = self._runner.table
+        places = [table[slot, start : start + len(tokens)] for slot, start, tokens in texts]
+        flat = np.concatenate([np.asarray(tokens, np.int32) for _, _, tokens in texts])
+        self._staging.scatter(flat, places)
 
     def _sample(
         self, sampling: list[tuple[Sequence, Chunk]], logits: Tensor, plan: Plan

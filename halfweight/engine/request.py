@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from halfweight.errors import HalfweightError, UsageError
 
@@ -87,6 +92,11 @@ class Request:
     """Whether the text has the stop string that ended it."""
     prompt_logprobs: int | None = None
     """As `Sampling.num_logprobs`, for the prompt's own tokens; such a prompt is read in full."""
+
+    @cached_property
+    def ids(self) -> NDArray[np.int32]:
+        """The prompt as an array. Raises OverflowError for a number that is too large for it."""
+        return np.frombuffer(array("i", self.prompt), np.int32)
 
 
 @dataclass(frozen=True, slots=True)

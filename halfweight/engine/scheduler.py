@@ -18,6 +18,7 @@ this very step is put off to the next, when it finds that page.
 
 from __future__ import annotations
 
+from array import array
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -109,7 +110,7 @@ class Scheduler:
         self, request: Request, stops: frozenset[int], on_output: Callable[[Output], None]
     ) -> Sequence:
         """The sequence of a request that was checked; its `id` is for the caller to give."""
-        tokens = list(request.prompt)
+        tokens = array("i", request.ids.tobytes())
         limit = len(tokens) + max(1, request.max_new_tokens)
         stops = stops if request.max_new_tokens else frozenset()
         sequence = Sequence(request, on_output, stops, tokens, limit, num_tokens=len(tokens))
@@ -155,7 +156,7 @@ class Scheduler:
             if token == NAN or token in sequence.stops:
                 reason, gained = "nan" if token == NAN else "stop", gained[:count]
                 break
-        sequence.tokens += gained
+        sequence.tokens.fromlist(gained)
         sequence.num_tokens += len(gained)
         if reason is None and len(sequence.tokens) >= sequence.limit:
             reason = "length"

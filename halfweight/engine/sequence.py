@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,8 +35,8 @@ class Sequence:
     request: Request
     on_output: Callable[[Output], None]
     stops: frozenset[int]
-    tokens: list[int]
-    """Prompt and new tokens that the host has seen, without the stop token."""
+    tokens: array[int]
+    """Int32: prompt and new tokens that the host has seen, without the stop token."""
     limit: int
     """Tokens at which it ends for its length."""
     id: int = 0

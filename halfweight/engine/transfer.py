@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,37 +18,49 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 class Staging:
-    """Int64 numbers to a device, a copy a call, through two pinned buffers that take turns.
+    """Whole numbers to a device, a call at a time, through two pinned buffers that take turns.
 
     Pinning memory for each call would take longer than all else that it asks of the host.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         """Buffers grow with what is sent; on the CPU there are none."""
-        self._device, self._turn = device, 0
-        self._hosts = [torch.empty(0, dtype=torch.int64)] * 2
+        self._device, self._dtype, self._turn = device, dtype, 0
+        self._hosts = [torch.empty(0, dtype=dtype)] * 2
         self._copied: list[Any] = [None, None]
 
-    def send(self, array: NDArray[np.int64]) -> Tensor:
-        """A copy on the device, in the order of its stream; on the CPU the array itself."""
+    def send(self, array: NDArray[Any]) -> Tensor:
+        """A copy of an array of `dtype`, in the stream's order; on the CPU the array itself."""
         if self._device.type != "cuda":
             return torch.from_numpy(array)
-        host = self._host(array.size)[: array.size].view(array.shape)
-        host.numpy()[:] = array
-        sent = host.to(self._device, non_blocking=True)
+        sent = self._host(array).view(array.shape).to(self._device, non_blocking=True)
         self._copied[self._turn].record()
         return sent
 
-    def _host(self, size: int) -> Tensor:
-        """The buffer to fill next; waits if its copy, two calls ago, is not done."""
+    def scatter(self, array: NDArray[Any], targets: Sequence[Tensor]) -> None:
+        """Copy the parts of an array [n] to vectors on the device that take all of it in order."""
+        on_gpu = self._device.type == "cuda"
+        host = self._host(array) if on_gpu else torch.from_numpy(array)
+        begin = 0
+        for target in targets:
+            end = begin + len(target)
+            target.copy_(host[begin:end], non_blocking=True)
+            begin = end
+        if on_gpu:
+            self._copied[self._turn].record()
+
+    def _host(self, array: NDArray[Any]) -> Tensor:
+        """The numbers in the next buffer; waits if its copy, two calls ago, is not done."""
         self._turn ^= 1
         if self._copied[self._turn] is None:
             self._copied[self._turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._copied[self._turn].synchronize()
-        if len(self._hosts[self._turn]) < size:
-            room = 1 << size.bit_length()
-            self._hosts[self._turn] = torch.empty(room, dtype=torch.int64, pin_memory=True)
-        return self._hosts[self._turn]
+        if len(self._hosts[self._turn]) < array.size:
+            room = 1 << array.size.bit_length()
+            self._hosts[self._turn] = torch.empty(room, dtype=self._dtype, pin_memory=True)
+        host = self._hosts[self._turn][: array.size]
+        host.numpy()[:] = array.reshape(-1)
+        return host
 
 
 class HostCopy:

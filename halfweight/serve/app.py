@@ -36,6 +36,8 @@ COMPLETION_TOKENS = 16
 MOST_REQUESTS = 1024
 SHORT_BYTES = 8192
 """Of a request, up to which its jobs are made in less time than a thread would take to begin."""
+SHORT_IDS_BYTES = 32768
+"""The same of one whose prompts are token ids: there is nothing to turn into tokens."""
 SWITCH_SECONDS = 0.001
 """How long the thread that talks to clients may keep Python from the engine's, which needs it many
 times a step. Python's 5 ms are as long as a step of 64 sequences."""
@@ -145,6 +147,8 @@ class _Service:
         """The choices of each prompt."""
         prompts = [
             self._engine.encode(prompt, add_special_tokens=body.add_special_tokens)
+            if isinstance(prompt, str)
+            else prompt
             for prompt in body.prompts
         ]
         most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
@@ -179,7 +183,7 @@ class _Service:
         if most == 0 and not echo:
             raise UsageError("max_tokens: 0 asks for nothing without echo", hint="give 1 or more")
         request = self._engine.request(
-            list(prompt),
+            prompt,
             max_new_tokens=None if most is None else max(1, most),
             stop=body.stop,
             include_stop=body.include_stop_str_in_output,
@@ -242,8 +246,9 @@ def _with_seed(request: EngineRequest, choice: int) -> EngineRequest:
 
 async def _made(make: Callable[[R], list[Job]], body: R, http: Request) -> list[Job]:
     """The jobs of a request; a long text or a grammar keeps no other stream waiting."""
-    num_bytes = int(http.headers.get("content-length", SHORT_BYTES + 1))
-    if num_bytes <= SHORT_BYTES and body.grammar is None:
+    most_bytes = SHORT_BYTES if body.is_text else SHORT_IDS_BYTES
+    num_bytes = int(http.headers.get("content-length", most_bytes + 1))
+    if num_bytes <= most_bytes and body.grammar is None:
         return make(body)
     return await asyncio.to_thread(make, body)
 

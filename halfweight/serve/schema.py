@@ -180,6 +180,11 @@ class Request(Strict):
     guided_grammar: str | None = None
 
     @property
+    def is_text(self) -> bool:
+        """Whether its prompts are text, to be turned into tokens."""
+        return True
+
+    @property
     def sampling(self) -> dict[str, Any]:
         """The fields of the engine's Sampling that are given; -1 of top_k stands for all."""
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
@@ -275,7 +280,7 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """POST /v1/completions: one prompt or several, as text or as token ids."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(min_length=1)
+    prompt: str | list[int] | list[list[int]] | list[str] = Field(min_length=1)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
     add_special_tokens: bool = True
@@ -284,6 +289,11 @@ class CompletionRequest(Request):
     def num_logprobs(self) -> int | None:
         """As the engine's Sampling says it."""
         return self.logprobs
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its prompts are text."""
+        return isinstance(self.prompts[0], str)
 
     @property
     def prompts(self) -> list[str | list[int]]:

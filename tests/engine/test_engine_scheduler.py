@@ -216,7 +216,7 @@ def test_drafts_are_read_with_the_token_before_them_and_those_accepted_count():
     ((chunk, drafts),) = steps.last.drafts
     assert (chunk.start, drafts) == (2, [1, 2, 3])
     steps.scheduler.accept(sequence, 4, [1, 2, 7])
-    assert sequence.tokens == [5, 6, 1, 1, 2, 7]
+    assert sequence.tokens.tolist() == [5, 6, 1, 1, 2, 7]
     assert steps.plan() == [(1, 5, 4, 4)]
 
 

@@ -203,6 +203,7 @@ TEXT = {"model": "tiny", "prompt": "hello"}
         ("completions", {"max_tokens": 400}, "the context has room for 256"),
         ("completions", {"prompt": [1, 320]}, "the prompt has token id 320, expected 0 to 319"),
         ("completions", {"prompt": [-1]}, "the prompt has token id -1"),
+        ("completions", {"prompt": [1, 2**40]}, "the prompt has token id 1099511627776"),
         ("completions", {"prompt": ""}, "prompt: "),
         ("completions", {"prompt": []}, "prompt"),
         ("completions", {"temperature": 3}, "temperature: "),

@@ -71,7 +71,7 @@ class Station:
         self._entering = enters(model)
         self._pages_each = page_tokens // runner.page_tokens
         self.num_pages = runner.num_pages // self._pages_each
-        self._staging = Staging(runner.device)
+        self._staging = Staging(runner.device, torch.int64)
 
     def run(self, step: Step, states: Tensor | None) -> Tensor:
         """What the stage makes of the `states` [T, H] of a step's tokens: those, or logits.

@@ -101,14 +101,13 @@ def tiles(
 ) -> Queries:
     """Tiles of at most `tile` queries of chunks that are in their pages; the longest first."""
     per_chunk = -(-count // tile)
-    chunk = np.repeat(np.arange(len(count)), per_chunk)
     offset = places_within(per_chunk) * tile
-    queries = np.minimum(tile, count[chunk] - offset)
-    position = start[chunk] + offset
-    pages = -(-(position + queries) // page_tokens)
-    order = np.argsort(-pages, kind="stable")
-    found = (first[chunk] + offset, queries, position, table[chunk], pages)
-    return Queries(*(part[order].astype(np.int32) for part in found))
+    found = np.array((first, count, start, table, count), np.int32).repeat(per_chunk, axis=1)
+    found[0] += offset
+    found[1] = np.minimum(tile, found[1] - offset)
+    found[2] += offset
+    found[4] = -(-(found[1] + found[2]) // page_tokens)
+    return Queries(*found[:, (-found[4]).argsort(kind="stable")])
 
 
 def cut(queries: Queries, num_rows: int, at_once: int, least_pages: int = 1) -> Work:
@@ -119,34 +118,35 @@ def cut(queries: Queries, num_rows: int, at_once: int, least_pages: int = 1) -> 
     """
     pages = queries.pages
     share = max(float(least_pages), float(pages.sum()) / at_once) if at_once else np.inf
-    wanted = np.maximum(1, np.rint(pages / share)).astype(np.int32)
+    wanted = np.maximum(1, np.rint(pages / share).astype(np.int32))
     size = np.maximum(1, -(-pages // wanted))
     num = np.maximum(1, -(-pages // size))
-    parts = np.where(num > 1, num, 0)
-    base = np.cumsum(parts) - parts
+    parts = num * (num > 1)
+    base = parts.cumsum() - parts
     split = places_within(num)
-    tile = np.repeat(np.arange(len(num)), num)
-    begin = split * size[tile]
-    end = np.minimum(begin + size[tile], pages[tile])
-    part = np.where(parts[tile] > 0, base[tile] + split, -1)
-    columns = (queries.first, queries.count, queries.position, queries.table)
-    items = np.stack([*(column[tile] for column in columns), begin, end, part], axis=1)
-    return Work(items.astype(np.int32), _row_parts(queries, base, num, num_rows), int(parts.sum()))
+    columns = (queries.first, queries.count, queries.position, queries.table, size, pages, base)
+    items = np.array(columns, np.int32).repeat(num, axis=1)
+    items[4] *= split
+    items[5] = np.minimum(items[4] + size.repeat(num), items[5])
+    items[6] = np.where(num.repeat(num) > 1, items[6] + split, -1)
+    row_parts = _row_parts(queries, base, num, num_rows)
+    return Work(np.ascontiguousarray(items.T), row_parts, int(parts.sum()))
 
 
 def _row_parts(queries: Queries, base: Ints, num: Ints, num_rows: int) -> Ints:
     found = np.zeros((num_rows, ROW_FIELDS), np.int32)
-    tile = np.repeat(np.arange(len(num)), queries.count)
+    columns = np.array((base, num, queries.first), np.int32).repeat(queries.count, axis=1)
     within = places_within(queries.count)
-    row = queries.first[tile] + within
-    found[row, 0], found[row, 1], found[row, 2] = base[tile], num[tile], within
+    rows = columns[2] + within
+    columns[2] = within
+    found[rows] = columns.T
     return found
 
 
 def places_within(counts: Ints) -> Ints:
     """0 .. n - 1 for each n of `counts`, one behind the other."""
-    ends = np.cumsum(counts)
-    places: Ints = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+    ends = counts.cumsum()
+    places: Ints = np.arange(ends[-1] if len(ends) else 0) - (ends - counts).repeat(counts)
     return places
 
 

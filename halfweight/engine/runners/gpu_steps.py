@@ -70,14 +70,14 @@ class Parts:
     def places(self, step: Step) -> tuple[Ints, Ints, Ints]:
         """Of each token of a step: where its id is, where its pages begin, and its position."""
         slots, starts, counts = self.columns(step, len(step))
-        slot = np.repeat(slots, counts)
-        position = np.repeat(starts, counts) + places_within(counts)
+        slot = slots.repeat(counts)
+        position = starts.repeat(counts) + places_within(counts)
         return self.ids_at(slot, position), slot * self.max_pages, position
 
     def prompt_work(self, step: Step, num_rows: int, table: Ints | None = None) -> Work:
         """Tiles of a step's chunks; `table` says where pages begin, if not the page table."""
         slots, starts, counts = self.columns(step, len(step))
-        first = (np.cumsum(counts) - counts).astype(np.int32)
+        first = counts.cumsum() - counts
         table = slots * self.max_pages if table is None else table
         size = self.attention.tile_queries
         queries = tiles(first, counts, starts, table, size, PAGE_TOKENS)
