@@ -4,9 +4,8 @@ One kernel, compiled by NVRTC when a form of it is first needed and kept; tiles.
 by the device's own facts. One token is the Triton backend's GEMV, more than 256 are its dequantized
 blocks and the vendor's product, by rule and not by failure.
 
-It is right where it was run: in an emulator on the CPU (tests/kernels/test_kernels_cuda.py), and
-its first version on an H200, where it was mostly slower than Triton's kernels. What it is now no
-GPU has run, so `choose_backend` never takes it by itself: ask for it by name.
+`choose_backend` takes it on cards that have no wgmma (Hopper's kernels come first), where
+cuda-bindings and NVRTC are; without these the Triton backend is taken, and the log says why.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from halfweight.kernels.cuda import driver
 from halfweight.kernels.cuda.schedule import Plan
-from halfweight.kernels.cuda.tiles import SHAPES, Form, choose, run_of
+from halfweight.kernels.cuda.tiles import SHAPES, Form, choose, may_scale, run_of
 from halfweight.kernels.operations import Backend, TokenRange
 from halfweight.kernels.triton import backend as portable
 from halfweight.kernels.triton.tables import REASONS, Config
@@ -109,7 +108,9 @@ def linear(
     if not takes(x, packed, scales):
         return portable.BACKEND.linear(x, packed, scales, exponents, bias)
     rows, y, bias = driver.operands(x, packed, bias)
-    plan = choose(driver.card_of(x.device.index), rows.shape[0], *packed.shape)
+    run = run_of(packed.shape[1] // scales.shape[1], scales.shape[1])
+    scaled = may_scale(run, scales.dtype == torch.uint8)
+    plan = choose(driver.card_of(x.device.index), rows.shape[0], *packed.shape, scaled)
     _launch(rows, packed, scales.contiguous(), exponents, bias, y, plan)
     return y.reshape(*x.shape[:-1], packed.shape[0])
 

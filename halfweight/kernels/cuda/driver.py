@@ -237,4 +237,16 @@ def unavailable(
         return f"needs compute capability {needed}, this GPU has {capability[0]}.{capability[1]}"
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
         return "needs the package cuda-bindings"
+    return _compiler_lacks()
+
+
+@cache
+def _compiler_lacks() -> str | None:
+    """Why nothing can be compiled, or None."""
+    from cuda.bindings import nvrtc
+
+    try:
+        nvrtc.nvrtcVersion()
+    except Exception as error:  # of a class that differs between versions of cuda-bindings
+        return f"needs NVRTC, CUDA's run-time compiler: {' '.join(str(error).split())[:120]}"
     return None
