@@ -162,7 +162,7 @@ FAMILIES = {
         {"": sm80_choices},
         tiles_fit.SM80,
         lambda config, x: (x, None),
-        sm80._launch,
+        sm80.launch,
         sm80_text,
     ),
 }

@@ -208,7 +208,7 @@ def test_every_card_has_a_form_for_every_number_of_tokens(card, tokens):
         assert form.k_bytes % 128 == 0
         assert form.shape.threads * form.shape.blocks >= 256
     for rows, columns, scaled in ((28672, 4096, False), (6144, 4096, True), (48, 1536, False)):
-        plan = choose(card, tokens, rows, columns, scaled)
+        plan = choose(card, (tokens, rows, columns), scaled)
         assert scaled or not plan.config.shape.scaled
         assert plan.tiles_m * plan.config.tokens >= tokens
         assert plan.tiles_n * plan.rows >= rows

@@ -11,6 +11,7 @@ cuda-bindings and NVRTC are; without these the Triton backend is taken, and the 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfweight.kernels.cuda import driver
+from halfweight.kernels.cuda import driver, tuned
 from halfweight.kernels.cuda.schedule import Plan
-from halfweight.kernels.cuda.tiles import SHAPES, Form, choose, may_scale, run_of
+from halfweight.kernels.cuda.tiles import SHAPES, Form, Shape, choose, may_scale, run_of
 from halfweight.kernels.operations import Backend, TokenRange
 from halfweight.kernels.triton import backend as portable
 from halfweight.kernels.triton.tables import REASONS, Config
@@ -66,7 +67,19 @@ def _start(
     return driver.prepare(kernel, sizes, stream, space)
 
 
-def _launch(
+@lru_cache(maxsize=4096)
+def _plan(device: int, sizes: tuple[int, int, int], scaled: bool) -> Plan[Form]:
+    return choose(driver.card_of(device), sizes, scaled, tuned.ratios_of(device))
+
+
+def tune(device: int, ratios: Mapping[Shape, float]) -> Path:
+    """Keep what was measured of the forms, and choose by it. Returns the file's path."""
+    path = tuned.keep(device, ratios)
+    _plan.cache_clear()
+    return path
+
+
+def launch(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -75,6 +88,7 @@ def _launch(
     y: Tensor,
     plan: Plan[Form],
 ) -> None:
+    """Fill y [M, N] as a plan says; all in memory that 16-byte copies can read."""
     device, num_groups = x.device.index, scales.shape[1]
     stream = torch.cuda.current_stream(device).cuda_stream
     run = run_of(x.shape[1] // num_groups, num_groups)
@@ -110,8 +124,8 @@ def linear(
     rows, y, bias = driver.operands(x, packed, bias)
     run = run_of(packed.shape[1] // scales.shape[1], scales.shape[1])
     scaled = may_scale(run, scales.dtype == torch.uint8)
-    plan = choose(driver.card_of(x.device.index), rows.shape[0], *packed.shape, scaled)
-    _launch(rows, packed, scales.contiguous(), exponents, bias, y, plan)
+    plan = _plan(x.device.index, (rows.shape[0], *packed.shape), scaled)
+    launch(rows, packed, scales.contiguous(), exponents, bias, y, plan)
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
 

@@ -8,9 +8,9 @@ card is known by its name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from types import MappingProxyType
 
 from halfweight.kernels.cuda import schedule
 from halfweight.kernels.cuda.card import Card
@@ -19,25 +19,27 @@ from halfweight.kernels.cuda.schedule import Plan
 MOST_STAGES = 6
 BLOCK_RESERVE = 1024
 """Shared memory that the hardware keeps of each block."""
-TILE_US = 0.43
+LAUNCH_US = 5.0
+"""What every product takes beside its stages: its launch, the first bytes, the last results."""
+TILE_US = 0.526
 """What beginning and ending a tile takes."""
-SHARE_US = 4.6
+SHARE_US = 4.53
 """What handing sums to another block takes, if there are few."""
-SUM_US = 0.0002
+SUM_US = 0.00033
 """The same for each sum."""
-EVEN_SHARE = 0.51
+EVEN_SHARE = 0.61
 """Of both, where all shares end at once."""
-LATENCY_US = 1.33
+LATENCY_US = 1.31
 """From a copy's start to its end, at the rate that memory has."""
-WAIT_US = 0.15
+WAIT_US = 0.131
 """A stage's barrier and the first loads behind it."""
-PRODUCTS, INSTRUCTIONS, BANKS = 1.3, 0.51, 0.36
+PRODUCTS, INSTRUCTIONS, BANKS = 1.29, 0.621, 0.363
 """Of the time that tensor cores, issue and shared memory need for a stage: what shows."""
 BANKS_BYTES = 128
 """What shared memory gives a clock."""
 SCHEDULERS = 4
 """Warps that a multiprocessor issues for in a clock."""
-BOTH = 3.9
+BOTH = 4.09
 """How sharp the larger of two times is: the exponent of their sum's norm."""
 
 
@@ -56,6 +58,13 @@ class Shape:
     """Whether a weight is multiplied by its scale, or a group's sum."""
     factor: float = 1.0
     """What its stages take beside what the model says."""
+
+    @property
+    def name(self) -> str:
+        """All that tells it from other shapes."""
+        sizes = (self.row_tiles, self.token_tiles, self.warps_n, self.warps_m, self.warps_k)
+        kind = "-scaled" if self.scaled else ""
+        return "-".join(map(str, (*sizes, self.units, self.blocks))) + kind
 
     @property
     def tokens(self) -> int:
@@ -114,28 +123,32 @@ class Shape:
 
 
 SHAPES = (
-    Shape(2, 1, 1, 1, 8, 1),
-    Shape(2, 1, 1, 1, 8, 1, blocks=2),
-    Shape(2, 1, 1, 1, 4, 2, blocks=2),
-    Shape(2, 1, 1, 1, 4, 1, blocks=4),
-    Shape(2, 2, 1, 1, 8, 1),
-    Shape(2, 2, 1, 1, 8, 1, blocks=2),
-    Shape(2, 2, 2, 1, 4, 1, blocks=2),
-    Shape(2, 2, 4, 1, 1, 2, blocks=3),
-    Shape(1, 4, 2, 1, 4, 1),
-    Shape(2, 4, 2, 1, 4, 1),
-    Shape(2, 4, 4, 1, 1, 2, blocks=2),
+    Shape(2, 1, 2, 1, 4, 1),
+    Shape(2, 1, 1, 1, 8, 1, factor=1.3),
+    Shape(2, 1, 1, 1, 8, 1, blocks=2, factor=0.93),
+    Shape(2, 1, 1, 1, 4, 2, blocks=2, factor=0.77),
+    Shape(2, 1, 1, 1, 4, 1, blocks=4, factor=0.79),
+    Shape(2, 2, 2, 1, 4, 1),
+    Shape(2, 2, 1, 1, 8, 1, factor=1.3),
+    Shape(2, 2, 1, 1, 8, 1, blocks=2, factor=1.08),
+    Shape(2, 2, 2, 1, 4, 1, blocks=2, factor=0.77),
+    Shape(2, 2, 4, 1, 1, 2, blocks=3, factor=0.95),
+    Shape(1, 4, 2, 1, 4, 1, factor=1.03),
+    Shape(2, 4, 2, 1, 4, 1, factor=1.02),
+    Shape(2, 4, 4, 1, 1, 2, blocks=2, factor=0.94),
     Shape(2, 4, 4, 1, 1, 2, blocks=3),
-    Shape(2, 6, 4, 1, 1, 2, blocks=2),
-    Shape(2, 8, 4, 1, 2, 1),
-    Shape(2, 8, 4, 1, 1, 2, blocks=2),
-    Shape(2, 8, 4, 2, 1, 2),
+    Shape(2, 6, 4, 1, 1, 2, blocks=2, factor=1.1),
+    Shape(2, 8, 4, 1, 2, 1, factor=1.12),
+    Shape(2, 8, 4, 1, 1, 2, blocks=2, factor=1.06),
+    Shape(2, 8, 4, 2, 1, 2, factor=1.09),
     Shape(2, 8, 4, 1, 1, 2, blocks=2, scaled=True),
     Shape(2, 8, 4, 2, 1, 2, scaled=True),
     Shape(4, 8, 4, 1, 1, 2, blocks=2, scaled=True),
     Shape(4, 8, 4, 2, 1, 2, scaled=True),
 )
-"""The forms that are compiled, fewest tokens first."""
+"""The forms that are compiled, fewest tokens first. Some never win where a block may have 227 KB, but
+are the best of those that fit 99 KB.
+"""
 
 
 @dataclass(frozen=True)
@@ -257,15 +270,24 @@ def forms(card: Card, num_tokens: int, scaled: bool) -> list[Form]:
     return [form for form in found if form.stages >= 2]
 
 
-@lru_cache(maxsize=4096)
 def choose(
-    card: Card, num_tokens: int, out_features: int, in_features: int, scaled: bool
+    card: Card,
+    sizes: tuple[int, int, int],
+    scaled: bool,
+    ratios: Mapping[Shape, float] = MappingProxyType({}),
 ) -> Plan[Form]:
-    """The plan that should take the least time; of a `scaled` form only where it may be."""
-    sizes = (num_tokens, out_features, in_features)
+    """The plan that should take the least time for a product of (tokens, rows, columns).
+
+    `scaled` forms are taken only where they may be. `ratios` are those of tuned.py.
+    """
     found = [
         plan
-        for form in forms(card, num_tokens, scaled)
+        for form in forms(card, sizes[0], scaled)
         for plan in schedule.plans(form, *sizes, card)
     ]
-    return min(found, key=schedule.preference)
+
+    def preference(plan: Plan[Form]) -> tuple[float, int]:
+        ratio = ratios.get(plan.config.shape, 1.0)
+        return ratio * (LAUNCH_US + plan.microseconds), plan.num_workers
+
+    return min(found, key=preference)
