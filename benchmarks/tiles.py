@@ -32,6 +32,7 @@ from typing import Any
 from unittest import mock
 
 import tiles_fit
+import tiles_sm80
 import torch
 from envelope import RESULTS, envelope, write_result
 from kernels import SHAPES
@@ -42,7 +43,6 @@ from halfweight.kernels.cuda import backend as sm80
 from halfweight.kernels.cuda import driver, schedule
 from halfweight.kernels.cuda import tiles as sm80_tiles
 from halfweight.kernels.cuda.card import Card
-from halfweight.kernels.cuda.tiles import Shape
 from halfweight.kernels.hopper import backend as cuda
 from halfweight.kernels.hopper import tiles
 from halfweight.kernels.hopper.tiles import Config, Int8
@@ -56,21 +56,6 @@ NEAR = 1.3
 """Plans so much slower than the fastest matter to a fit."""
 MOST_ERROR = 2e-3
 """Relative, of a float16 product to the exact one."""
-
-TRIED = (
-    Shape(1, 1, 1, 1, 8, 1, blocks=2),
-    Shape(2, 2, 4, 1, 2, 1, blocks=2),
-    Shape(2, 4, 2, 1, 2, 1, blocks=3),
-    Shape(2, 6, 4, 2, 1, 2),
-    Shape(2, 4, 4, 1, 1, 2, blocks=3, scaled=True),
-    Shape(4, 4, 4, 1, 1, 2, blocks=2, scaled=True),
-    Shape(2, 8, 4, 1, 1, 2, blocks=3, scaled=True),
-    Shape(4, 8, 4, 1, 2, 1, scaled=True),
-    Shape(4, 8, 8, 1, 1, 2, scaled=True),
-    Shape(2, 16, 4, 1, 1, 2, blocks=2, scaled=True),
-    Shape(4, 8, 2, 2, 1, 2, blocks=2, scaled=True),
-)
-"""Forms of w8a16.cu that are measured beside those that may be chosen."""
 
 Plan = schedule.Plan[Any]
 PlansOf = Callable[[int, tuple[int, int], Card], list[Plan]]
@@ -119,33 +104,6 @@ def hopper_text(plan: Plan, architecture: str) -> tuple[str, str]:
     return cuda.source(plan.config, groups, torch.float16), cuda.ARCHITECTURE
 
 
-def sm80_plans(tokens: int, shape: tuple[int, int], card: Card) -> list[Plan]:
-    """Every schedule of every form whose tiles cover the tokens once or twice."""
-    shapes = (*sm80_tiles.SHAPES, *TRIED)
-    sizes = sorted({shape.tokens for shape in shapes})
-    covering = next((size for size in sizes if size >= tokens), sizes[-1])
-    forms = [
-        sm80_tiles.form_on(card, s) for s in shapes if covering <= 2 * s.tokens <= 2 * covering
-    ]
-    return [
-        plan
-        for form in forms
-        if form.stages >= 2
-        for plan in schedule.plans(form, tokens, *shape, card)
-    ]
-
-
-def sm80_choices(tokens: int, shape: tuple[int, int], card: Card) -> list[Plan]:
-    """Every schedule of every form that may be chosen for such a product."""
-    forms = sm80_tiles.forms(card, tokens, scaled=True)
-    return [plan for form in forms for plan in schedule.plans(form, tokens, *shape, card)]
-
-
-def sm80_text(plan: Plan, architecture: str) -> tuple[str, str]:
-    """The text of a plan's kernel."""
-    return sm80.source(plan.config, 128, torch.uint8, torch.float16), architecture
-
-
 FAMILIES = {
     "hopper": Family(
         (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
@@ -158,12 +116,12 @@ FAMILIES = {
     ),
     "sm80": Family(
         (16, 64, 128, 8, 256, 32, 1, 96, 192, 4, 2),
-        {"": sm80_plans},
-        {"": sm80_choices},
+        {"": tiles_sm80.plans},
+        {"": tiles_sm80.choices},
         tiles_fit.SM80,
         lambda config, x: (x, None),
         sm80.launch,
-        sm80_text,
+        tiles_sm80.text,
     ),
 }
 """Batches in the order in which they are measured, so that a cut run is useful."""
@@ -400,7 +358,7 @@ def main() -> None:
         with family.model.using(best):
             print(told_losses(family, rows))
         return
-    shapes = (*sm80_tiles.SHAPES, *TRIED)
+    shapes = (*sm80_tiles.SHAPES, *tiles_sm80.TRIED)
     with mock.patch.object(sm80, "SHAPES", shapes):  # the workspace is for all of them
         rows = sweep(options.family, options, torch.device("cuda", 0))
     print(told_losses(family, rows))

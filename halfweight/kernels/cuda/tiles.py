@@ -146,8 +146,8 @@ SHAPES = (
     Shape(4, 8, 4, 1, 1, 2, blocks=2, scaled=True),
     Shape(4, 8, 4, 2, 1, 2, scaled=True),
 )
-"""The forms that are compiled, fewest tokens first. Some never win where a block may have 227 KB, but
-are the best of those that fit 99 KB.
+"""The forms that are compiled, fewest tokens first. Some never win where a block may have 227 KB,
+but are the best of those that fit 99 KB.
 """
 
 
