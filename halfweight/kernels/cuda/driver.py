@@ -32,7 +32,7 @@ class Problem(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("num_tokens", "out_features", "in_features")),
         *((name, ctypes.c_int) for name in ("group_size", "num_groups", "tiles_m", "tiles_n")),
         *((name, ctypes.c_int) for name in ("tile_rows", "k_blocks", "whole_waves", "num_workers")),
-        ("steps_stride", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("steps_stride", "share", "spare")),
     ]
 
 
@@ -210,6 +210,7 @@ def problem_of(
         *(plan.tiles_m, plan.tiles_n, plan.rows, plan.k_blocks),
         *(plan.whole_waves, plan.num_workers),
         0 if steps is None else steps.shape[-1],
+        *divmod(plan.shared_blocks, plan.num_workers),
     )
 
 

@@ -122,7 +122,7 @@ struct Copier {
     __device__ __forceinline__ bool begin() {
         const Problem& p = o.p;
         if (!schedule.pop(s)) return false;
-        int row = s.tile / p.tiles_m * BN, token = s.tile % p.tiles_m * MT;
+        int row = schedule.row_tile(s) * BN, token = schedule.token_tile(s) * MT;
         w.aim(o.packed, p.out_features, p.in_features, row, s.k_begin * KB);
         x.aim(o.x, p.num_tokens, p.in_features, token, s.k_begin * KB);
         return true;
@@ -319,7 +319,7 @@ w8a16(const __grid_constant__ Operands o) {
     begin_stage(0);
     Segment s;
     for (Schedule schedule(p, worker); schedule.pop(s);) {
-        int n = s.tile / p.tiles_m * BN + first_row, m = s.tile % p.tiles_m * MT + first_token;
+        int n = schedule.row_tile(s) * BN + first_row, m = schedule.token_tile(s) * MT + first_token;
         float total[ACC], sums[SCALED ? 1 : ACC];
         Scale scales[RUNS][RT][2], next_scales[RUNS][RT][2];
 #pragma unroll
