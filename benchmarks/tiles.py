@@ -3,12 +3,13 @@
     python benchmarks/tiles.py hopper                     # measure, on a GPU
     python benchmarks/tiles.py sm80 --limit-seconds 120 --repeats 5
     python benchmarks/tiles.py hopper --fit benchmarks/results/hopper_tiles*.json
+    python benchmarks/tiles.py sm80 --fit benchmarks/results/sm80_tiles.json --tries 3000
     python benchmarks/tiles.py hopper --markdown benchmarks/results/hopper_tiles.json
 
 `halfweight/kernels/hopper/tiles.py` and `halfweight/kernels/cuda/tiles.py` estimate the time of a
 product from a few constants. --fit searches for those under which the choice loses the least
-against the fastest that was measured, and says how much that is; without --fit, the same for the
-constants of today. --markdown prints the table of the tiles that are chosen.
+against the fastest that was measured, and says how much that is (--tries 0: for the constants of
+today, as after a sweep). --markdown prints the table of the tiles that are chosen.
 
 All forms are compiled first, in parallel. A product's plans are the most promising by the estimate,
 each form at least once; a plan whose result is wrong or fails is recorded with its error.
@@ -18,20 +19,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
+from statistics import fmean, median, pstdev
 from typing import Any
 from unittest import mock
 
+import tiles_fit
+import tiles_sm80
 import torch
 from envelope import RESULTS, envelope, write_result
 from kernels import SHAPES
@@ -42,45 +43,19 @@ from halfweight.kernels.cuda import backend as sm80
 from halfweight.kernels.cuda import driver, schedule
 from halfweight.kernels.cuda import tiles as sm80_tiles
 from halfweight.kernels.cuda.card import Card
-from halfweight.kernels.cuda.tiles import Shape
 from halfweight.kernels.hopper import backend as cuda
 from halfweight.kernels.hopper import tiles
-from halfweight.kernels.hopper.tiles import Config, Int8, Small
+from halfweight.kernels.hopper.tiles import Config, Int8
 from halfweight.quantization.numerics import QuantizedTensor, dequantize
 
 GROUP_SIZE = 128
-TRIES = 20_000
 SHAPE_LIST = {**SHAPES, "o": (4096, 4096)}
 H100 = Card(132, 232448, 233472, 50 << 20, 3_352_000, 1980, 1300)
 """What was measured before results named their card."""
+NEAR = 1.3
+"""Plans so much slower than the fastest matter to a fit."""
 MOST_ERROR = 2e-3
 """Relative, of a float16 product to the exact one."""
-
-TRIED = (
-    Shape(1, 1, 1, 1, 8, 1, blocks=2),
-    Shape(2, 1, 2, 1, 4, 1, blocks=2),
-    Shape(4, 1, 2, 1, 4, 1),
-    Shape(2, 1, 1, 1, 4, 1, blocks=4),
-    Shape(2, 1, 1, 1, 4, 2, blocks=2),
-    Shape(2, 2, 1, 1, 8, 1, blocks=2),
-    Shape(4, 2, 2, 1, 4, 1),
-    Shape(2, 2, 4, 1, 2, 1),
-    Shape(2, 2, 4, 1, 2, 1, blocks=2),
-    Shape(1, 4, 4, 1, 2, 1, blocks=2),
-    Shape(2, 6, 4, 1, 2, 1),
-    Shape(2, 8, 8, 1, 1, 2),
-    Shape(2, 6, 4, 2, 1, 2),
-    Shape(2, 8, 2, 4, 1, 2),
-    Shape(2, 4, 4, 1, 1, 2, blocks=2),
-    Shape(2, 4, 4, 1, 1, 2, blocks=3),
-    Shape(2, 4, 2, 1, 2, 1, blocks=3),
-    Shape(2, 8, 4, 1, 1, 2, blocks=2),
-    Shape(2, 8, 2, 1, 2, 1, blocks=2),
-    Shape(2, 8, 2, 2, 1, 2, blocks=2),
-    Shape(2, 6, 4, 1, 1, 2, blocks=2),
-    Shape(2, 2, 4, 1, 1, 2, blocks=3),
-)
-"""Forms of w8a16.cu that are measured beside those that may be chosen."""
 
 Plan = schedule.Plan[Any]
 PlansOf = Callable[[int, tuple[int, int], Card], list[Plan]]
@@ -90,14 +65,16 @@ PlansOf = Callable[[int, tuple[int, int], Card], list[Plan]]
 class Family:
     """Kernels that one model chooses among.
 
-    ways: name of a way to compute -> its plans. x_of: a configuration and x -> x as the kernel
-    takes it and the steps it was rounded with. launch: (x, packed, scales, exponents, bias, y,
-    plan[, steps]). text: a plan and a card's architecture -> the kernel's text and what it is
-    compiled for.
+    ways: name of a way to compute -> its plans. choices: -> those that may be chosen. x_of: a
+    configuration and x -> x as the kernel takes it and the steps it was rounded with. launch: (x,
+    packed, scales, exponents, bias, y, plan[, steps]). text: a plan and a card's architecture ->
+    the kernel's text and what it is compiled for.
     """
 
     batches: Sequence[int]
     ways: Mapping[str, PlansOf]
+    choices: Mapping[str, PlansOf]
+    model: tiles_fit.Model[Any]
     x_of: Callable[[Any, Tensor], tuple[Tensor, Tensor | None]]
     launch: Callable[..., None]
     text: Callable[[Plan, str], tuple[str, str]]
@@ -127,41 +104,24 @@ def hopper_text(plan: Plan, architecture: str) -> tuple[str, str]:
     return cuda.source(plan.config, groups, torch.float16), cuda.ARCHITECTURE
 
 
-def sm80_plans(tokens: int, shape: tuple[int, int], card: Card) -> list[Plan]:
-    """Every schedule of every form whose tiles cover the tokens once or twice."""
-    shapes = (*sm80_tiles.SHAPES, *TRIED)
-    sizes = sorted({shape.tokens for shape in shapes})
-    covering = next((size for size in sizes if size >= tokens), sizes[-1])
-    forms = [
-        sm80_tiles.form_on(card, s) for s in shapes if covering <= 2 * s.tokens <= 2 * covering
-    ]
-    return [
-        plan
-        for form in forms
-        if form.stages >= 2
-        for plan in schedule.plans(form, tokens, *shape, card)
-    ]
-
-
-def sm80_text(plan: Plan, architecture: str) -> tuple[str, str]:
-    """The text of a plan's kernel."""
-    return sm80.source(plan.config, 128, torch.uint8, torch.float16), architecture
-
-
 FAMILIES = {
     "hopper": Family(
         (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
         {"": hopper_plans, " int8": int8_plans},
+        {"": hopper_plans, " int8": int8_plans},
+        tiles_fit.HOPPER,
         hopper_x,
         cuda._launch,
         hopper_text,
     ),
     "sm80": Family(
         (16, 64, 128, 8, 256, 32, 1, 96, 192, 4, 2),
-        {"": sm80_plans},
+        {"": tiles_sm80.plans},
+        {"": tiles_sm80.choices},
+        tiles_fit.SM80,
         lambda config, x: (x, None),
-        sm80._launch,
-        sm80_text,
+        sm80.launch,
+        tiles_sm80.text,
     ),
 }
 """Batches in the order in which they are measured, so that a cut run is useful."""
@@ -170,9 +130,16 @@ FAMILIES = {
 def label(plan: Plan) -> str:
     """One name for a configuration and its schedule."""
     config = getattr(plan.config, "shape", plan.config)
-    sizes = [str(getattr(config, f.name)) for f in fields(config) if f.name != "block_us"]
+    named = [f.name for f in fields(config) if f.name not in ("block_us", "factor", "scaled")]
+    sizes = [str(getattr(config, name)) for name in named]
+    sizes += ["scaled"] if getattr(config, "scaled", False) else []
     dealt = f"{plan.rows}-{plan.whole_waves}x{plan.num_workers}"
     return "-".join([type(config).__name__, *sizes, dealt])
+
+
+def kind_of(name: str) -> str:
+    """The class of a labelled plan's configuration."""
+    return name.split("-")[0]
 
 
 def promising(plans: Sequence[Plan], most: int) -> list[Plan]:
@@ -249,15 +216,35 @@ def check(call: timing.Call, y: Tensor, exact: Tensor, most: float) -> None:
         raise ValueError(f"relative error {error}")
 
 
-def chosen(row: Mapping[str, Any], plans_of: PlansOf) -> tuple[float, float] | None:
-    """Microseconds of the plan that would be chosen and of the fastest; None if none was timed."""
-    times = row["microseconds"]
-    known = plans_of(row["tokens"], SHAPE_LIST[row["shape"]], card_of(row))
-    found = [plan for plan in known if label(plan) in times]
+@dataclass(frozen=True)
+class Choice:
+    """Microseconds of the plan that would be chosen, of the fastest, and how far the estimates of
+    those near the fastest are off, as a part of its time.
+    """
+
+    microseconds: float
+    fastest: float
+    deviation: float
+
+    @property
+    def loss(self) -> float:
+        """How much slower than the fastest."""
+        return self.microseconds / self.fastest - 1
+
+
+def chosen(row: Mapping[str, Any], family: Family, way: str) -> Choice | None:
+    """What would be chosen for a product; None if none of its plans was timed."""
+    times, asked = row["microseconds"], (row["tokens"], SHAPE_LIST[row["shape"]], card_of(row))
+    known = {label(plan): plan for plan in family.choices[way](*asked)}
+    found = {name: plan for name, plan in known.items() if name in times}
     if not found:
         return None
-    first = min(found, key=schedule.preference)
-    return times[label(first)], min(times[label(plan)] for plan in found)
+    kinds = {kind_of(name) for name in found}
+    fastest = min(us for name, us in times.items() if kind_of(name) in kinds)
+    first = min(found.values(), key=schedule.preference)
+    good = [name for name in found if times[name] < NEAR * fastest]
+    off = [times[name] - found[name].microseconds for name in good] or [0.0]
+    return Choice(times[label(first)], fastest, pstdev(off, median(off)) / fastest)
 
 
 def card_of(row: Mapping[str, Any]) -> Card:
@@ -265,13 +252,22 @@ def card_of(row: Mapping[str, Any]) -> Card:
     return Card(**row["card"]) if "card" in row else H100
 
 
-def losses(family: Family, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
-    """Of each product: how much slower than the best the plan is that would be chosen."""
+def choices(family: Family, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Choice]]:
+    """Of each product what would be chosen."""
     for row in rows:
-        for name, plans_of in family.ways.items():
-            found = chosen(row, plans_of)
+        for way in family.ways:
+            found = chosen(row, family, way)
             if found is not None:
-                yield f"{row['shape']} {row['tokens']}{name}", found[0] / found[1] - 1
+                yield f"{row['shape']} {row['tokens']}{way}", found
+
+
+def told_losses(family: Family, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of each product how much slower than the fastest the chosen plan is; the mean, the most."""
+    found = {name: choice.loss for name, choice in choices(family, rows)}
+    lines = [f"{name}: {loss:.1%}" for name, loss in found.items()]
+    worst = max(found, key=lambda name: found[name])
+    lines.append(f"mean {fmean(found.values()):.2%}, most {found[worst]:.1%} ({worst})")
+    return "\n".join(lines)
 
 
 def markdown(family: Family, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -279,52 +275,23 @@ def markdown(family: Family, rows: Sequence[Mapping[str, Any]]) -> str:
     tokens = sorted({row["tokens"] for row in rows})
     lines = ["| | " + " | ".join(f"M={m}" for m in tokens) + " |", "|---" * (len(tokens) + 1) + "|"]
     for name in dict.fromkeys(row["shape"] for row in rows):
-        for kind, plans_of in family.ways.items():
+        for kind in family.ways:
             cells = {}
             for row in rows:
-                found = chosen(row, plans_of) if row["shape"] == name else None
+                found = chosen(row, family, kind) if row["shape"] == name else None
                 if found is not None:
-                    cells[row["tokens"]] = f"{row['microseconds']['float16'] / found[0]:.2f}"
+                    speedup = row["microseconds"]["float16"] / found.microseconds
+                    cells[row["tokens"]] = f"{speedup:.2f}"
             lines.append(f"| {name}{kind} | " + " | ".join(cells.get(m, "") for m in tokens) + " |")
     return "\n".join(lines)
 
 
 def penalty(family: Family, rows: Sequence[Mapping[str, Any]]) -> float:
-    """Mean loss plus a fifth of the worst."""
-    values = [loss for _, loss in losses(family, rows)]
-    return sum(values) / len(values) + 0.2 * max(values)
-
-
-def with_times(configs: Sequence[Config], factors: Mapping[Config, float]) -> tuple[Config, ...]:
-    """The configurations, their stages slower by factors."""
-    return tuple(replace(c, block_us=round(c.block_us * factors[c], 3)) for c in configs)
-
-
-@contextmanager
-def using(configs: Sequence[Config]) -> Iterator[None]:
-    """Choose among these instead."""
-    small = tuple(c for c in configs if isinstance(c, Small))
-    int8 = tuple(c for c in configs if isinstance(c, Int8))
-    large = tuple(c for c in configs if not isinstance(c, Int8 | Small))
-    with mock.patch.multiple(tiles, SMALL=small, LARGE=large, INT8=int8):
-        yield
-
-
-def fit(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> tuple[Config, ...]:
-    """Stage times, near those of today, under which the choice on Hopper loses the least."""
-    chance, family = random.Random(seed), FAMILIES["hopper"]
-    best = (*tiles.SMALL, *tiles.LARGE, *tiles.INT8)
-    least = penalty(family, rows)
-    for _ in range(TRIES):
-        factors = dict.fromkeys(best, 1.0)
-        for config in chance.sample(best, 2):
-            factors[config] = math.exp(chance.gauss(0, 0.05))
-        tried = with_times(best, factors)
-        with using(tried):
-            found = penalty(family, rows)
-        if found < least:
-            best, least = tried, found
-    return best
+    """Mean loss plus a fifth of the worst, and a tenth of how far estimates are off."""
+    found = [choice for _, choice in choices(family, rows)]
+    losses = [choice.loss for choice in found]
+    off = fmean(choice.deviation for choice in found)
+    return fmean(losses) + 0.2 * max(losses) + 0.1 * off
 
 
 def summary(row: Mapping[str, Any], most: int = 5) -> str:
@@ -370,6 +337,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--fit", type=Path, nargs="+", help="results, of one card or several")
+    parser.add_argument("--tries", type=int, default=20_000, help="steps of --fit")
     parser.add_argument("--markdown", type=Path, help="print the table of a result and stop")
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--shapes", nargs="+", choices=SHAPE_LIST, default=list(SHAPE_LIST))
@@ -385,14 +353,15 @@ def main() -> None:
         return
     if options.fit:
         rows = [row for path in options.fit for row in json.loads(path.read_text())["results"]]
-        for config in fit(rows):
-            print(config)
-    else:
-        shapes = (*sm80_tiles.SHAPES, *TRIED)
-        with mock.patch.object(sm80, "SHAPES", shapes):  # the workspace is for all of them
-            rows = sweep(options.family, options, torch.device("cuda", 0))
-    for name, loss in losses(family, rows):
-        print(f"{name}: {loss:.1%}")
+        best = tiles_fit.fit(family.model, partial(penalty, family, rows), options.tries)
+        print(*family.model.told(best), sep="\n")
+        with family.model.using(best):
+            print(told_losses(family, rows))
+        return
+    shapes = (*sm80_tiles.SHAPES, *tiles_sm80.TRIED)
+    with mock.patch.object(sm80, "SHAPES", shapes):  # the workspace is for all of them
+        rows = sweep(options.family, options, torch.device("cuda", 0))
+    print(told_losses(family, rows))
 
 
 if __name__ == "__main__":

@@ -136,11 +136,14 @@ def test_the_kernels_pages_tables_are_those_of_the_results(page, name):
     assert kernels.markdown(readme_tables.results(name)["results"]) in text
 
 
-@pytest.mark.parametrize("name", ["hopper_tiles", "hopper_tiles_h200"])
-def test_the_table_of_chosen_tiles_is_that_of_the_result(name):
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("hopper", "hopper_tiles"), ("hopper", "hopper_tiles_h200"), ("sm80", "sm80_tiles")],
+)
+def test_the_table_of_chosen_tiles_is_that_of_the_result(family, name):
     page = (ROOT / "docs" / "kernels.md").read_text()
     rows = readme_tables.results(name)["results"]
-    assert tiles.markdown(tiles.FAMILIES["hopper"], rows) in page
+    assert tiles.markdown(tiles.FAMILIES[family], rows) in page
 
 
 def test_the_training_pages_table_is_that_of_the_result():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -52,7 +53,8 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _tune(device: Any, shapes: list[tuple[int, int]] | None, limit_seconds: float) -> None:
-    from halfweight.kernels import tune
+    from halfweight.kernels import operations, tune
+    from halfweight.kernels.cuda import backend as cuda
     from halfweight.kernels.triton import backend as triton
     from halfweight.kernels.triton import tables
     from halfweight.kernels.triton.launch import device_info
@@ -63,6 +65,13 @@ def _tune(device: Any, shapes: list[tuple[int, int]] | None, limit_seconds: floa
             f"nothing to tune on {device}: the Triton backend {reason}",
             hint="run it where `halfweight backends` lists triton",
         )
+    end = time.monotonic() + limit_seconds
+    if operations.choose_backend(device) == "sm80":
+        ratios = tune.tune_tiles(
+            device, shapes or tune.SHAPES, limit_seconds=limit_seconds, progress=stderr.print
+        )
+        stderr.print(f"wrote {cuda.tune(device.index, ratios)}")
+    limit_seconds = end - time.monotonic()
     table = tune.tune(
         device, shapes or tune.SHAPES, limit_seconds=limit_seconds, progress=stderr.print
     )

@@ -62,8 +62,8 @@ class Backend:
 
 BACKENDS = {
     "cuda": "halfweight.kernels.hopper.backend",
-    "triton": "halfweight.kernels.triton.backend",
     "sm80": "halfweight.kernels.cuda.backend",
+    "triton": "halfweight.kernels.triton.backend",
     "triton-invariant": "halfweight.kernels.triton.invariant",
     "cpu": "halfweight.kernels.cpu.backend",
     "reference": "halfweight.kernels.reference",

@@ -109,7 +109,7 @@ def random_weight(
 
 
 VENDOR = "torch 16-bit"
-COMPARED = ("cuda", "triton", "cpu")
+COMPARED = ("cuda", "sm80", "triton", "cpu")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""Measure which configuration is fastest for each batch and shape, for the table of a GPU."""
+"""Measure which configuration is fastest for each batch and shape, for the table of a GPU; and how
+far the forms of w8a16.cu are from what their model says.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,15 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product as combinations
+from statistics import median
 
 import torch
 
+from halfweight.errors import HalfweightError
 from halfweight.kernels import timing
+from halfweight.kernels.cuda import backend as cuda
+from halfweight.kernels.cuda import driver, schedule, tiles
+from halfweight.kernels.cuda.schedule import Plan
 from halfweight.kernels.triton import backend as triton
 from halfweight.kernels.triton.launch import device_info
 from halfweight.kernels.triton.tables import Config, Entry, Table, table_for
@@ -21,6 +28,7 @@ SHAPES = ((6144, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (4096, 4096
 """Weights [N, K] of Llama-3-8B and of Llama-3-70B's widest layer."""
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 INT8_BATCHES = (16, 64, 256, 1024, 4096)
+TILE_BATCHES = (8, 16, 32, 64, 128, 256)
 REPEATS = 8
 
 
@@ -113,6 +121,68 @@ def measure_configs(
             continue
         times[config] = found["it"]
     return times
+
+
+def tune_tiles(
+    device: torch.device,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    *,
+    limit_seconds: float = 3600,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[tiles.Shape, float]:
+    """Of each form of w8a16.cu that runs on `device`: measured times as multiples of estimates, the
+    median over batches and shapes. `limit_seconds` and `progress` as for `tune`.
+    """
+    deadline = time.monotonic() + limit_seconds
+    ratios: dict[tiles.Shape, list[float]] = {}
+    for tokens, shape in combinations(TILE_BATCHES, shapes):
+        if time.monotonic() > deadline:
+            break
+        times = measure_plans(device, shape, tokens, _plans(device, shape, tokens))
+        for plan, us in times.items():
+            estimate = tiles.LAUNCH_US + plan.microseconds
+            ratios.setdefault(plan.config.shape, []).append(us / estimate)
+        if times:
+            best = min(times, key=lambda plan: times[plan])
+            name = best.config.shape.name
+            progress(f"{tokens} tokens, {shape[0]} x {shape[1]}: {times[best]:.1f} us, {name}")
+    return {shape: median(found) for shape, found in ratios.items()}
+
+
+def _plans(device: torch.device, shape: tuple[int, int], tokens: int) -> list[Plan[tiles.Form]]:
+    """The most promising plan of each form."""
+    card = driver.card_of(device.index)
+    return [
+        min(schedule.plans(form, tokens, *shape, card), key=schedule.preference)
+        for form in tiles.forms(card, tokens, scaled=True)
+    ]
+
+
+def measure_plans(
+    device: torch.device, shape: tuple[int, int], tokens: int, plans: Sequence[Plan[tiles.Form]]
+) -> dict[Plan[tiles.Form], float]:
+    """Median microseconds of each plan, in turn; of those that fail none."""
+    copies = timing.num_copies(shape[0] * shape[1])
+    weights = [timing.random_weight(shape, device) for _ in range(copies)]
+    x = torch.randn(tokens, shape[1], device=device, dtype=torch.float16)
+    y = torch.empty(tokens, shape[0], device=device, dtype=torch.float16)
+    rounds = {}
+    for plan in plans:
+        try:
+            calls = [_tile_call(x, weight, y, plan) for weight in weights]
+            rounds[plan] = timing.Round(calls, device)
+        except HalfweightError as error:
+            log.info("%s: %s", plan.config, error)
+    names = {plan.config.shape.name: plan for plan in rounds}
+    found = timing.interleaved({n: rounds[plan] for n, plan in names.items()}, REPEATS)
+    return {names[name]: us for name, us in found.items()}
+
+
+def _tile_call(
+    x: torch.Tensor, weight: QuantizedTensor, y: torch.Tensor, plan: Plan[tiles.Form]
+) -> timing.Call:
+    parts = (weight.packed, weight.scales, weight.exponents)
+    return lambda: cuda.launch(x, *parts, None, y, plan)
 
 
 def _call(x: torch.Tensor, weight: QuantizedTensor, config: Config) -> timing.Call:

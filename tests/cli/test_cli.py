@@ -65,7 +65,13 @@ def a_gpu(monkeypatch):
             "cuda",
             [(1, "gemv"), (2, "hopper_small.cu"), (33, "hopper_large.cu")],
         ),
-        ("sm_86", ("sm80", "triton"), "triton", None),
+        (
+            "sm_86",
+            ("sm80", "triton"),
+            "sm80",
+            [(1, "gemv"), (2, "w8a16.cu"), (257, "dequantize")],
+        ),
+        ("sm_80", ("triton",), "triton", None),
     ],
 )
 def test_backends_says_which_kernel_how_many_tokens_take(
@@ -81,7 +87,6 @@ def test_backends_says_which_kernel_how_many_tokens_take(
         name: [(row["first"], row["kernel"]) for row in rows if row["backend"] == name]
         for name in runs
     }
-    assert by_backend["sm80"] == [(1, "gemv"), (2, "w8a16.cu"), (257, "dequantize")]
     assert by_backend["triton"][0] == (1, "gemv")
     assert by_backend["triton"][-1][1] == "dequantize"
     assert by_backend[chosen] == (kernels or by_backend[chosen])
@@ -91,4 +96,4 @@ def test_backends_says_which_kernel_how_many_tokens_take(
     code, out, _ = run(capsys, "backends")
     assert code == 0
     assert f"cuda:0, A Card: {chosen} is chosen" in " ".join(out.split())
-    assert "w8a16.cu" in out
+    assert ("w8a16.cu" in out) == ("sm80" in runs)

@@ -144,6 +144,9 @@ inline u16 from_float(float f) {
 }
 #endif
 inline u32 pack(float low, float high) { return from_float(low) | (u32)from_float(high) << 16; }
+inline u32 multiply_pairs(u32 a, u32 b) {
+    return pack(to_float(a & 0xffff) * to_float(b & 0xffff), to_float(a >> 16) * to_float(b >> 16));
+}
 enum : u32 { LOW_BYTES = 0, HIGH_BYTES = 16 };
 constexpr u32 OFFSETS = 0;
 inline u32 to_16bit(u32 word, u32 shift, u32) {

@@ -4,14 +4,14 @@ One kernel, compiled by NVRTC when a form of it is first needed and kept; tiles.
 by the device's own facts. One token is the Triton backend's GEMV, more than 256 are its dequantized
 blocks and the vendor's product, by rule and not by failure.
 
-It is right where it was run: in an emulator on the CPU (tests/kernels/test_kernels_cuda.py), and
-its first version on an H200, where it was mostly slower than Triton's kernels. What it is now no
-GPU has run, so `choose_backend` never takes it by itself: ask for it by name.
+`choose_backend` takes it on cards that have no wgmma (Hopper's kernels come first), where
+cuda-bindings and NVRTC are; without these the Triton backend is taken, and the log says why.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfweight.kernels.cuda import driver
+from halfweight.kernels.cuda import driver, tuned
 from halfweight.kernels.cuda.schedule import Plan
-from halfweight.kernels.cuda.tiles import SHAPES, Form, choose, run_of
+from halfweight.kernels.cuda.tiles import SHAPES, Form, Shape, choose, may_scale, run_of
 from halfweight.kernels.operations import Backend, TokenRange
 from halfweight.kernels.triton import backend as portable
 from halfweight.kernels.triton.tables import REASONS, Config
@@ -67,7 +67,19 @@ def _start(
     return driver.prepare(kernel, sizes, stream, space)
 
 
-def _launch(
+@lru_cache(maxsize=4096)
+def _plan(device: int, sizes: tuple[int, int, int], scaled: bool) -> Plan[Form]:
+    return choose(driver.card_of(device), sizes, scaled, tuned.ratios_of(device))
+
+
+def tune(device: int, ratios: Mapping[Shape, float]) -> Path:
+    """Keep what was measured of the forms, and choose by it. Returns the file's path."""
+    path = tuned.keep(device, ratios)
+    _plan.cache_clear()
+    return path
+
+
+def launch(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -76,6 +88,7 @@ def _launch(
     y: Tensor,
     plan: Plan[Form],
 ) -> None:
+    """Fill y [M, N] as a plan says; all in memory that 16-byte copies can read."""
     device, num_groups = x.device.index, scales.shape[1]
     stream = torch.cuda.current_stream(device).cuda_stream
     run = run_of(x.shape[1] // num_groups, num_groups)
@@ -109,8 +122,10 @@ def linear(
     if not takes(x, packed, scales):
         return portable.BACKEND.linear(x, packed, scales, exponents, bias)
     rows, y, bias = driver.operands(x, packed, bias)
-    plan = choose(driver.card_of(x.device.index), rows.shape[0], *packed.shape)
-    _launch(rows, packed, scales.contiguous(), exponents, bias, y, plan)
+    run = run_of(packed.shape[1] // scales.shape[1], scales.shape[1])
+    scaled = may_scale(run, scales.dtype == torch.uint8)
+    plan = _plan(x.device.index, (rows.shape[0], *packed.shape), scaled)
+    launch(rows, packed, scales.contiguous(), exponents, bias, y, plan)
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
 

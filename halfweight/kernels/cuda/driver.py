@@ -32,7 +32,7 @@ class Problem(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("num_tokens", "out_features", "in_features")),
         *((name, ctypes.c_int) for name in ("group_size", "num_groups", "tiles_m", "tiles_n")),
         *((name, ctypes.c_int) for name in ("tile_rows", "k_blocks", "whole_waves", "num_workers")),
-        ("steps_stride", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("steps_stride", "share", "spare")),
     ]
 
 
@@ -219,6 +219,7 @@ def problem_of(
         *(plan.tiles_m, plan.tiles_n, plan.rows, plan.k_blocks),
         *(plan.whole_waves, plan.num_workers),
         0 if steps is None else steps.shape[-1],
+        *divmod(plan.shared_blocks, plan.num_workers),
     )
 
 
@@ -246,4 +247,16 @@ def unavailable(
         return f"needs compute capability {needed}, this GPU has {capability[0]}.{capability[1]}"
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
         return "needs the package cuda-bindings"
+    return _compiler_lacks()
+
+
+@cache
+def _compiler_lacks() -> str | None:
+    """Why nothing can be compiled, or None."""
+    from cuda.bindings import nvrtc
+
+    try:
+        nvrtc.nvrtcVersion()
+    except Exception as error:  # of a class that differs between versions of cuda-bindings
+        return f"needs NVRTC, CUDA's run-time compiler: {' '.join(str(error).split())[:120]}"
     return None

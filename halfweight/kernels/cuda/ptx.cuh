@@ -16,7 +16,7 @@ __device__ __forceinline__ u8* shared_memory() {
 }
 // 16 bytes to shared memory, while the thread goes on; zeros where there is nothing to read.
 __device__ __forceinline__ void copy16(u32 to, const void* from, bool is_there) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to),
                  "l"(__cvta_generic_to_global(from)), "r"(is_there ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void end_copy_group() {
@@ -76,6 +76,18 @@ __device__ __forceinline__ u32 to_16bit(u32 word, u32 selector, u32 offsets = OF
 #else
     // 0x64uu is 1024 + u
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(0x64806480u));
+#endif
+    return r;
+}
+// Two products of 16-bit numbers, each rounded.
+__device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
+    u32 r;
+#if !BF16
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+#elif __CUDA_ARCH__ >= 900
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+#else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));
 #endif
     return r;
 }

@@ -16,6 +16,7 @@ struct Problem {
     const float* steps;
     int num_tokens, out_features, in_features, group_size, num_groups;
     int tiles_m, tiles_n, tile_rows, k_blocks, whole_waves, num_workers, steps_stride;
+    int share, spare;  // blocks of K that each worker has of shared tiles, and what is left over
 };
 
 // One run of K blocks [k_begin, k_end) of a tile.
@@ -31,9 +32,9 @@ struct Schedule {
         next = share(worker);
         end = share(worker + 1);
     }
+    // Where a worker's share begins; a spare block goes to those at which this rounds up.
     __device__ int share(int w) const {
-        int tiles = max(0, p.tiles_m * p.tiles_n - p.whole_waves * p.num_workers);
-        return (int)((long long)tiles * p.k_blocks * w / p.num_workers);
+        return p.share * w + (p.spare ? (int)((u32)(p.spare * w) / (u32)p.num_workers) : 0);
     }
     __device__ bool pop(Segment& s) {
         if (wave < p.whole_waves) {
@@ -48,6 +49,13 @@ struct Schedule {
         s.k_end = min(p.k_blocks, s.k_begin + end - next);
         next += s.k_end - s.k_begin;
         return true;
+    }
+    // Which rows of W and which tokens a tile has. Most products have one tile of tokens.
+    __device__ int row_tile(const Segment& s) const {
+        return p.tiles_m == 1 ? s.tile : s.tile / p.tiles_m;
+    }
+    __device__ int token_tile(const Segment& s) const {
+        return p.tiles_m == 1 ? 0 : s.tile % p.tiles_m;
     }
     // The workers after this one that hold the rest of tile `s`: [worker + 1, last).
     __device__ int last_sharer(const Segment& s) const {
@@ -70,7 +78,8 @@ __device__ __forceinline__ void leave_partial(const Problem& p, int slot, int th
     if (thread == 0) set_flag(p.flags + slot);
 }
 
-// Add what the workers [first, last) left for this tile, in their order.
+// Add what the workers [first, last) left for this tile, in their order. Several are read at once
+// where there are registers for it.
 template <int ID, int THREADS, int COUNT>
 __device__ __forceinline__ void add_partials(const Problem& p, int first, int last, int stride,
                                              int rank, int thread, float (&sums)[COUNT]) {
@@ -80,10 +89,20 @@ __device__ __forceinline__ void add_partials(const Problem& p, int first, int la
         *flag = 0;
     }
     named_sync<ID, THREADS>();
-    for (int other = first; other < last; ++other) {
-        const float* theirs =
-            p.partials + (long long)(other * stride + rank) * COUNT * THREADS + thread;
+    constexpr int AT_ONCE = COUNT > 32 ? 1 : COUNT == 32 ? 2 : 32 / COUNT;
+    float theirs[AT_ONCE][COUNT];
+    for (int other = first; other < last; other += AT_ONCE) {
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) sums[i] += __ldcg(theirs + i * THREADS);
+        for (int j = 0; j < AT_ONCE; ++j) {
+            const float* from =
+                p.partials + (long long)((other + j) * stride + rank) * COUNT * THREADS + thread;
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i)
+                theirs[j][i] = other + j < last ? __ldcg(from + i * THREADS) : 0.0f;
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j)
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) sums[i] += theirs[j][i];
     }
 }

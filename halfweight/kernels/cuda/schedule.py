@@ -88,6 +88,12 @@ class Plan(Generic[Form]):
     num_workers: int
     microseconds: float
 
+    @property
+    def shared_blocks(self) -> int:
+        """Blocks of K of the tiles that workers share."""
+        whole = self.whole_waves * self.num_workers
+        return max(0, self.tiles_m * self.tiles_n - whole) * self.k_blocks
+
 
 def plans(
     config: Form,

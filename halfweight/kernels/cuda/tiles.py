@@ -1,15 +1,16 @@
 """Which form of w8a16.cu a product takes: by a model of the card, whose facts the device gives.
 
-A form's stage takes as long as the slowest of what it needs: bytes from memory and from L2, tensor
-cores, shared memory, conversions. No card is known by its name. The shares below have not been
-fitted to any card yet: w8a16.cu as it is has run on none (docs/kernels.md).
+A form's stage takes as long as its copies, or as what its warps do with them; those are too few to
+hide all of one instruction behind another, so tensor cores, issue and shared memory add up. The
+constants were fitted to the times of all forms and schedules on an H200 (benchmarks/tiles.py); no
+card is known by its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from types import MappingProxyType
 
 from halfweight.kernels.cuda import schedule
 from halfweight.kernels.cuda.card import Card
@@ -18,16 +19,28 @@ from halfweight.kernels.cuda.schedule import Plan
 MOST_STAGES = 6
 BLOCK_RESERVE = 1024
 """Shared memory that the hardware keeps of each block."""
-L2_BYTES_PER_CLOCK = 29
-"""What a multiprocessor gets from L2, all reading at once."""
+LAUNCH_US = 5.0
+"""What every product takes beside its stages: its launch, the first bytes, the last results."""
+TILE_US = 0.526
+"""What beginning and ending a tile takes."""
+SHARE_US = 4.53
+"""What handing sums to another block takes, if there are few."""
+SUM_US = 0.00033
+"""The same for each sum."""
+EVEN_SHARE = 0.61
+"""Of both, where all shares end at once."""
+LATENCY_US = 1.31
+"""From a copy's start to its end, at the rate that memory has."""
+WAIT_US = 0.131
+"""A stage's barrier and the first loads behind it."""
+PRODUCTS, INSTRUCTIONS, BANKS = 1.29, 0.621, 0.363
+"""Of the time that tensor cores, issue and shared memory need for a stage: what shows."""
 BANKS_BYTES = 128
 """What shared memory gives a clock."""
-LANES = 128
-"""Conversions that a multiprocessor makes a clock."""
-OVERHEAD = 1.15
-"""What the parts of a stage cost each other."""
-WAIT_CLOCKS = 200
-"""A stage's barrier and the first loads behind it."""
+SCHEDULERS = 4
+"""Warps that a multiprocessor issues for in a clock."""
+BOTH = 4.09
+"""How sharp the larger of two times is: the exponent of their sum's norm."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,17 @@ class Shape:
     warps_k: int
     units: int
     blocks: int = 1
+    scaled: bool = False
+    """Whether a weight is multiplied by its scale, or a group's sum."""
+    factor: float = 1.0
+    """What its stages take beside what the model says."""
+
+    @property
+    def name(self) -> str:
+        """All that tells it from other shapes."""
+        sizes = (self.row_tiles, self.token_tiles, self.warps_n, self.warps_m, self.warps_k)
+        kind = "-scaled" if self.scaled else ""
+        return "-".join(map(str, (*sizes, self.units, self.blocks))) + kind
 
     @property
     def tokens(self) -> int:
@@ -68,6 +92,26 @@ class Shape:
         return self.rows * self.tokens
 
     @property
+    def warps(self) -> int:
+        """Of a block."""
+        return self.threads // 32
+
+    @property
+    def instructions(self) -> float:
+        """That a warp issues for a stage."""
+        fragments, products = self.row_tiles, self.row_tiles * self.token_tiles
+        scales = 8 * fragments if self.scaled else products
+        columns_32 = 17 * fragments + self.token_tiles + 2 * products + scales
+        copies = self.stage_bytes / 16 / self.threads
+        return 2 * self.units * columns_32 + 3 * copies + 40
+
+    @property
+    def banks_bytes(self) -> int:
+        """Written once, read by every warp that needs them."""
+        weights, activations = self.k_bytes * self.rows, 2 * self.k_bytes * self.tokens
+        return (1 + self.warps_m) * weights + (1 + self.warps_n) * activations
+
+    @property
     def stage_bytes(self) -> int:
         """W and x of a stage."""
         return self.k_bytes * (self.rows + 2 * self.tokens)
@@ -79,22 +123,32 @@ class Shape:
 
 
 SHAPES = (
-    Shape(2, 1, 1, 1, 8, 1),
-    Shape(2, 1, 1, 1, 8, 1, blocks=2),
     Shape(2, 1, 2, 1, 4, 1),
-    Shape(2, 2, 1, 1, 8, 1),
+    Shape(2, 1, 1, 1, 8, 1, factor=1.3),
+    Shape(2, 1, 1, 1, 8, 1, blocks=2, factor=0.93),
+    Shape(2, 1, 1, 1, 4, 2, blocks=2, factor=0.77),
+    Shape(2, 1, 1, 1, 4, 1, blocks=4, factor=0.79),
     Shape(2, 2, 2, 1, 4, 1),
-    Shape(2, 2, 2, 1, 4, 1, blocks=2),
-    Shape(1, 4, 2, 1, 4, 1),
-    Shape(2, 4, 2, 1, 4, 1),
-    Shape(2, 4, 4, 1, 2, 1),
-    Shape(1, 8, 4, 1, 2, 1),
-    Shape(2, 8, 4, 1, 2, 1),
-    Shape(2, 4, 4, 2, 1, 2),
-    Shape(2, 8, 2, 2, 2, 1),
-    Shape(2, 8, 4, 2, 1, 2),
+    Shape(2, 2, 1, 1, 8, 1, factor=1.3),
+    Shape(2, 2, 1, 1, 8, 1, blocks=2, factor=1.08),
+    Shape(2, 2, 2, 1, 4, 1, blocks=2, factor=0.77),
+    Shape(2, 2, 4, 1, 1, 2, blocks=3, factor=0.95),
+    Shape(1, 4, 2, 1, 4, 1, factor=1.03),
+    Shape(2, 4, 2, 1, 4, 1, factor=1.02),
+    Shape(2, 4, 4, 1, 1, 2, blocks=2, factor=0.94),
+    Shape(2, 4, 4, 1, 1, 2, blocks=3),
+    Shape(2, 6, 4, 1, 1, 2, blocks=2, factor=1.1),
+    Shape(2, 8, 4, 1, 2, 1, factor=1.12),
+    Shape(2, 8, 4, 1, 1, 2, blocks=2, factor=1.06),
+    Shape(2, 8, 4, 2, 1, 2, factor=1.09),
+    Shape(2, 8, 4, 1, 1, 2, blocks=2, scaled=True),
+    Shape(2, 8, 4, 2, 1, 2, scaled=True),
+    Shape(4, 8, 4, 1, 1, 2, blocks=2, scaled=True),
+    Shape(4, 8, 4, 2, 1, 2, scaled=True),
 )
-"""The forms that are compiled, fewest tokens first."""
+"""The forms that are compiled, fewest tokens first. Some never win where a block may have 227 KB,
+but are the best of those that fit 99 KB.
+"""
 
 
 @dataclass(frozen=True)
@@ -106,8 +160,12 @@ class Form:
 
     cluster = split = 1
     shares_tiles = True
-    tile_us = 1.0
     collect_us = 0.0
+
+    @property
+    def tile_us(self) -> float:
+        """What beginning and ending a tile takes."""
+        return TILE_US
 
     @property
     def blocks(self) -> int:
@@ -137,12 +195,12 @@ class Form:
     @property
     def fixup_us(self) -> float:
         """What sharing tiles costs; grows with the sums exchanged."""
-        return 1.5 + 0.0007 * self.shape.partial_floats
+        return SHARE_US + SUM_US * self.shape.partial_floats
 
     @property
     def even_fixup_us(self) -> float:
         """The same where all shares end at once."""
-        return 0.75 * self.fixup_us
+        return EVEN_SHARE * self.fixup_us
 
     def row_counts(self, out_features: int, tiles_m: int, workers: int) -> Sequence[int]:
         """Rows that a tile may have: all."""
@@ -150,22 +208,20 @@ class Form:
 
     def stage_us(self, card: Card, num_blocks: int, rows: int, in_step: bool = True) -> float:
         """Microseconds a stage takes while so many blocks read."""
-        weights = rows * self.k_bytes
-        activations = 2 * self.tokens * self.k_bytes
-        from_memory = weights if in_step else weights + activations
-        clocks = max(
-            self.tokens * weights / card.products_per_clock,
-            (weights + activations) / L2_BYTES_PER_CLOCK,
-            self._banks_bytes(weights, activations) / BANKS_BYTES,
-            self.shape.warps_m * weights / LANES,
-        )
-        inside = (self.shape.blocks * OVERHEAD * clocks + WAIT_CLOCKS) / card.mhz
-        return max(inside, num_blocks * from_memory / card.read_bytes_per_us)
-
-    def _banks_bytes(self, weights: int, activations: int) -> int:
-        """Written once, read by every warp that needs them."""
         shape = self.shape
-        return (1 + shape.warps_m) * weights + (1 + shape.warps_n) * activations
+        weights, activations = rows * self.k_bytes, 2 * self.tokens * self.k_bytes
+        from_memory = weights if in_step else weights + activations
+        clocks = (
+            PRODUCTS * self.tokens * weights / card.products_per_clock
+            + INSTRUCTIONS * shape.instructions * shape.warps / SCHEDULERS
+            + BANKS * shape.banks_bytes / BANKS_BYTES
+        )
+        together = min(shape.blocks, -(-num_blocks // card.multiprocessors))
+        inside = shape.factor * together * clocks / card.mhz + WAIT_US
+        inside = max(inside, LATENCY_US / (self.stages - 1))
+        copies = num_blocks * from_memory / card.memory_bytes_per_us
+        together_us: float = (inside**BOTH + copies**BOTH) ** (1 / BOTH)
+        return together_us
 
     def defines(self, group: int, scales: int, bf16: bool) -> dict[str, int]:
         """Compile-time names of the source; `group` is 32, 64 or 128."""
@@ -173,7 +229,7 @@ class Form:
         return {
             **{"RT": shape.row_tiles, "NT": shape.token_tiles, "WN": shape.warps_n},
             **{"WM": shape.warps_m, "WK": shape.warps_k, "UNITS": shape.units},
-            **{"STAGES": self.stages, "BLOCKS": shape.blocks},
+            **{"STAGES": self.stages, "BLOCKS": shape.blocks, "SCALED": int(shape.scaled)},
             **{"GROUP": group, "SCALES": scales, "BF16": int(bf16)},
         }
 
@@ -192,20 +248,46 @@ def run_of(group_size: int, num_groups: int) -> int:
     return next(run for run in (128, 64, 32) if group_size % run == 0)
 
 
-def forms(card: Card, num_tokens: int) -> list[Form]:
-    """Those worth a thought: the least tile that covers the tokens, and one of half its size."""
+def may_scale(run: int, is_grid8: bool) -> bool:
+    """Whether forms may be taken that multiply weights by their scales, rounding to 16 bits."""
+    return is_grid8 and run >= 64
+
+
+def forms(card: Card, num_tokens: int, scaled: bool) -> list[Form]:
+    """Those worth a thought: the least tile that covers the tokens, and lesser ones that need at
+    most twice the fewest tiles. `scaled` ones where they may be taken.
+    """
     sizes = sorted({shape.tokens for shape in SHAPES})
     covering = next((size for size in sizes if size >= num_tokens), sizes[-1])
-    wanted = (covering, covering // 2) if num_tokens > sizes[-2] else (covering,)
-    found = [form_on(card, shape) for shape in SHAPES if shape.tokens in wanted]
+    most_tiles = 2 * -(-num_tokens // sizes[-1])
+    found = [
+        form_on(card, shape)
+        for shape in SHAPES
+        if num_tokens <= shape.tokens * most_tiles
+        and shape.tokens <= covering
+        and (scaled or not shape.scaled)
+    ]
     return [form for form in found if form.stages >= 2]
 
 
-@lru_cache(maxsize=4096)
-def choose(card: Card, num_tokens: int, out_features: int, in_features: int) -> Plan[Form]:
-    """The plan that should take the least time."""
-    sizes = (num_tokens, out_features, in_features)
+def choose(
+    card: Card,
+    sizes: tuple[int, int, int],
+    scaled: bool,
+    ratios: Mapping[Shape, float] = MappingProxyType({}),
+) -> Plan[Form]:
+    """The plan that should take the least time for a product of (tokens, rows, columns).
+
+    `scaled` forms are taken only where they may be. `ratios` are those of tuned.py.
+    """
     found = [
-        plan for form in forms(card, num_tokens) for plan in schedule.plans(form, *sizes, card)
+        plan
+        for form in forms(card, sizes[0], scaled)
+        for plan in schedule.plans(form, *sizes, card)
     ]
-    return min(found, key=schedule.preference)
+
+    def preference(plan: Plan[Form]) -> tuple[float, int]:
+        ratio = ratios.get(plan.config.shape, 1.0)
+        return ratio * (LAUNCH_US + plan.microseconds), plan.num_workers
+
+    return min(found, key=preference)

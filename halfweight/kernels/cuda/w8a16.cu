@@ -4,8 +4,11 @@
 // Only what all of these have is used: cp.async, mma.sync, shared memory from 99 KB. The product is
 // y^T = W x^T with 16 rows of W a fragment: bytes become exact 16-bit integers in registers, a group
 // (or 128 columns of it) is summed in float32 by the tensor core, and the group's scale multiplies
-// that sum: nothing is rounded but the result. Blocks are persistent and keep a ring of copies full,
-// past the end of a tile; see schedule.cuh for the order of tiles.
+// that sum: nothing is rounded but the result. With SCALED, for many tokens and one-byte scales, a
+// weight enters as q * code instead, an integer of at most 15 bits rounded once to the 16-bit type:
+// one sum for each product, so that a warp has registers for twice as many and reads less for each.
+// Blocks are persistent and keep a ring of copies full, past the end of a tile; see schedule.cuh for
+// the order of tiles.
 //
 // W lies in shared memory as the file has it, 128 bytes of a row together (a box), and so does x, 64
 // numbers together; the 16-byte chunks of a line are permuted by its number, chunk ^ (line & 7). A lane
@@ -18,7 +21,7 @@
 //
 // Compile-time: RT, NT, WN, WM, WK, UNITS (WK UNITS even), STAGES, BLOCKS (a multiprocessor), GROUP
 // (32, 64 or 128: the largest that divides a group), SCALES (0 grid8, 1 float16, 2 bfloat16,
-// 3 float32), BF16.
+// 3 float32), SCALED, BF16.
 
 constexpr int BN = 16 * RT * WN;
 constexpr int MT = 8 * NT * WM;
@@ -30,11 +33,12 @@ constexpr int STAGE_BYTES = BOXES * (W_BOX + 2 * X_BOX);
 constexpr int THREADS = 32 * WN * WM * WK;
 constexpr int OWNERS = 32 * WN * WM;
 constexpr int ACC = RT * NT * 4;
-constexpr int SPAN = GROUP == 32 ? 32 : 64;
+constexpr int SPAN = GROUP == 32 || RT > 2 ? 32 : 64;
 constexpr int RUN = GROUP < 64 * UNITS ? GROUP : 64 * UNITS;  // columns between two scales
 constexpr int RUNS = 64 * UNITS / RUN;
 
 static_assert(STAGES >= 2 && KB % 128 == 0, "a ring, of whole boxes");
+static_assert(!SCALED || SCALES == 0, "codes are the scales that 16 bits hold whatever they are");
 
 struct Operands {
     const u8* packed;
@@ -118,14 +122,14 @@ struct Copier {
     __device__ __forceinline__ bool begin() {
         const Problem& p = o.p;
         if (!schedule.pop(s)) return false;
-        int row = s.tile / p.tiles_m * BN, token = s.tile % p.tiles_m * MT;
+        int row = schedule.row_tile(s) * BN, token = schedule.token_tile(s) * MT;
         w.aim(o.packed, p.out_features, p.in_features, row, s.k_begin * KB);
         x.aim(o.x, p.num_tokens, p.in_features, token, s.k_begin * KB);
         return true;
     }
 };
 
-__device__ __forceinline__ float scale_at(const Problem& p, long long i) {
+__device__ __forceinline__ float scale_at(const Problem& p, u32 i) {
 #if SCALES == 0
     return (float)__ldg(p.codes + i);
 #elif SCALES == 1
@@ -137,30 +141,32 @@ __device__ __forceinline__ float scale_at(const Problem& p, long long i) {
 #endif
 }
 
+#if SCALED
+typedef u32 Scale;  // twice, to multiply pairs of weights
+__device__ __forceinline__ Scale as_factor(float scale) { return pack(scale, scale); }
+#else
+typedef float Scale;
+__device__ __forceinline__ Scale as_factor(float scale) { return scale; }
+#endif
+
 // Scales of a lane's rows, and where in K they are.
 struct Scales {
     const Problem& p;
-    long long first;
-    int others[RT * 2];
+    int row;
     float groups;  // a column
 
-    __device__ Scales(const Problem& problem, int row) : p(problem) {
-        int last = p.out_features - 1;
-        first = (long long)min(row, last) * p.num_groups;
-#pragma unroll
-        for (int i = 0; i < RT * 2; ++i)
-            others[i] = (min(row + 8 * i, last) - min(row, last)) * p.num_groups;
-        groups = 1.0f / p.group_size;
-    }
+    __device__ Scales(const Problem& problem, int first)
+        : p(problem), row(first), groups(1.0f / problem.group_size) {}
     // For the columns from `column` on, or the last of a row. With half a column more no rounding
     // crosses a border of groups, to two million columns at least.
-    __device__ __forceinline__ void load(int column, float (&scales)[RUNS][RT][2]) const {
+    __device__ __forceinline__ void load(int column, Scale (&scales)[RUNS][RT][2]) const {
 #pragma unroll
         for (int c = 0; c < RUNS; ++c) {
+            int last = p.out_features - 1;
             int group = min((int)((column + c * RUN + 0.5f) * groups), p.num_groups - 1);
 #pragma unroll
             for (int i = 0; i < RT * 2; ++i)
-                scales[c][i / 2][i % 2] = scale_at(p, first + others[i] + group);
+                scales[c][i / 2][i % 2] = as_factor(scale_at(p, (u32)min(row + 8 * i, last) * p.num_groups + group));
         }
     }
 };
@@ -199,7 +205,7 @@ struct Fragments {
             to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
         }
     }
-    __device__ __forceinline__ void convert(int item) {
+    __device__ __forceinline__ void convert(int item, const Scale (&scales)[RT][2]) {
 #pragma unroll
         for (int t = 0; t < RT; ++t)
 #pragma unroll
@@ -209,6 +215,10 @@ struct Fragments {
                 a[t][i][1] = to_16bit(lower[t][step], LOW_BYTES, offsets);
                 a[t][i][2] = to_16bit(upper[t][step], HIGH_BYTES, offsets);
                 a[t][i][3] = to_16bit(lower[t][step], HIGH_BYTES, offsets);
+#if SCALED
+#pragma unroll
+                for (int j = 0; j < 4; ++j) a[t][i][j] = multiply_pairs(a[t][i][j], scales[t][j % 2]);
+#endif
             }
     }
     __device__ __forceinline__ void multiply(int item, float (&sums)[ACC]) {
@@ -220,7 +230,7 @@ struct Fragments {
                 for (int t = 0; t < RT; ++t) {
                     float* c = sums + (t * NT + item % PAIRS * NB + n) * 4;
                     const u32(&x16)[4] = b[item % 2][n];
-                    if (item / PAIRS * 32 % RUN == 0 && i == 0)
+                    if (!SCALED && item / PAIRS * 32 % RUN == 0 && i == 0)
                         first_mma(c, a[t][i], x16[0], x16[1]);
                     else
                         mma(c, a[t][i], x16[2 * i], x16[2 * i + 1]);
@@ -229,7 +239,7 @@ struct Fragments {
 };
 
 // Add what an item's tokens have summed over a run.
-__device__ __forceinline__ void promote(int item, const float (&scales)[RT][2],
+__device__ __forceinline__ void promote(int item, const Scale (&scales)[RT][2],
                                         const float (&sums)[ACC], float (&total)[ACC]) {
 #pragma unroll
     for (int t = 0; t < RT; ++t)
@@ -293,15 +303,25 @@ w8a16(const __grid_constant__ Operands o) {
         copier.copy(ring + i * STAGE_BYTES, 0, 1);
         copier.done();
     }
-    int stage = 0;
     Fragments fragments;
     fragments.row = row, fragments.token = token, fragments.quad = quad;
     fragments.column = wk * UNITS * 64;
     fragments.offsets = OFFSETS + (p.num_tokens < 0);
+    u32 w = ring + first_row * 128, x = ring + BOXES * W_BOX + (first_token + token) * 128;
+    // The first item of a stage, when the copies of the whole block are there.
+    auto begin_stage = [&](int stage) {
+        wait_for_copies<STAGES - 2>();
+        __syncthreads();
+        fragments.w = w + stage * STAGE_BYTES, fragments.x = x + stage * STAGE_BYTES;
+        fragments.load(0);
+    };
+    int stage = 0;
+    begin_stage(0);
     Segment s;
     for (Schedule schedule(p, worker); schedule.pop(s);) {
-        int n = s.tile / p.tiles_m * BN + first_row, m = s.tile % p.tiles_m * MT + first_token;
-        float total[ACC], sums[ACC], scales[RUNS][RT][2], next_scales[RUNS][RT][2];
+        int n = schedule.row_tile(s) * BN + first_row, m = schedule.token_tile(s) * MT + first_token;
+        float total[ACC], sums[SCALED ? 1 : ACC];
+        Scale scales[RUNS][RT][2], next_scales[RUNS][RT][2];
 #pragma unroll
         for (int i = 0; i < ACC; ++i) total[i] = 0.0f;
         Scales of_rows(p, n);
@@ -309,25 +329,28 @@ w8a16(const __grid_constant__ Operands o) {
         for (int k = s.k_begin; k < s.k_end; ++k) {
 #pragma unroll
             for (int i = 0; i < RUNS * RT * 2; ++i) (&scales[0][0][0])[i] = (&next_scales[0][0][0])[i];
-            wait_for_copies<STAGES - 2>();
-            __syncthreads();  // the block's copies are here, and the stage before is free
-            fragments.w = ring + stage * STAGE_BYTES + first_row * 128;
-            fragments.x = ring + stage * STAGE_BYTES + BOXES * W_BOX + (first_token + token) * 128;
-            fragments.load(0);
             of_rows.load((k + 1) * KB + fragments.column, next_scales);
             copier.next();
             u32 free = ring + (stage + STAGES - 1) % STAGES * STAGE_BYTES;
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
 #pragma unroll
             for (int item = 0; item < ITEMS; ++item) {
-                if (item % PAIRS == 0) fragments.convert(item);
-                if (item + 1 < ITEMS) fragments.load(item + 1);
-                copier.copy(free, item, ITEMS);
+                int columns = item / PAIRS * 32;
+                if (item % PAIRS == 0) fragments.convert(item, scales[columns / RUN]);
+                if (item + 1 < ITEMS) {
+                    fragments.load(item + 1);
+                    copier.copy(free, item, ITEMS - 1);
+                } else {  // all that this stage holds is read: the next stage's copies may replace it
+                    copier.done();
+                    begin_stage(stage);
+                }
+#if SCALED
+                fragments.multiply(item, total);
+#else
                 fragments.multiply(item, sums);
-                int columns = item / PAIRS * 32 + 32;
-                if (columns % RUN == 0) promote(item, scales[columns / RUN - 1], sums, total);
+                if ((columns + 32) % RUN == 0) promote(item, scales[columns / RUN], sums, total);
+#endif
             }
-            copier.done();
-            stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
         reduce_warps(buffer, total);
         if (wk > 0) continue;
