@@ -72,6 +72,7 @@ class Runner(Protocol):
     def run(self, step: Step) -> Tensor:
         """Logits [sum of num_logits, V] in the order of chunks, float32 or the model's dtype.
 
+        Called where its device is the current one (`transfer.on_device`), as an engine's thread is.
         Asynchronous on CUDA; valid until the next call. What the pages hold beyond a sequence's
         tokens is garbage, NaN included.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,11 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """A copy on the device, in the order of its stream; on the CPU the array itself."""
     host = torch.from_numpy(np.ascontiguousarray(array))
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """In which kernels, streams, events and graphs are the device's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Staging:

@@ -3,9 +3,10 @@
 import torch
 
 from halfweight.checkpoint.headers import read_headers
-from halfweight.engine.pipeline.runner import StagedRunner, on_device
+from halfweight.engine.pipeline.runner import StagedRunner
 from halfweight.engine.runners import make_runner
 from halfweight.engine.step import Chunk
+from halfweight.engine.transfer import on_device
 from halfweight.memory.pipeline import Stage
 from halfweight.model.stage import load_stage, stage_part
 

@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from threading import Thread
 from typing import Any
 
 import torch
@@ -119,6 +120,15 @@ class GroupLink:
         found = torch.tensor([number], device=self._device if self._is_nccl else "cpu")
         self._call(self._group.allreduce, [found], self._least)
         return int(found)
+
+    def let_go(self) -> None:
+        """End what waits for a rank that is lost, without waiting for it.
+
+        By threads, since on a GPU each way's kernels may stand before the other's.
+        """
+        ways = [self._group.abort] + ([self._near.let_go] if self._near else [])
+        for way in ways:
+            Thread(target=way, daemon=True).start()
 
     def close(self) -> None:
         """Leave the group, without waiting for those that are lost."""

@@ -39,7 +39,7 @@ class SharedRunner:
             setattr(self, name, getattr(own, name))
         self._writer = StepWriter()
         if link.can_be_recorded:  # what waits on the device for a rank that is lost never ends
-            ranks.on_fault(lambda fault: link.close())
+            ranks.on_fault(lambda fault: link.let_go())
 
     @property
     def description(self) -> str:

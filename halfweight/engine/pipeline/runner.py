@@ -11,7 +11,6 @@ k p to k p + k - 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halfweight.engine.step import Chunk, Runner, Step
-from halfweight.engine.transfer import Staging
+from halfweight.engine.transfer import Staging, on_device
 from halfweight.model.stage import enters
 
 
@@ -102,8 +101,3 @@ class Station:
         each = range(self._pages_each)
         pages = [page * self._pages_each + i for page in chunk.pages for i in each]
         return replace(chunk, pages=pages)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """In which kernels, streams and graphs are the device's."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

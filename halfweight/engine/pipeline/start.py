@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from halfweight.checkpoint.headers import Checkpoint, quantized_modules, read_headers, resolve
-from halfweight.engine.pipeline.runner import StagedRunner, on_device
+from halfweight.engine.pipeline.runner import StagedRunner
 from halfweight.engine.runners import MOST_SEQUENCES, make_runner
 from halfweight.engine.runners.gpu_memory import FIXED_BYTES
 from halfweight.engine.step import Runner
+from halfweight.engine.transfer import on_device
 from halfweight.errors import DoesNotFitError, UsageError
 from halfweight.memory.device_memory import available_bytes, indexed, named_device, out_of_memory
 from halfweight.memory.devices import processor_device
@@ -105,7 +106,7 @@ def start(
     runners = []
     for loaded, part in zip(models, pipeline.parts, strict=True):
         own["cache_tokens"] = _tokens_of(part, pipeline)
-        with on_device(loaded.device), out_of_memory(loaded.device, "a stage", hint=LESS):
+        with out_of_memory(loaded.device, "a stage", hint=LESS):
             runners.append(make_runner(loaded, **own))
         _refuse_what_keeps_more(runners[-1], loaded)
     return Running(StagedRunner(models, runners, pipeline.step_tokens), models[0])

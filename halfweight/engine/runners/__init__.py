@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from halfweight.engine.runners.unfit import UnfitError
 from halfweight.engine.stops import context_tokens
+from halfweight.engine.transfer import on_device
 from halfweight.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,14 +61,15 @@ def make_runner(
     reasons: list[str] = []
     for name, make in _runners(kind):
         try:
-            runner: Runner = make(
-                model,
-                max_sequences=max_sequences,
-                max_context=max_context,
-                cache_tokens=cache_tokens,
-                kv_cache=kv_cache,
-                **({"shortens": shortens} if name in ("gpu", "cpu") else {}),
-            )
+            with on_device(model.device):
+                runner: Runner = make(
+                    model,
+                    max_sequences=max_sequences,
+                    max_context=max_context,
+                    cache_tokens=cache_tokens,
+                    kv_cache=kv_cache,
+                    **({"shortens": shortens} if name in ("gpu", "cpu") else {}),
+                )
         except UnfitError as error:
             reasons.append(f"not {name}: {error.message}")
             continue
