@@ -54,6 +54,8 @@ H100 = Card(132, 232448, 233472, 50 << 20, 3_352_000, 1980, 1300)
 """What was measured before results named their card."""
 NEAR = 1.3
 """Plans so much slower than the fastest matter to a fit."""
+ALIKE = 1.01
+"""Estimates so near the least might be the least if a constant were rounded."""
 MOST_ERROR = 2e-3
 """Relative, of a float16 product to the exact one."""
 
@@ -218,12 +220,14 @@ def check(call: timing.Call, y: Tensor, exact: Tensor, most: float) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """Microseconds of the plan that would be chosen, of the fastest, and how far the estimates of
-    those near the fastest are off, as a part of its time.
+    """Microseconds of the plan that would be chosen, of the fastest, of those whose estimates are
+    alike in the mean; and how far the estimates of those near the fastest are off, as a part of its
+    time.
     """
 
     microseconds: float
     fastest: float
+    alike: float
     deviation: float
 
     @property
@@ -244,7 +248,9 @@ def chosen(row: Mapping[str, Any], family: Family, way: str) -> Choice | None:
     first = min(found.values(), key=schedule.preference)
     good = [name for name in found if times[name] < NEAR * fastest]
     off = [times[name] - found[name].microseconds for name in good] or [0.0]
-    return Choice(times[label(first)], fastest, pstdev(off, median(off)) / fastest)
+    most = ALIKE * first.microseconds
+    alike = fmean(times[name] for name, plan in found.items() if plan.microseconds <= most)
+    return Choice(times[label(first)], fastest, alike, pstdev(off, median(off)) / fastest)
 
 
 def card_of(row: Mapping[str, Any]) -> Card:
@@ -287,11 +293,14 @@ def markdown(family: Family, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def penalty(family: Family, rows: Sequence[Mapping[str, Any]]) -> float:
-    """Mean loss plus a fifth of the worst, and a tenth of how far estimates are off."""
+    """Mean loss plus a fifth of the worst, the mean of what is chosen if constants are rounded,
+    and a tenth of how far estimates are off.
+    """
     found = [choice for _, choice in choices(family, rows)]
     losses = [choice.loss for choice in found]
     off = fmean(choice.deviation for choice in found)
-    return fmean(losses) + 0.2 * max(losses) + 0.1 * off
+    alike = fmean(choice.alike / choice.fastest - 1 for choice in found)
+    return fmean(losses) + 0.2 * max(losses) + alike + 0.1 * off
 
 
 def summary(row: Mapping[str, Any], most: int = 5) -> str:

@@ -115,7 +115,7 @@ def schedules(form, sizes, card):
 
 
 F16, BF16, F32, GRID8 = torch.float16, torch.bfloat16, torch.float32, torch.uint8
-SCALED = Shape(4, 8, 4, 1, 1, 2, blocks=2, scaled=True)
+SCALED = Shape(2, 8, 4, 1, 1, 2, blocks=2, scaled=True)
 MOST_SUMS = Shape(2, 8, 4, 2, 1, 2)
 CASES = [
     # shape, card, (tokens, rows, columns), group size, scales, dtype
@@ -183,7 +183,7 @@ def test_every_architecture_compiles_it(architecture, tmp_path):
             continue
         used, spilled = compiled(form, run, dtype, architecture, tmp_path)
         assert 0 < used <= 255
-        assert spilled <= (256 if shape.scaled else 64)  # of what copies take between stages
+        assert spilled <= 64  # of what copies take between stages
 
 
 def compiled(form, run, dtype, architecture, folder):
@@ -280,6 +280,7 @@ def test_a_launch_is_what_the_plan_says(monkeypatch):
 
     names = SimpleNamespace(CUlaunchConfig=SimpleNamespace, cuLaunchKernelEx=launch_kernel)
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=names))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # that of these tensors
     (plan, *_) = plans(form_on(A100, SHAPES[0]), 5, 70, 1056, A100)
     *given, _ = operands((5, 70, 1056), 32, GRID8, F16)
     x, packed, scales, exponents, bias = given
