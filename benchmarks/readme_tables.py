@@ -46,6 +46,7 @@ Llama-3-70B's shapes by {ranks} ranks that may take {limit:.0f} GB each, all on 
 The fullest rank took
 {peak:.2f} GB, {planned:.2f} were planned; each read {read:.2f} GB of the file. \
 How fast four cards are was not measured.
+Two of them make {two_70b:.1f} tokens a second of one text ([more](docs/distributed.md)).
 
 Decode on a CPU ({cpu}; [more](docs/cpu.md)), tokens a second:
 
@@ -149,7 +150,9 @@ def several_ranks() -> dict[str, Any]:
     """The memory of a model that no single card of its ranks' size holds."""
     found = results("tensor_parallel")
     row = next(row for row in found["results"] if row["limit_bytes"])
+    two = next(r for r in found["results"] if (r["model"], r["ranks"]) == (row["model"], 2))
     return {
+        "two_70b": two["tokens_per_second"],
         "ranks": row["ranks"],
         "ranks_gpu": found["device"],
         "ranks_batch": row["batch"],

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from vllm import envs
+from vllm.envs import environment_variables
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.kernels import linear
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -41,4 +41,4 @@ def install() -> None:
     for layer, ours in LAYERS.items():
         if op_registry_oot.get(layer.__name__) is not ours:
             layer.register_oot(ours)
-    envs.environment_variables["HALFWEIGHT_VLLM"] = lambda: __version__
+    environment_variables["HALFWEIGHT_VLLM"] = lambda: __version__

@@ -21,6 +21,7 @@ def register(monkeypatch, caplog):
             monkeypatch.delitem(sys.modules, name)
         for name in [n for n in sys.modules if n.startswith("halfweight.vllm.")]:
             monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(room, "plugin", raising=False)
         monkeypatch.setitem(sys.modules, "vllm", stand_in)
         monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
         with caplog.at_level(logging.INFO, logger="vllm.halfweight"):
