@@ -193,6 +193,11 @@ class Request(Strict):
         return True
 
     @property
+    def num_prompts(self) -> int:
+        """How many are to be continued."""
+        return 1
+
+    @property
     def sampling(self) -> dict[str, Any]:
         """The fields of the engine's Sampling that are given; -1 of top_k stands for all."""
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
@@ -311,6 +316,11 @@ class CompletionRequest(Request):
     def is_text(self) -> bool:
         """Whether its prompts are text."""
         return isinstance(self.prompts[0], str)
+
+    @property
+    def num_prompts(self) -> int:
+        """How many are to be continued."""
+        return len(self.prompts)
 
     @property
     def prompts(self) -> list[str | list[int]]:

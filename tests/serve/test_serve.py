@@ -1,5 +1,6 @@
 """The official client of OpenAI's API against `halfweight serve`'s application, over a socket."""
 
+import asyncio
 import copy
 import gc
 import json
@@ -21,6 +22,9 @@ from halfweight.engine.streams import Piece
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 from live_server import Server  # noqa: E402
+
+from halfweight.serve.app import _made  # noqa: E402
+from halfweight.serve.schema import CompletionRequest  # noqa: E402
 
 KEY = "secret"
 NAN_TOKEN = 300
@@ -500,3 +504,25 @@ def test_a_long_request_is_answered_as_a_short_one(client, tokenizer):
         prompt=ids, **options, extra_headers={"X-Padding": "x"}, user="x" * 9000
     )
     assert long.choices[0].text == short.choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_bytes", "has_thread"),
+    [
+        ({}, "100", False),
+        ({}, "9000", True),
+        ({}, None, True),
+        ({"prompt": [1, 2]}, "30000", False),
+        ({"prompt": [1, 2]}, "33000", True),
+        ({"prompt": [[1, 2]] * 16}, "200", False),
+        ({"prompt": [[1, 2]] * 17}, "200", True),
+        ({"prompt": ["a"] * 17}, "200", True),
+        ({"guided_regex": "a"}, "100", True),
+    ],
+)
+def test_what_takes_long_is_made_by_a_thread(changes, num_bytes, has_thread):
+    body = CompletionRequest.model_validate(TEXT | changes)
+    headers = {} if num_bytes is None else {"content-length": num_bytes}
+    http = SimpleNamespace(headers=headers)
+    made_by = asyncio.run(_made(lambda _: threading.get_ident(), body, http))
+    assert (made_by != threading.get_ident()) == has_thread
