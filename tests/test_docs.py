@@ -173,6 +173,8 @@ def test_the_engines_figures_are_those_of_its_result():
 
 def test_the_page_of_vllm_has_the_rates_that_were_recorded():
     page = (ROOT / "docs" / "vllm.md").read_text()
-    rates = [row["tokens_per_second"] for row in readme_tables.results("vllm_plugin")["results"]]
-    *first, last = (f"{rate:,.0f}" for rate in rates)
-    assert f"{', '.join(first)} and {last} tokens/s" in page
+    rates = {"halfweight": [], "vllm": []}
+    for row in readme_tables.results("vllm_plugin")["results"]:
+        rates[row["kernel"]].append(f"{row['tokens_per_second']:,.0f}")
+    for name, kernel in (("our kernel", "halfweight"), ("vLLM's (Machete)", "vllm")):
+        assert f"| {name} | {' | '.join(rates[kernel])} tokens/s |" in page

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import suppress
+from numbers import Integral
+from typing import Any
 
 from halfweight.engine.request import Request
 from halfweight.engine.step import Runner
@@ -23,6 +25,7 @@ def check(request: Request, runner: Runner, most_tokens: int) -> None:
         raise UsageError("the prompt has no tokens", hint="give it at least one")
     _check_prompt(request, runner.vocab_size)
     _check_ids("stop_tokens", request.stop_tokens or (), runner.vocab_size)
+    _check_whole("max_new_tokens", request.max_new_tokens)
     _check_prompt_logprobs(request.prompt_logprobs, runner.vocab_size)
     least = 0 if request.prompt_logprobs is not None else 1
     if request.max_new_tokens < least:
@@ -34,13 +37,15 @@ def check(request: Request, runner: Runner, most_tokens: int) -> None:
 
 
 def _check_prompt(request: Request, vocab_size: int) -> None:
-    with suppress(OverflowError):
+    with suppress(OverflowError, TypeError):  # which is told below
         if request.ids.min() >= 0 and request.ids.max() < vocab_size:
             return
     _check_ids("the prompt", request.prompt, vocab_size)
 
 
 def _check_ids(what: str, ids: Collection[int], vocab_size: int) -> None:
+    for token in ids:
+        _check_whole(f"a token id of {what}", token)
     if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
         return
     wrong = next(token for token in ids if not 0 <= token < vocab_size)
@@ -51,8 +56,16 @@ def _check_ids(what: str, ids: Collection[int], vocab_size: int) -> None:
     )
 
 
+def _check_whole(what: str, number: Any) -> None:
+    if not isinstance(number, Integral):
+        raise UsageError(f"{what} is {number!r}, expected a whole number", hint="see Request")
+
+
 def _check_prompt_logprobs(number: int | None, vocab_size: int) -> None:
-    if number is not None and not 0 <= number <= vocab_size:
+    if number is None:
+        return
+    _check_whole("prompt_logprobs", number)
+    if not 0 <= number <= vocab_size:
         raise UsageError(
             f"prompt_logprobs is {number}, expected 0 to {vocab_size}", hint="ask for less"
         )

@@ -10,16 +10,24 @@
         answer = engine.chat(messages)
         messages += [{"role": "assistant", "content": answer.text}]
 
-Prompts are text or lists of token ids. Requests of all callers run together; texts that begin alike
-(turns of one chat, questions about one document) are read once. What a call does not say about
-sampling is as the model's generation_config.json says.
+Prompts are text or token ids, in a list, an array or a tensor. Requests of all callers run
+together; texts that begin alike (turns of one chat, questions about one document) are read once.
+What a call does not say about sampling is as the model's generation_config.json says.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing
 from dataclasses import fields as fields_of
 from dataclasses import replace
@@ -265,7 +273,7 @@ class Engine:
         *,
         sampling: Sampling | None = None,
         max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Collection[str] = (),
         include_stop: bool = False,
         stop_tokens: Iterable[int] | None = None,
         prompt_logprobs: int | None = None,
@@ -279,7 +287,7 @@ class Engine:
                 hint=f"the fields of Sampling are {', '.join(sorted(_SAMPLING_FIELDS))}",
             )
         ids = self.encode(prompt)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops = _stop_strings(stop)
         if stops and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer", hint="use stop_tokens")
         if max_new_tokens is None:
@@ -288,7 +296,7 @@ class Engine:
             ids,
             max_new_tokens,
             replace(self.sampling if sampling is None else sampling, **fields),
-            stop_tokens=None if stop_tokens is None else frozenset(stop_tokens),
+            stop_tokens=None if stop_tokens is None else _stop_tokens(stop_tokens),
             stop_strings=stops,
             include_stop=include_stop,
             prompt_logprobs=prompt_logprobs,
@@ -325,6 +333,21 @@ class Engine:
             except UsageError as error:
                 raise UsageError(f"prompt {i}: {error.message}", hint=error.hint) from None
         return requests
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    given = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
+    if not all(isinstance(text, str) for text in given):
+        raise UsageError(
+            f"stop is {stop!r}, expected a text or several", hint="stop_tokens takes token ids"
+        )
+    return given
+
+
+def _stop_tokens(tokens: Any) -> frozenset[int]:
+    if not isinstance(tokens, Iterable):
+        raise UsageError(f"stop_tokens is {tokens!r}, expected token ids", hint="give a list")
+    return frozenset(tokens)
 
 
 def _text_of(piece: Piece) -> str:

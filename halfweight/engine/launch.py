@@ -142,7 +142,7 @@ class Launcher:
         tokens = list(sequence.request.prompt[first : first + chunk.num_tokens])
         logprobs = logits[: len(tokens)].float().log_softmax(dim=-1)
         places = self._to_device(np.array(tokens, dtype=np.int64))[:, None]
-        likeliest = logprobs.topk(sequence.request.prompt_logprobs or 0, dim=-1)
+        likeliest = logprobs.topk(int(sequence.request.prompt_logprobs or 0), dim=-1)
         wanted = (logprobs.gather(1, places)[:, 0], likeliest.indices, likeliest.values)
         on_host = (x.to("cpu", non_blocking=True) for x in wanted)
         return _PromptChances(sequence, first, tokens, *on_host)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
+from numbers import Number
 from typing import Any
 
+from halfweight.engine.request import token_ids
 from halfweight.errors import UsageError
 from halfweight.model.tokenizer import chat_text
 
@@ -16,17 +17,25 @@ Message = Mapping[str, Any]
 
 
 def is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether it is a text or token ids; numpy's integers are ids too."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
+    """Whether it is a text or token ids, also as an array; what is no sequence is one too, for
+    `encode` to refuse."""
+    if isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes):
+        return len(prompts) > 0 and _is_number(prompts[0])
+    return getattr(prompts, "ndim", 1) < 2
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Number) or getattr(value, "ndim", None) == 0
 
 
 def encode(tokenizer: Any, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[int, ...]:
     """Token ids of a prompt. A text that begins with the BOS is not given a second one.
 
-    Raises UsageError for a text where there is no tokenizer, or that it cannot read.
+    Raises UsageError for a text where there is no tokenizer, or that it cannot read, and for what
+    is neither text nor whole numbers.
     """
     if not isinstance(prompt, str):
-        return tuple(map(int, prompt))
+        return token_ids(prompt)
     if tokenizer is None:
         raise UsageError("text needs a tokenizer", hint="give token ids, or a tokenizer")
     ids = _ids(tokenizer, prompt, add_special_tokens)

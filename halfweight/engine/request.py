@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
+from operator import index
+from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -70,12 +72,44 @@ class Sampling:
                 continue
             if not (isinstance(value, kind) and least <= value <= most):
                 raise UsageError(f"{name} is {value!r}, expected {expected}", hint="see Sampling")
+        if not isinstance(self.logit_bias, Mapping):
+            raise UsageError(
+                f"logit_bias is {self.logit_bias!r}, expected numbers by token id",
+                hint="give a dictionary",
+            )
         for token, bias in self.logit_bias.items():
+            if not isinstance(token, Integral):
+                raise UsageError(
+                    f"logit_bias has token id {token!r}, expected a whole number",
+                    hint="use ids of this model's tokenizer",
+                )
             if not (isinstance(bias, Real) and bias <= _MOST):
                 raise UsageError(
                     f"logit_bias of token {token} is {bias!r}, expected a number, or -inf",
                     hint="-inf bars a token, a large number makes it certain",
                 )
+
+
+def token_ids(prompt: Any) -> tuple[int, ...]:
+    """Ids of a sequence, an array or a tensor, as Python's integers.
+
+    Raises UsageError for anything else, and for an id that is no whole number: 1.7 is not rounded
+    and "7" is not read.
+    """
+    given = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        raise UsageError(
+            f"a prompt is {shortened(given)}, expected text or a sequence of token ids",
+            hint="decode bytes, and make a list of what is none",
+        )
+    try:
+        return tuple(map(index, given))
+    except TypeError:
+        wrong = next(token for token in given if not isinstance(token, Integral))
+        raise UsageError(
+            f"the prompt has token id {shortened(wrong)}, expected a whole number",
+            hint="a prompt is one text, or the ids of one text",
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -92,6 +126,10 @@ class Request:
     """Whether the text has the stop string that ended it."""
     prompt_logprobs: int | None = None
     """As `Sampling.num_logprobs`, for the prompt's own tokens; such a prompt is read in full."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, tuple):  # but a list, say, that its owner may change
+            object.__setattr__(self, "prompt", token_ids(self.prompt))
 
     @cached_property
     def ids(self) -> NDArray[np.int32]:

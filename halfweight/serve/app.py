@@ -38,6 +38,8 @@ SHORT_BYTES = 8192
 """Of a request, up to which its jobs are made in less time than a thread would take to begin."""
 SHORT_IDS_BYTES = 32768
 """The same of one whose prompts are token ids: there is nothing to turn into tokens."""
+FEW_PROMPTS = 16
+"""Of one request: each takes some 40 µs, however short it is."""
 SWITCH_SECONDS = 0.001
 """How long the thread that talks to clients may keep Python from the engine's, which needs it many
 times a step. Python's 5 ms are as long as a step of 64 sequences."""
@@ -245,10 +247,11 @@ def _with_seed(request: EngineRequest, choice: int) -> EngineRequest:
 
 
 async def _made(make: Callable[[R], list[Job]], body: R, http: Request) -> list[Job]:
-    """The jobs of a request; a long text or a grammar keeps no other stream waiting."""
+    """The jobs of a request; a long text, many or a grammar keep no other stream waiting."""
     most_bytes = SHORT_BYTES if body.is_text else SHORT_IDS_BYTES
     num_bytes = int(http.headers.get("content-length", most_bytes + 1))
-    if num_bytes <= most_bytes and body.grammar is None:
+    is_short = num_bytes <= most_bytes and body.num_prompts <= FEW_PROMPTS
+    if is_short and body.grammar is None:
         return make(body)
     return await asyncio.to_thread(make, body)
 

@@ -14,7 +14,15 @@ import uuid
 from collections.abc import Iterable
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from halfweight.engine.grammar import Grammar
 from halfweight.errors import UsageError
@@ -167,7 +175,7 @@ class Request(Strict):
     seed: int | None = None
     n: int = Field(1, ge=1, le=128)
     stop: str | list[str] = Field(default_factory=list)
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop_token_ids: list[StrictInt] = Field(default_factory=list)
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     stream: bool = False
@@ -183,6 +191,11 @@ class Request(Strict):
     def is_text(self) -> bool:
         """Whether its prompts are text, to be turned into tokens."""
         return True
+
+    @property
+    def num_prompts(self) -> int:
+        """How many are to be continued."""
+        return 1
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -280,10 +293,19 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """POST /v1/completions: one prompt or several, as text or as token ids."""
 
-    prompt: str | list[int] | list[list[int]] | list[str] = Field(min_length=1)
+    prompt: str | list[StrictInt] | list[list[StrictInt]] | list[str] = Field(min_length=1)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
     add_special_tokens: bool = True
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _one_of_its_forms(cls, given: Any, validated: Any) -> Any:
+        """In place of what each of the forms says that it is not."""
+        try:
+            return validated(given)
+        except ValidationError:
+            raise ValueError("expected a text, token ids, or a list of these") from None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -294,6 +316,11 @@ class CompletionRequest(Request):
     def is_text(self) -> bool:
         """Whether its prompts are text."""
         return isinstance(self.prompts[0], str)
+
+    @property
+    def num_prompts(self) -> int:
+        """How many are to be continued."""
+        return len(self.prompts)
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -5,10 +5,12 @@ import gc
 import threading
 import time
 import weakref
+from array import array
 from contextlib import aclosing
 
 import numpy as np
 import pytest
+import torch
 from fake_model import POISON, STOP, VOCAB, FakeRunner, FakeSampler, alone
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -81,11 +83,21 @@ def test_one_prompt_gets_one_answer_and_several_get_a_list(make_engine):
     assert engine.generate([], max_new_tokens=9) == []
 
 
-@pytest.mark.parametrize("ids", [[1, 2, 3], (1, 2, 3), np.array([1, 2, 3])])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        *([1, 2, 3], (1, 2, 3), range(1, 4), array("i", [1, 2, 3])),
+        *(np.array([1, 2, 3]), torch.tensor([1, 2, 3]), [np.int64(1), torch.tensor(2), 3]),
+    ],
+    ids=["list", "tuple", "range", "array", "numpy", "torch", "mixed"],
+)
 def test_a_prompt_may_be_token_ids(make_engine, ids):
     engine = make_engine()
     assert engine.generate(ids, max_new_tokens=9).text == wanted("abc", 9)[0]
     assert engine.generate([ids, "abc"], max_new_tokens=9)[0].text == wanted("abc", 9)[0]
+    assert "".join(engine.stream(ids, max_new_tokens=9)) == wanted("abc", 9)[0]
+    for rows in (np.array([ids]), torch.tensor([tuple(map(int, ids))])):
+        assert [a.text for a in engine.generate(rows, max_new_tokens=9)] == [wanted("abc", 9)[0]]
 
 
 def test_a_stream_is_the_same_text_in_pieces(make_engine):
@@ -279,13 +291,48 @@ def test_a_failed_step_reaches_every_form(make_engine):
     [
         ("abc", {"temprature": 1.0}, "unknown option 'temprature'"),
         (["abc", "a" * 600], {}, "prompt 1: the prompt has 600 tokens"),
-        ([["a"]], {}, "invalid literal"),
+        ([["a"]], {}, "prompt 0: the prompt has token id 'a', expected a whole number"),
+        ([1, 1.5], {}, "the prompt has token id 1.5, expected a whole number"),
+        ([1.0, 2.0], {}, "the prompt has token id 1.0, expected a whole number"),
+        ([[7], ["7"]], {}, "prompt 1: the prompt has token id '7', expected a whole number"),
+        ([1, [2]], {}, r"the prompt has token id \[2\], expected a whole number"),
+        ([[[1, 2]]], {}, r"prompt 0: the prompt has token id \[1, 2\], expected a whole number"),
+        (np.array([1.5]), {}, "the prompt has token id 1.5, expected a whole number"),
+        (torch.tensor([1.5]), {}, "the prompt has token id 1.5, expected a whole number"),
+        (torch.tensor(1), {}, "a prompt is 1, expected text or a sequence of token ids"),
+        (b"ab", {}, "a prompt is b'ab', expected text or a sequence of token ids"),
+        (None, {}, "a prompt is None, expected text or a sequence of token ids"),
+        (["a", None], {}, "prompt 1: a prompt is None, expected text"),
+        ({1, 2}, {}, r"a prompt is \{1, 2\}, expected text"),
+        ((i for i in range(3)), {}, "a prompt is <generator"),
+        ("abc", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5, expected a whole number"),
+        ("abc", {"max_new_tokens": "3"}, "max_new_tokens is '3', expected a whole number"),
+        ("abc", {"prompt_logprobs": 1.5}, "prompt_logprobs is 1.5, expected a whole number"),
+        ("abc", {"stop_tokens": [1.5]}, "a token id of stop_tokens is 1.5, expected a whole"),
+        ("abc", {"stop_tokens": 5}, "stop_tokens is 5, expected token ids"),
+        ("abc", {"stop": 5}, "stop is 5, expected a text or several"),
+        ("abc", {"stop": ["a", 5]}, r"stop is \['a', 5\], expected a text or several"),
+        ("abc", {"stop": [None]}, r"stop is \[None\], expected a text or several"),
+        ("abc", {"logit_bias": {1.5: 2.0}}, "logit_bias has token id 1.5, expected a whole"),
+        ("abc", {"logit_bias": [5]}, r"logit_bias is \[5\], expected numbers by token id"),
         ("", {}, "no tokens"),
     ],
 )
 def test_mistakes_are_named(make_engine, prompts, options, message):
-    with pytest.raises((UsageError, ValueError), match=message):
-        make_engine().generate(prompts, **options)
+    engine = make_engine()
+    with pytest.raises(UsageError, match=message):
+        engine.generate(prompts, **options)
+    assert engine.generate("abc", max_new_tokens=9).text == wanted("abc", 9)[0]
+
+
+def test_a_prompt_that_its_owner_changes_meanwhile_is_answered_as_it_was(make_engine):
+    engine = make_engine(max_sequences=1)
+    prompt = [1, 2, 3]
+    pieces = engine.open(Request(prompt, 9))
+    prompt += [4, 5]
+    prompt[0] = 6
+    tokens = [token for piece in pieces for token in piece.tokens]
+    assert tokens == alone(Request((1, 2, 3), 9))[0]
 
 
 def test_without_a_tokenizer_prompts_and_answers_are_ids(make_engine):

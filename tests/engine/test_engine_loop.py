@@ -430,6 +430,11 @@ def test_a_client_that_fails_loses_its_request_only(start, caplog):
         (Request((1,), 0), "max_new_tokens is 0, expected at least 1"),
         (Request((1, VOCAB), 4), f"token id {VOCAB}, expected 0 to {VOCAB - 1}"),
         (Request((1, -1), 4), "token id -1"),
+        (Request((1, 1 << 31), 4), "token id 2147483648, expected 0 to"),
+        (Request((1, -1 << 63), 4), "token id -9223372036854775808, expected 0 to"),
+        (Request((1, 1.5), 4), "a token id of the prompt is 1.5, expected a whole number"),
+        (Request((1, "2"), 4), "a token id of the prompt is '2', expected a whole number"),
+        (Request((1,), 1.5), "max_new_tokens is 1.5, expected a whole number"),
         (Request((1,) * 60, 5), "with 5 new ones 65; the context has room for 64"),
     ],
 )

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,7 +96,7 @@ def product(kernel, plan: Plan[Form], x, packed, scales, exponents, bias, seed=0
     y = torch.full((x.shape[0], packed.shape[0]), torch.nan, dtype=x.dtype)
     partials = torch.full((plan.num_workers * plan.config.shape.partial_floats,), torch.nan)
     flags = torch.zeros(plan.num_workers, dtype=torch.int32)
-    start = driver.Start(None, None, partials, flags)
+    start = driver.Start(None, None, partials, flags, -1)
     problem = driver.problem_of(plan, start, x, scales, exponents, bias, y)
     given = backend.Operands(packed.data_ptr(), x.data_ptr(), problem)
     sizes = (plan.num_workers, plan.config.shape.threads, plan.config.shared_bytes, seed)
@@ -272,15 +273,24 @@ def test_what_it_does_not_take():
 def test_a_launch_is_what_the_plan_says(monkeypatch):
     """The driver replaced by one that notes what it is given."""
     launched = []
+    current = [-1]  # as tensors on a CPU say it
+
+    @contextmanager
+    def entered(device):
+        current.append(device)
+        yield
+        current.pop()
 
     def launch_kernel(launch, kernel, where, _):
         (at,) = (ctypes.c_void_p * 1).from_address(where)
+        assert current[-1] == -1
         launched.append((launch, kernel, backend.Operands.from_address(at)))
         return (0,)
 
     names = SimpleNamespace(CUlaunchConfig=SimpleNamespace, cuLaunchKernelEx=launch_kernel)
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=names))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # that of these tensors
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", entered)
     (plan, *_) = plans(form_on(A100, SHAPES[0]), 5, 70, 1056, A100)
     *given, _ = operands((5, 70, 1056), 32, GRID8, F16)
     x, packed, scales, exponents, bias = given
@@ -290,7 +300,11 @@ def test_a_launch_is_what_the_plan_says(monkeypatch):
     problem = driver.problem_of(plan, start, rows, scales, exponents, bias, y)
     held = backend.Operands(packed.data_ptr(), rows.data_ptr(), problem)
     driver.launch(start, ctypes.addressof(held))
-    ((config, kernel, found),) = launched
+    current.append(3)  # another is the current one
+    driver.launch(start, ctypes.addressof(held))
+    assert current == [-1, 3]
+    (config, kernel, found), again = launched
+    assert again[:2] == (config, kernel)
     assert kernel == "kernel"
     assert (config.gridDimX, config.blockDimX, config.sharedMemBytes, config.hStream) == (
         3,

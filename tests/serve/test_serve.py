@@ -1,5 +1,6 @@
 """The official client of OpenAI's API against `halfweight serve`'s application, over a socket."""
 
+import asyncio
 import copy
 import gc
 import json
@@ -21,6 +22,9 @@ from halfweight.engine.streams import Piece
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 from live_server import Server  # noqa: E402
+
+from halfweight.serve.app import _made  # noqa: E402
+from halfweight.serve.schema import CompletionRequest  # noqa: E402
 
 KEY = "secret"
 NAN_TOKEN = 300
@@ -204,6 +208,13 @@ TEXT = {"model": "tiny", "prompt": "hello"}
         ("completions", {"prompt": [1, 320]}, "the prompt has token id 320, expected 0 to 319"),
         ("completions", {"prompt": [-1]}, "the prompt has token id -1"),
         ("completions", {"prompt": [1, 2**40]}, "the prompt has token id 1099511627776"),
+        ("completions", {"prompt": [1, -(2**70)]}, "the prompt has token id -1180591620717411303"),
+        ("completions", {"prompt": [1.0]}, "prompt: expected a text, token ids, or a list of"),
+        ("completions", {"prompt": [True]}, "prompt: expected a text, token ids, or a list of"),
+        ("completions", {"prompt": [1, "2"]}, "prompt: expected a text, token ids, or a list of"),
+        ("completions", {"prompt": [[[1]]]}, "prompt: expected a text, token ids, or a list of"),
+        ("completions", {"prompt": [[1], []]}, "the prompt has no tokens"),
+        ("completions", {"stop_token_ids": [True]}, "stop_token_ids.0: "),
         ("completions", {"prompt": ""}, "prompt: "),
         ("completions", {"prompt": []}, "prompt"),
         ("completions", {"temperature": 3}, "temperature: "),
@@ -276,7 +287,9 @@ def test_not_json_and_no_such_route(server):
 def test_values_that_ask_for_nothing_are_accepted(client):
     nothing = {"tools": [], "best_of": 1, "min_p": None, "store": False, "response_format": None}
     answer = client.completions.create(
-        **TEXT, max_tokens=2, frequency_penalty=0, logprobs=None, user="me", extra_body=nothing
+        **TEXT,
+        **{"max_tokens": 2, "temperature": 0, "frequency_penalty": 0, "logprobs": None},
+        **{"user": "me", "extra_body": nothing},
     )
     assert answer.usage.completion_tokens == 2
 
@@ -362,7 +375,7 @@ def test_a_second_request_with_the_same_beginning_reads_it_from_the_cache(client
 
 
 def test_metrics(server, client):
-    client.completions.create(**TEXT, max_tokens=2)
+    client.completions.create(**TEXT, max_tokens=2, temperature=0)
     with urllib.request.urlopen(f"{server.url}/metrics") as answer:
         page = answer.read().decode()
     assert re.search(r'^halfweight_requests_total{finish_reason="length"} [1-9]', page, re.M)
@@ -491,3 +504,25 @@ def test_a_long_request_is_answered_as_a_short_one(client, tokenizer):
         prompt=ids, **options, extra_headers={"X-Padding": "x"}, user="x" * 9000
     )
     assert long.choices[0].text == short.choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_bytes", "has_thread"),
+    [
+        ({}, "100", False),
+        ({}, "9000", True),
+        ({}, None, True),
+        ({"prompt": [1, 2]}, "30000", False),
+        ({"prompt": [1, 2]}, "33000", True),
+        ({"prompt": [[1, 2]] * 16}, "200", False),
+        ({"prompt": [[1, 2]] * 17}, "200", True),
+        ({"prompt": ["a"] * 17}, "200", True),
+        ({"guided_regex": "a"}, "100", True),
+    ],
+)
+def test_what_takes_long_is_made_by_a_thread(changes, num_bytes, has_thread):
+    body = CompletionRequest.model_validate(TEXT | changes)
+    headers = {} if num_bytes is None else {"content-length": num_bytes}
+    http = SimpleNamespace(headers=headers)
+    made_by = asyncio.run(_made(lambda _: threading.get_ident(), body, http))
+    assert (made_by != threading.get_ident()) == has_thread

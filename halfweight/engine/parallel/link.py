@@ -26,6 +26,7 @@ from torch import distributed as dist
 
 from halfweight.engine.parallel.faults import BrokenLinkError, RankError
 from halfweight.engine.parallel.symmetric import SymmetricSum
+from halfweight.errors import HalfweightError
 
 log = logging.getLogger("halfweight")
 
@@ -38,6 +39,7 @@ STEPPING = timedelta(seconds=25)
 NCCL_STEPPING = timedelta(minutes=2)
 CHECKED_NUMBERS = (1 << 10, 1 << 18, 1 << 22)
 """Of sums in float32 that are checked: each way that a sum may take."""
+OnFault = Callable[[Callable[[HalfweightError], None]], None]
 _c10d: Any = torch._C._distributed_c10d
 """Where torch keeps the options of its groups' calls."""
 
@@ -48,10 +50,7 @@ class GroupLink:
     def __init__(
         self, group: Any, rank: int, ranks: int, device: torch.device, *, is_nccl: bool
     ) -> None:
-        """Checks that sums come out right: a peer's memory may answer and be wrong.
-
-        Raises RankError where they do not.
-        """
+        """Of rank `rank` of a group; waits for none of the others."""
         self._group, self._rank, self._ranks, self._device = group, rank, ranks, device
         self._near: SymmetricSum | None = None
         self.can_be_recorded = self._is_nccl = is_nccl
@@ -62,19 +61,31 @@ class GroupLink:
         for options in (self._sum, self._least, self._gather, self._first):
             options.asyncOp = False  # NCCL then runs on the stream of what is around it
         self.set_timeout(MAKING)
+
+    def check(self) -> None:
+        """Check that sums come out right: a peer's memory may answer and be wrong.
+
+        Raises RankError where they do not.
+        """
         if not self._is_right():
             raise RankError(
-                f"a sum over {self._ranks} ranks came out wrong on rank {rank} ({self._device})",
+                f"a sum over {self._ranks} ranks came out wrong on rank {self._rank} "
+                f"({self._device})",
                 hint="set NCCL_P2P_DISABLE=1: these GPUs reach each other's memory wrongly",
             )
 
     def add_near(self, near: SymmetricSum | None) -> None:
-        """Take this rank's `near` for the sums that it takes, if all have one and it is right."""
+        """Take this rank's `near` for the sums that it takes, if all have one and it is right.
+
+        Closes it where it is not taken.
+        """
         if self.least(int(near is not None)):
             self._near = near
-            if not self.least(int(self._is_right())):
+            if not self.least(int(self._is_near_right())):
                 self._near = None
                 log.warning("sums by the GPUs' own reads come out wrong here; NCCL's are used")
+        if near is not None and self._near is None:
+            near.close()
         if self._rank == 0:
             way = "NCCL" if self._near is None else "torch's symmetric memory"
             log.info("sums of few tokens between %d GPUs: %s", self._ranks, way)
@@ -131,10 +142,18 @@ class GroupLink:
             Thread(target=way, daemon=True).start()
 
     def close(self) -> None:
-        """Leave the group, without waiting for those that are lost."""
+        """Leave the group, without waiting for those that are lost.
+
+        They may have left in the middle of a step whose kernels still run here.
+        """
+        if self._near is None:
+            self._group.abort()
+            return
+        letting_go = Thread(target=self._near.let_go, daemon=True)
+        letting_go.start()
         self._group.abort()
-        if self._near is not None:
-            self._near.close()
+        letting_go.join()
+        self._near.close()
 
     def _call(self, collective: Callable[..., Any], *operands: Any) -> None:
         try:
@@ -142,12 +161,19 @@ class GroupLink:
             if work is not None:  # NCCL's are in the order of the stream, and some torch give none
                 work.wait()
         except RuntimeError as error:
-            raise BrokenLinkError(str(error).strip().partition("\n")[0]) from error
+            raise _broken(error) from error
 
     def _reachable(self, x: Tensor) -> Tensor:
         """x where the group can read and write it."""
         x = x.contiguous()
         return x if self._is_nccl or x.device.type == "cpu" else x.cpu()
+
+    def _is_near_right(self) -> bool:
+        try:
+            return self._is_right()
+        except RuntimeError as error:  # of an operation that this torch has for other tensors only
+            log.info("torch's symmetric memory: %s", str(error).partition("\n")[0])
+            return False
 
     def _is_right(self) -> bool:
         total = self._ranks * (self._ranks + 1) // 2
@@ -159,21 +185,51 @@ class GroupLink:
 
 
 def make_link(
-    store: Any, rank: int, ranks: int, device: torch.device, *, backend: str, is_local: bool
+    store: Any,
+    rank: int,
+    ranks: int,
+    device: torch.device,
+    *,
+    backend: str,
+    is_local: bool,
+    on_fault: OnFault | None = None,
 ) -> GroupLink:
     """The link of a rank; returns when all ranks have made theirs.
 
-    `backend` is "nccl" or "gloo"; `is_local` where all ranks are on this machine. Raises
-    BrokenLinkError where one does not come.
+    `backend` is "nccl" or "gloo"; `is_local` where all ranks are on this machine. `on_fault` is
+    given what is to be called when a rank is lost, from then on: what waits on a device for one
+    never ends by itself. Raises BrokenLinkError where one does not come, RankError where sums are
+    wrong; the group is left then.
     """
+    is_nccl = backend == "nccl"
     try:
         group = _make_group(store, rank, ranks, backend, is_local=is_local)
     except RuntimeError as error:
-        raise BrokenLinkError(str(error).strip().partition("\n")[0]) from error
-    link = GroupLink(group, rank, ranks, device, is_nccl=backend == "nccl")
-    if backend == "nccl" and is_local:
-        link.add_near(SymmetricSum.make(store, rank, ranks, device, group))
+        raise _broken(error) from error
+    link = GroupLink(group, rank, ranks, device, is_nccl=is_nccl)
+    if is_nccl and on_fault is not None:
+        on_fault(lambda fault: link.let_go())
+    try:
+        link.check()
+        if is_nccl and is_local:
+            link.add_near(_make_near(store, rank, ranks, device, group))
+    except BaseException:
+        link.close()
+        raise
     return link
+
+
+def _make_near(
+    store: Any, rank: int, ranks: int, device: torch.device, group: Any
+) -> SymmetricSum | None:
+    try:
+        return SymmetricSum.make(store, rank, ranks, device, group)
+    except dist.DistError as error:  # of the store: a rank has not come
+        raise _broken(error) from error
+
+
+def _broken(error: Exception) -> BrokenLinkError:
+    return BrokenLinkError(str(error).strip().partition("\n")[0])
 
 
 def _make_group(store: Any, rank: int, ranks: int, backend: str, *, is_local: bool) -> Any:

@@ -118,6 +118,8 @@ def _run(channel: Channel, rank: int, ranks: int, pulse: Pulse) -> None:
     with torch.inference_mode():
         while (message := _next(channel))[0] == Kind.STEP:
             runner.run(reader.read(message[1]))
+    if device.type == "cuda":  # rank 0 may be told of its last step by what still runs here
+        torch.cuda.synchronize(device)
     runner.close()
 
 

@@ -38,8 +38,6 @@ class SharedRunner:
         for name in SharedRunner.__annotations__:
             setattr(self, name, getattr(own, name))
         self._writer = StepWriter()
-        if link.can_be_recorded:  # what waits on the device for a rank that is lost never ends
-            ranks.on_fault(lambda fault: link.let_go())
 
     @property
     def description(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from halfweight.engine.parallel.ranks import STARTING_SECONDS, Ranks
 from halfweight.engine.parallel.runner import SharedRunner
 from halfweight.engine.runners import make_runner
 from halfweight.errors import UsageError
-from halfweight.memory.device_memory import named_device
+from halfweight.memory.device_memory import indexed, named_device
 from halfweight.model.share import check_shareable, described, load_part, own_part
 
 log = logging.getLogger("halfweight")
@@ -71,11 +72,14 @@ def start(
     others, store = lead(ranks) if place is not None else (Ranks.start(ranks), local_store())
     if place is None:
         job = replace(job, port=store.port)
+    made = ExitStack()
     try:
-        return _lead(job, store, others, loading)
+        return _lead(job, store, others, loading, made)
     except BaseException as error:
         fault = others.explain(error) if isinstance(error, BrokenLinkError) else None
         others.end()
+        with suppress(RuntimeError):  # of a device that is lost
+            made.close()
         if fault is not None:
             raise fault from error
         raise
@@ -87,8 +91,8 @@ def _backend_outside(devices: Sequence[str] | None) -> str:
     return "nccl" if torch.cuda.is_available() and not on_cpu else "gloo"
 
 
-def _lead(job: Job, store: Any, others: Ranks, loading: dict[str, Any]) -> Running:
-    """Be rank 0 until the runner is made."""
+def _lead(job: Job, store: Any, others: Ranks, loading: dict[str, Any], made: ExitStack) -> Running:
+    """Be rank 0 until the runner is made; `made` closes what there is of it."""
     ranks, device = len(others.members) + 1, job.device_of(0)
     others.wait_for(Kind.HELLO, STARTING_SECONDS)
     others.send(Kind.JOB, job.to_bytes())
@@ -99,11 +103,18 @@ def _lead(job: Job, store: Any, others: Ranks, loading: dict[str, Any]) -> Runni
     part = own_part(checkpoint, described(checkpoint.root), 0, ranks)
     others.wait_for(Kind.FOUND)
     _compare_files(others, digest(part))
-    link = make_link(store, 0, ranks, device, backend=job.backend, is_local=job.is_local)
+    link = make_link(
+        *(store, 0, ranks, device),
+        backend=job.backend,
+        is_local=job.is_local,
+        on_fault=others.on_fault,
+    )
+    made.callback(link.close)
     model = load_part(checkpoint, 0, ranks, link, **{**loading, "device": device})
     others.wait_for(Kind.LOADED)
     others.send(Kind.GO)
     own = make_runner(model, **job.limits)
+    made.callback(own.close)
     others.wait_for(Kind.READY)
     if hasattr(own, "release"):
         raise UsageError(
@@ -117,7 +128,7 @@ def _lead(job: Job, store: Any, others: Ranks, loading: dict[str, Any]) -> Runni
 def choose_devices(ranks: int, devices: Sequence[str] | None) -> list[torch.device]:
     """A device for each rank; raises UsageError where there are too few, or other than so many."""
     if devices is not None:
-        found = [named_device(name) for name in devices]
+        found = [indexed(named_device(name)) for name in devices]
         if len(found) != ranks:
             raise UsageError(
                 f"{len(found)} devices for {ranks} ranks", hint="name one device for each rank"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,8 @@ ONE_SHOT_BYTES = 192 << 10
 ALIGNMENT = 16
 DTYPES = (torch.bfloat16, torch.float32)
 """That torch's kernels add."""
+MEETING = timedelta(seconds=25)
+"""In which ranks whose sums have met already tell each other of their devices."""
 LETTING_GO_SECONDS = 10.0
 log = logging.getLogger("halfweight")
 _c10d: Any = torch._C._distributed_c10d
@@ -34,14 +37,18 @@ class SymmetricSum:
     """Sums of a group of ranks through a buffer that each can read."""
 
     def __init__(self, name: str, group: Any, device: torch.device) -> None:
-        """All ranks together; `group` is known to torch by its name. Raises RuntimeError."""
+        """All ranks together; `group` is known to torch by its name.
+
+        Raises RuntimeError where the devices cannot, AttributeError where this torch cannot.
+        """
         self._rank, self._ranks, self._device = group.rank(), group.size(), device
         self._name, self._group = name, group
-        memory = _c10d._SymmetricMemory
+        ops, memory = torch.ops.symm_mem, _c10d._SymmetricMemory
+        self._one_shot: Any = ops.one_shot_all_reduce_copy
+        self._two_shot: Any = ops.two_shot_all_reduce_
         size = (BUFFER_BYTES,), (1,), torch.uint8
         self._buffer: Tensor = memory.empty_strided_p2p(*size, device, name)
         self._handle = memory.rendezvous(self._buffer, name)
-        self._ops: Any = torch.ops.symm_mem
 
     @classmethod
     def make(
@@ -49,16 +56,20 @@ class SymmetricSum:
     ) -> SymmetricSum | None:
         """Of all ranks, where each GPU can read the others' memory; `nccl` is their group.
 
-        Whether all ranks have one, and what it reads is right, is for the caller to check.
+        Whether all ranks have one, and what it reads is right, is for the caller to check. Raises
+        DistError, of the store, where a rank does not come.
         """
         where = _c10d.PrefixStore("symmetric", store)
         where.set(f"device of {rank}", "" if _is_off() else str(device.index))
-        devices = [where.get(f"device of {other}").decode() for other in range(ranks)]
+        places = [f"device of {other}" for other in range(ranks)]
+        where.wait(places, MEETING)
+        devices = [where.get(place).decode() for place in places]
         if not _reach_each_other(devices):
             return None
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         if rank == 0:  # which may have other groups; the others are told its name for this one
             where.set("name", f"halfweight-{os.getpid()}-{time.monotonic_ns()}")
+        where.wait(["name"], MEETING)
         name = where.get("name").decode()
         group = _c10d.ProcessGroup(where, rank, ranks)
         group._register_backend(device, _c10d.ProcessGroup.BackendType.NCCL, nccl)
@@ -66,8 +77,9 @@ class SymmetricSum:
         _c10d._register_process_group(name, group)
         try:
             return cls(name, group, device)
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError) as error:
             log.info("no symmetric memory on rank %d: %s", rank, str(error).partition("\n")[0])
+            _c10d._unregister_process_group(name)
             return None
 
     def takes(self, x: Tensor) -> bool:
@@ -79,10 +91,10 @@ class SymmetricSum:
         flat = x.view(-1)
         shared = self._buffer[: x.nbytes].view(x.dtype)
         if x.nbytes <= ONE_SHOT_BYTES:
-            found = self._ops.one_shot_all_reduce_copy(shared, flat, "sum", self._name)
+            found = self._one_shot(shared, flat, "sum", self._name)
             return cast(Tensor, found).view_as(x)
         shared.copy_(flat)
-        self._ops.two_shot_all_reduce_(shared, "sum", self._name)
+        self._two_shot(shared, "sum", self._name)
         flat.copy_(shared)
         return x
 
@@ -108,8 +120,7 @@ class SymmetricSum:
             stream.synchronize()
 
     def close(self) -> None:
-        """Forget the group."""
-        self.let_go()
+        """Have torch forget the group; nothing waits in its kernels any more."""
         _c10d._unregister_process_group(self._name)
 
     def _is_waiting(self) -> bool:

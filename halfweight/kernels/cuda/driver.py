@@ -152,11 +152,8 @@ class Start:
     launch: Any
     partials: Tensor
     flags: Tensor
-
-    @property
-    def device(self) -> int:
-        """Index of the device."""
-        return self.flags.get_device()
+    device: int
+    """Index of the device."""
 
 
 def prepare(
@@ -185,7 +182,7 @@ def prepare(
         value.programmaticStreamSerializationAllowed = 1
         early.value = value
         launch.attrs, launch.numAttrs = [early], 1
-    return Start(kernel, launch, *space)
+    return Start(kernel, launch, *space, space[1].get_device())
 
 
 def launch(start: Start, *arguments: int) -> None:
