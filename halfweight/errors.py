@@ -14,9 +14,17 @@ class HalfweightError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
+        message = on_one_line(message)
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = on_one_line(hint)
+
+
+def on_one_line(text: str) -> str:
+    """The text with what is not printable escaped: names in a file may hold anything."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class UsageError(HalfweightError):

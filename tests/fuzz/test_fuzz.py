@@ -37,6 +37,13 @@ def folders(tmp_path_factory):
     return make_seeds(tmp_path_factory.mktemp("fuzz"))
 
 
+def test_a_message_is_one_line_whatever_a_file_names():
+    """A tensor may be called anything: line ends, terminals' commands, half characters."""
+    error = CheckpointError("tensor a\nb\x1b[2J\udce9 µ", hint="keep a\tb")
+    assert error.message == str(error) == r"tensor a\nb\x1b[2J\udce9 µ"
+    assert error.hint == r"keep a\tb"
+
+
 def test_a_thousand_changed_files_are_read_or_refused(folders):
     found = {fuzzer.one_input(seed, folders)[1] for seed in range(1000)}
     assert found == {None}
