@@ -171,12 +171,9 @@ class Weights:
 @cache
 def weights_of(shape: tuple[int, int], device: torch.device) -> Weights:
     """Random weights of a shape."""
-    copies = timing.num_copies(shape[0] * shape[1])
+    quantized = timing.random_weights(shape, device)
     make = partial(torch.randn, shape, device=device, dtype=torch.float16)
-    return Weights(
-        [timing.random_weight(shape, device, GROUP_SIZE) for _ in range(copies)],
-        [make() for _ in range(copies // 2 + 1)],
-    )
+    return Weights(quantized, [make() for _ in range(len(quantized) // 2 + 1)])
 
 
 def measure(

@@ -58,7 +58,7 @@ def _check_ids(what: str, ids: Collection[int], vocab_size: int) -> None:
 
 def _check_whole(what: str, number: Any) -> None:
     if not isinstance(number, Integral):
-        raise UsageError(f"{what} is {number!r}, expected a whole number", hint="see Request")
+        raise UsageError(f"{what} is {number!r}, expected a whole number", hint="give an integer")
 
 
 def _check_prompt_logprobs(number: int | None, vocab_size: int) -> None:

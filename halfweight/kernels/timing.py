@@ -108,6 +108,11 @@ def random_weight(
     )
 
 
+def random_weights(shape: tuple[int, int], device: torch.device) -> list[QuantizedTensor]:
+    """So many random weights that calls in turn find none in a cache."""
+    return [random_weight(shape, device) for _ in range(num_copies(shape[0] * shape[1]))]
+
+
 VENDOR = "torch 16-bit"
 COMPARED = ("cuda", "sm80", "triton", "cpu")
 
@@ -136,7 +141,7 @@ def compare(device: torch.device, shape: tuple[int, int], tokens: int) -> list[P
     x = torch.randn(tokens, shape[1], device=device, dtype=dtype)
     num_bytes = {VENDOR: 2 * shape[0] * shape[1]}
     rounds = {VENDOR: _vendor_round(x, shape)}
-    weights = [random_weight(shape, device) for _ in range(num_copies(shape[0] * shape[1]))]
+    weights = random_weights(shape, device)
     for name in COMPARED:
         if operations.backend(name).unavailable(device) is None:
             rounds[name] = Round([_product(name, x, weight) for weight in weights], device)

@@ -107,9 +107,7 @@ def measure_configs(
     device: torch.device, shape: tuple[int, int], tokens: int, configs: Sequence[Config]
 ) -> dict[Config, float]:
     """Median microseconds of each configuration that compiles and runs on `device`."""
-    weights = [
-        timing.random_weight(shape, device) for _ in range(timing.num_copies(shape[0] * shape[1]))
-    ]
+    weights = timing.random_weights(shape, device)
     x = torch.randn(tokens, shape[1], device=device, dtype=torch.float16)
     times = {}
     for config in configs:
@@ -162,8 +160,7 @@ def measure_plans(
     device: torch.device, shape: tuple[int, int], tokens: int, plans: Sequence[Plan[tiles.Form]]
 ) -> dict[Plan[tiles.Form], float]:
     """Median microseconds of each plan, in turn; of those that fail none."""
-    copies = timing.num_copies(shape[0] * shape[1])
-    weights = [timing.random_weight(shape, device) for _ in range(copies)]
+    weights = timing.random_weights(shape, device)
     x = torch.randn(tokens, shape[1], device=device, dtype=torch.float16)
     y = torch.empty(tokens, shape[0], device=device, dtype=torch.float16)
     rounds = {}

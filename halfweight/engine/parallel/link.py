@@ -94,7 +94,7 @@ class GroupLink:
         """How long a call waits for the other ranks.
 
         NCCL's end the process then, so they are left time to compile a kernel; a rank that is lost
-        is found by the watch, which calls `close`.
+        is found by the watch, which calls `let_go`.
         """
         if self._is_nccl:
             self._group._set_default_timeout(max(timeout, NCCL_STEPPING))

@@ -1,9 +1,8 @@
 """Sums between GPUs of one machine that reach each other's memory: torch's symmetric memory.
 
-A step of few tokens waits for 160 sums of some 16 KiB in a 70B. NCCL takes 17 µs for one between
-two H200s, a kernel in which each GPU reads the others' numbers itself 6.4 (one shot); from some
-size on each adds a part and all read the sums (two shots). CUDA graphs record both like any kernel.
-NVLink's multicast is not used.
+A step of few tokens waits for 160 small sums in a 70B. Here each GPU reads the others' numbers
+itself, in one kernel (one shot); from some size on each adds a part and all read the sums (two
+shots). CUDA graphs record both like any kernel. NVLink's multicast is not used.
 
 What stands in a kernel and waits for a rank that is lost never ends by itself: `let_go`.
 """
