@@ -6,17 +6,19 @@
     python benchmarks/tensor_parallel.py --preset llama-3-70b --ranks 2 --batch 1 16 64
 
 Random INT8 weights of a preset's shapes are written to a folder and loaded from there by each rank,
-which reads its part alone. All requests of a batch come at once; the prompts are random and no two
-alike. `prefill_seconds` is the time until each has its first token, `tokens_per_second` all later
-tokens over their time. With --limit a rank cannot allocate more of its GPU. On GPUs `peak_bytes` is
-what the worst rank's allocator reserved at most, `planned_bytes` what the planner expects there;
-on a CPU the first is the process's largest size, and there is no plan.
+which reads its part alone; the ranks are started once, with room for the largest batch. All
+requests of a batch come at once; the prompts are random and no two alike. `prefill_seconds` is the
+time until each has its first token, `tokens_per_second` all later tokens over their time. With
+--limit a rank cannot allocate more of its GPU. On GPUs `peak_bytes` is what the worst rank's
+allocator reserved at most until then, `planned_bytes` what the planner expects for the largest
+batch; on a CPU the first is the process's largest size, and there is no plan.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +84,10 @@ def measure(engine: Engine, batch: int, prompt: int, new: int) -> dict[str, floa
     return {"tokens_per_second": batch * (new - 1) / rest, "prefill_seconds": prefill}
 
 
-def opened(options: argparse.Namespace, folder: Path, batch: int) -> Running:
-    tokens = batch * options.context
-    limits = {"max_context": options.context, "max_sequences": batch, "cache_tokens": tokens}
+def opened(options: argparse.Namespace, folder: Path) -> Running:
+    most = max(options.batch)
+    limits = {"max_context": options.context, "max_sequences": most}
+    limits["cache_tokens"] = most * options.context
     limits["kv_cache"] = options.kv_cache
     device = None if options.devices else ("cuda" if torch.cuda.is_available() else "cpu")
     loading = {"device": device, "dtype": torch.bfloat16, "backend": None, "activations": "exact"}
@@ -93,28 +96,34 @@ def opened(options: argparse.Namespace, folder: Path, batch: int) -> Running:
     return start(folder, options.ranks, devices, loading, limits, limit)
 
 
-def row(options: argparse.Namespace, folder: Path, batch: int) -> dict[str, Any]:
+def rows(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """One for each batch; `peak_bytes` is up to its end."""
     begin = time.perf_counter()
-    running = opened(options, folder, batch)
+    running = opened(options, folder)
     loaded = time.perf_counter() - begin
+    fixed = facts(options, folder, running) | {"load_seconds": loaded}
     sampler = Sampler(running.runner.table, running.runner.vocab_size)
     with Engine.over(running.runner, sampler, None) as engine:
-        times = measure(engine, batch, options.prompt, options.new)
-        time.sleep(SECONDS_TO_BEAT)
-        peaks = [peak_bytes(running.runner.device), *(member.peak_bytes for member in engine.ranks)]
+        for batch in options.batch:
+            times = measure(engine, batch, options.prompt, options.new)
+            time.sleep(SECONDS_TO_BEAT)
+            peaks = [member.peak_bytes for member in engine.ranks]
+            peak = max(peak_bytes(running.runner.device), *peaks)
+            yield {**fixed, "batch": batch, **times, "peak_bytes": peak}
+
+
+def facts(options: argparse.Namespace, folder: Path, running: Running) -> dict[str, Any]:
+    """What is the same for all batches."""
     on_gpu = running.runner.device.type == "cuda"
-    both = planned(options, folder, batch)
+    both = planned(options, folder)
     part = own_part(read_headers(folder), described(folder), 0, options.ranks)
     return {
         "model": options.preset or "small",
         "ranks": options.ranks,
         "limit_bytes": parse_bytes(options.limit) if options.limit else None,
-        "batch": batch,
-        **times,
-        "peak_bytes": max(peaks),
+        "max_batch": max(options.batch),
         "planned_bytes": both["int8"].allocated + both["int8"].slack if on_gpu else None,
         "bytes_read_a_rank": part.num_bytes,
-        "load_seconds": loaded,
         "prompt_tokens": options.prompt,
         "new_tokens": options.new,
         "context": options.context,
@@ -124,8 +133,8 @@ def row(options: argparse.Namespace, folder: Path, batch: int) -> dict[str, Any]
     }
 
 
-def planned(options: argparse.Namespace, folder: Path, batch: int) -> dict[str, Footprint]:
-    work = Workload(options.context, batch, options.kv_cache, options.ranks)
+def planned(options: argparse.Namespace, folder: Path) -> dict[str, Footprint]:
+    work = Workload(options.context, max(options.batch), options.kv_cache, options.ranks)
     model = described(folder)
     return {weights: footprint(model, work, weights) for weights in ("16bit", "int8")}
 
@@ -149,15 +158,15 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     options = parsed()
-    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with workplace(options.models) as under:
         folder = under / f"{options.preset or 'small'}-random-int8"
         write_random(preset(options.preset) if options.preset else SMALL, folder)
-        for batch in options.batch:
-            rows.append(row(options, folder, batch))
-            print(rows[-1], flush=True)
-            write_result(options.name, envelope(device, {}), rows, out=options.out)
+        for row in rows(options, folder):
+            found.append(row)
+            print(row, flush=True)
+            write_result(options.name, envelope(device, {}), found, out=options.out)
 
 
 if __name__ == "__main__":

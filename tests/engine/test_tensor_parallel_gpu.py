@@ -53,17 +53,23 @@ def on_two(folder, **options):
     return halfweight.Engine(folder, tensor_parallel=2, devices=PLACES["nccl"], **limits, **options)
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tp_models.make("llama", tmp_path_factory.mktemp("llama"))
+
+
 @pytest.mark.parametrize("reaches", [True, False], ids=["symmetric", "nccl"])
-def test_a_rank_that_hangs_ends_the_job_while_the_gpus_wait(folder, reaches, monkeypatch):
+def test_a_rank_that_hangs_ends_the_job_while_the_gpus_wait(llama, reaches, monkeypatch):
     """Rank 0's GPU waits in a kernel, for a sum that never comes, by either way."""
     if not reaches:
         monkeypatch.setenv("HALFWEIGHT_PEER_READS", "0")
-    with on_two(folder) as engine:
+    with on_two(llama) as engine:
         assert (engine._loop._runner._link._near is not None) == reaches
         (pid,) = [member.process.pid for member in engine.ranks]
         engine.generate(PROMPTS, **OPTIONS)
         monkeypatch.setattr(ranks_module, "SILENCE_SECONDS", 5)
-        stream = engine.stream(PROMPTS[0], **OPTIONS | {"max_new_tokens": 4000})
+        request = engine.request(PROMPTS[0], **OPTIONS | {"max_new_tokens": 4000})
+        stream = iter(engine.open(request))
         next(stream)
         os.kill(pid, signal.SIGSTOP)
         begin = time.monotonic()
@@ -73,9 +79,9 @@ def test_a_rank_that_hangs_ends_the_job_while_the_gpus_wait(folder, reaches, mon
         torch.cuda.synchronize()  # nothing waits any more
 
 
-def test_which_sums_go_by_reads(folder):
+def test_which_sums_go_by_reads(llama):
     """That these are right is checked by every link as it is made."""
-    with on_two(folder) as engine:
+    with on_two(llama) as engine:
         near = engine._loop._runner._link._near
         assert near is not None
         sizes = [(torch.bfloat16, 8), (torch.bfloat16, 98304), (torch.float32, 1 << 21)]
