@@ -107,9 +107,9 @@ def rows(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
         for batch in options.batch:
             times = measure(engine, batch, options.prompt, options.new)
             time.sleep(SECONDS_TO_BEAT)
-            peaks = [member.peak_bytes for member in engine.ranks]
-            peak = max(peak_bytes(running.runner.device), *peaks)
-            yield {**fixed, "batch": batch, **times, "peak_bytes": peak}
+            peaks = [peak_bytes(running.runner.device)]
+            peaks += [member.peak_bytes for member in engine.ranks]
+            yield {**fixed, "batch": batch, **times, "peak_bytes": max(peaks)}
 
 
 def facts(options: argparse.Namespace, folder: Path, running: Running) -> dict[str, Any]:

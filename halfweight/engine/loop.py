@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("halfweight")
 
+DEVICE_SECONDS = 5.0
+"""In which a step under way ends, once a rank is lost."""
 OnOutput = Callable[[Output], None]
 """Called on the engine's thread with what is new; must return at once."""
 
@@ -97,13 +99,22 @@ class Loop:
         self._is_stopping = True
         self._wake.set()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(None if self._lost is None else DEVICE_SECONDS)
 
     def fail(self, fault: HalfweightError) -> None:
         """End as if a step had failed with `fault`; from any thread."""
         self._lost = fault
         self._is_stopping = True
         self._wake.set()
+        if self._thread.ident is not None:
+            threading.Thread(target=self._give_up, args=(fault,), daemon=True).start()
+
+    def _give_up(self, fault: HalfweightError) -> None:
+        """Tell all of a fault, though the device may never answer the thread that waits for it."""
+        self._thread.join(DEVICE_SECONDS)
+        if self._thread.is_alive():
+            log.error("%s does not come back: its memory stays taken", self._runner.device)
+            self._end(_fault(fault), was_asked=False)
 
     @property
     def fault(self) -> HalfweightError | None:
@@ -241,8 +252,9 @@ class Loop:
 
     def _send(self, sequence: Sequence, output: Output) -> None:
         """Tell a request what is new; it is forgotten after its last."""
-        if output.finish_reason is not None or output.error is not None:
-            del self._live[sequence.id]
+        is_last = output.finish_reason is not None or output.error is not None
+        if is_last and self._live.pop(sequence.id, None) is None:
+            return  # it was told, by a thread that had given up waiting for this one
         try:
             sequence.on_output(output)
         except Exception:

@@ -15,10 +15,11 @@ from byte_tokenizer import EOS, make_tokenizer
 from fake_model import VOCAB, FakeRunner, FakeSampler
 from tiny import small_llama
 
-from halfweight.engine import streams
+from halfweight.engine import loop, streams
 from halfweight.engine.engine import Engine
 from halfweight.engine.grammar import Grammar
 from halfweight.engine.loop import EngineStoppedError, NanLogitsError
+from halfweight.engine.parallel.faults import RankError
 from halfweight.engine.request import Request, Sampling
 from halfweight.errors import UsageError
 
@@ -175,6 +176,32 @@ def test_a_step_that_fails_ends_the_engine_and_says_what_to_do(error, message, h
     engine.close()
     assert not engine._loop._thread.is_alive()
     assert "the runner was not closed" in caplog.text
+
+
+def test_a_device_that_never_answers_keeps_nobody_waiting(monkeypatch, caplog):
+    """A GPU may wait for another's numbers for ever; the fault is told from outside."""
+    monkeypatch.setattr(loop, "DEVICE_SECONDS", 0.05)
+    engine, runner = fake_engine()
+    hangs, end = threading.Event(), threading.Event()
+
+    def hang(count):
+        if count == 3:
+            hangs.set()
+            end.wait(SECONDS)
+
+    runner.before_step = hang
+    opened = [engine.open(engine.request(prompt, **ENDLESS)) for prompt in ([1], [2])]
+    assert hangs.wait(SECONDS)
+    engine._loop.fail(RankError("rank 1 has said nothing for 20 s"))
+    for stream in opened:
+        with pytest.raises(EngineStoppedError, match="rank 1 has said nothing"):
+            list(stream)
+    engine.close()
+    assert "cpu does not come back" in caplog.text
+    end.set()
+    engine._loop._thread.join(SECONDS)
+    assert not engine._loop._thread.is_alive()
+    assert [record.levelname for record in caplog.records if record.exc_info] == []
 
 
 def test_a_tokenizer_that_fails_loses_that_request_only(model, monkeypatch):

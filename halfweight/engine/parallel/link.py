@@ -37,6 +37,9 @@ MAKING = timedelta(minutes=10)
 STEPPING = timedelta(seconds=25)
 """Of a call in a step."""
 NCCL_STEPPING = timedelta(minutes=2)
+LEAVING_SECONDS = 20
+READING_SECONDS = 2
+"""In which kernels end that wait for nothing but another GPU's numbers."""
 CHECKED_NUMBERS = (1 << 10, 1 << 18, 1 << 22)
 """Of sums in float32 that are checked: each way that a sum may take."""
 OnFault = Callable[[Callable[[HalfweightError], None]], None]
@@ -53,6 +56,7 @@ class GroupLink:
         """Of rank `rank` of a group; waits for none of the others."""
         self._group, self._rank, self._ranks, self._device = group, rank, ranks, device
         self._near: SymmetricSum | None = None
+        self._leaving: Thread | None = None
         self.can_be_recorded = self._is_nccl = is_nccl
         self._sum, self._least = _c10d.AllreduceOptions(), _c10d.AllreduceOptions()
         self._least.reduceOp = dist.ReduceOp.MIN
@@ -133,27 +137,32 @@ class GroupLink:
         return int(found)
 
     def let_go(self) -> None:
-        """End what waits for a rank that is lost, without waiting for it.
-
-        By threads, since on a GPU each way's kernels may stand before the other's.
-        """
-        ways = [self._group.abort] + ([self._near.let_go] if self._near else [])
-        for way in ways:
-            Thread(target=way, daemon=True).start()
+        """End what waits for a rank that is lost, without waiting for it. Call `close` after."""
+        self._leaving = Thread(target=self._leave, daemon=True)
+        self._leaving.start()
 
     def close(self) -> None:
-        """Leave the group, without waiting for those that are lost.
+        """Leave the group; those that are lost are waited for LEAVING_SECONDS."""
+        if self._leaving is None:
+            self._leave()
+        else:
+            self._leaving.join(LEAVING_SECONDS)
+            if self._leaving.is_alive():
+                log.error("rank %d: %s still waits for a rank", self._rank, self._device)
+                return
+        if self._near is not None:
+            self._near.close()
 
-        They may have left in the middle of a step whose kernels still run here.
-        """
-        if self._near is None:
+    def _leave(self) -> None:
+        """Reads are let go of first: leaving the group may free memory, which waits for all."""
+        if self._near is None or not self._near.is_waiting:
             self._group.abort()
             return
-        letting_go = Thread(target=self._near.let_go, daemon=True)
-        letting_go.start()
+        reading = Thread(target=self._near.let_go, daemon=True)
+        reading.start()
+        reading.join(READING_SECONDS)  # it goes on if it stands behind a kernel of the group
         self._group.abort()
-        letting_go.join()
-        self._near.close()
+        reading.join()
 
     def _call(self, collective: Callable[..., Any], *operands: Any) -> None:
         try:

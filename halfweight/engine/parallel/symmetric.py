@@ -27,7 +27,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 """That torch's kernels add."""
 MEETING = timedelta(seconds=25)
 """In which ranks whose sums have met already tell each other of their devices."""
-LETTING_GO_SECONDS = 10.0
+LETTING_GO_SECONDS = 20.0
 log = logging.getLogger("halfweight")
 _c10d: Any = torch._C._distributed_c10d
 
@@ -48,6 +48,8 @@ class SymmetricSum:
         size = (BUFFER_BYTES,), (1,), torch.uint8
         self._buffer: Tensor = memory.empty_strided_p2p(*size, device, name)
         self._handle = memory.rendezvous(self._buffer, name)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._words = self._words_that_release()
 
     @classmethod
     def make(
@@ -103,27 +105,34 @@ class SymmetricSum:
         A kernel waits until a word of its rank's is 1, which it makes 0, and before it until the
         word that it sets on another rank is 0: both are given until nothing waits any more.
         """
-        if not self._is_waiting():
-            return
-        mine, *theirs = (
-            self._handle.get_signal_pad(rank).view(torch.int32)
-            for rank in sorted(range(self._ranks), key=lambda rank: rank != self._rank)
-        )
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         end = time.monotonic() + LETTING_GO_SECONDS
-        while self._is_waiting() and time.monotonic() < end:
-            with torch.cuda.stream(stream):
-                mine.fill_(1)
-                for pad in theirs:
-                    pad.zero_()
-            stream.synchronize()
+        while self.is_waiting and time.monotonic() < end:
+            self._release()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether anything still runs here."""
+        return not torch.cuda.default_stream(self._device).query()
 
     def close(self) -> None:
         """Have torch forget the group; nothing waits in its kernels any more."""
         _c10d._unregister_process_group(self._name)
 
-    def _is_waiting(self) -> bool:
-        return not torch.cuda.default_stream(self._device).query()
+    def _words_that_release(self) -> list[tuple[Tensor, Tensor]]:
+        """Each rank's words that kernels wait for, and, in pinned memory, what lets these go on."""
+        found = []
+        for rank in range(self._ranks):
+            pad = self._handle.get_signal_pad(rank).view(torch.int32)
+            words = torch.full(pad.shape, int(rank == self._rank), dtype=torch.int32)
+            found.append((pad, words.pin_memory()))
+        return found
+
+    def _release(self) -> None:
+        """By copies alone: a kernel may have to be loaded first, which waits for those that run."""
+        with torch.cuda.stream(self._stream):
+            for pad, words in self._words:
+                pad.copy_(words, non_blocking=True)
+        self._stream.synchronize()
 
 
 def _is_off() -> bool:
