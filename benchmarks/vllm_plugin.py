@@ -1,15 +1,18 @@
 """vLLM with the plug-in against vLLM alone: the same file, the same run, only the kernels differ.
 
-    python benchmarks/vllm_plugin.py [--model llama-3-8b] [--tensor-parallel 1]
-    python benchmarks/vllm_plugin.py --model llama-3-70b --tensor-parallel 2 --concurrency 1 16
+    python benchmarks/vllm_plugin.py [--model llama-3-8b] [--together]
+    python benchmarks/vllm_plugin.py --together --model llama-3-70b --tensor-parallel 2 \\
+        --concurrency 1 16
     python benchmarks/vllm_plugin.py --tiny                 a rehearsal, of seconds, on any machine
 
 A folder with nothing but the config.json of a file for vLLM (embedding in 16 bits, the rest INT8 in
 groups of 128) is served from weights that vLLM makes up. For each kernel one process starts vLLM
 (CUDA graphs and torch.compile on, `start_seconds`), warms up, and answers `concurrency` prompts of
 512 random ids with 128 new tokens each, greedy, all sent at once; the median of the repeats counts,
-prefill included. With --rounds the kernels take turns, each in a fresh process: the second round's
-`start_seconds` are those of a machine that has compiled before. The ceiling is the read bandwidth:
+prefill included. With --together all start at once, on GPUs of their own where there are enough,
+and are measured in turns; else one kernel is done before the other starts. With --rounds all is
+done again: the second round's `start_seconds` are those of a machine that has compiled before. Runs
+at the same time on one machine wait for each other's measurements. The ceiling is read bandwidth:
 a step reads each weight once. vLLM does not fill the bytes of made-up weights, which are the same,
 mostly zeros, for both kernels; its made-up scales become 2^-7 for ours, as a file's lie on a grid.
 
@@ -19,12 +22,15 @@ A CPU has no kernel of vLLM's for this file; there only ours is run.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,6 +54,10 @@ TINY = {
 }
 KERNELS = ("vllm", "halfweight")
 PROMPT_TOKENS, NEW_TOKENS = 512, 128
+LEAST_FREE = 0.3
+"""Part of a GPU that must be free for vLLM to start."""
+LARGEST_BLOCK = 128
+"""Tokens of a block of vLLM's cache, on a CPU."""
 WORKLOAD = {False: (PROMPT_TOKENS, NEW_TOKENS), True: (32, 8)}
 """Prompt and new tokens, of a run and of a rehearsal."""
 
@@ -78,6 +88,8 @@ def serve(options: argparse.Namespace, folder: str) -> None:
         tensor_parallel_size=options.tensor_parallel,
         max_model_len=prompt_tokens + new_tokens,
         max_num_seqs=max(options.concurrency),
+        gpu_memory_utilization=LEAST_FREE,
+        kv_cache_memory_bytes=cache_bytes(options),
         disable_custom_all_reduce=options.no_custom_all_reduce,
         enable_prefix_caching=False,
     )
@@ -95,18 +107,34 @@ def serve(options: argparse.Namespace, folder: str) -> None:
         print("SECONDS", time.perf_counter() - begin, flush=True)
 
 
+def cache_bytes(options: argparse.Namespace) -> int:
+    """Of a GPU: vLLM would take all that is left, of which another kernel's server has half."""
+    name, tokens = options.model, sum(WORKLOAD[options.tiny])
+    cache = architecture(TINY if name == "tiny" else preset(name), name).kv_bytes(
+        -(-tokens // LARGEST_BLOCK) * LARGEST_BLOCK
+    )
+    return cache * (1 + max(options.concurrency)) // options.tensor_parallel
+
+
 class Server:
     """`serve` in a process of its own, with our plug-in on or off."""
 
-    def __init__(self, kernel: str, folder: str) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: str, folder: str, gpus: str | None) -> None:
+        """`gpus` as in CUDA_VISIBLE_DEVICES; None leaves it as it is."""
+        self.kernel, self.start_seconds = kernel, 0.0
+        settings = {"HALFWEIGHT_VLLM": "1" if kernel == "halfweight" else "0"}
+        settings["VLLM_LOGGING_PREFIX"] = f"{kernel}: "
+        settings |= {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
         self._process = subprocess.Popen(
             [sys.executable, __file__, *sys.argv[1:], "--serve", folder],
-            env=os.environ | {"HALFWEIGHT_VLLM": "1" if kernel == "halfweight" else "0"},
+            env=os.environ | settings,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+
+    def wait(self) -> None:
+        """Until it has started."""
         self.start_seconds = self._answer("STARTED")
 
     def seconds(self, concurrency: int) -> float:
@@ -129,25 +157,45 @@ class Server:
         self._process.wait(timeout=120)
 
 
-def measure(server: Server, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one kernel, the median of the repeats of each number of prompts at once."""
+def started(kernels: Sequence[str], folder: str, tensor_parallel: int) -> list[Server]:
+    """Servers of these kernels, on GPUs of their own where there are enough."""
+    places = list(range(torch.cuda.device_count()))
+    servers = []
+    for i, kernel in enumerate(kernels):
+        own = places[i * tensor_parallel : (i + 1) * tensor_parallel]
+        enough = len(kernels) * tensor_parallel <= len(places)
+        servers.append(Server(kernel, folder, ",".join(map(str, own)) if enough else None))
+    for server in servers:
+        server.wait()
+    return servers
+
+
+def measure(servers: Sequence[Server], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows, the median of the repeats of each number of prompts at once; servers take turns."""
     new_tokens = WORKLOAD[options.tiny][1]
-    rows = []
     for concurrency in options.concurrency:
-        server.seconds(concurrency)
-        seconds = [server.seconds(concurrency) for _ in range(options.repeats)]
-        rows.append(
-            {
+        turns = [
+            [server.seconds(concurrency) for server in servers] for _ in range(1 + options.repeats)
+        ]
+        for i, server in enumerate(servers):
+            row = {
                 "model": options.model,
                 "tensor_parallel": options.tensor_parallel,
                 "kernel": server.kernel,
                 "concurrency": concurrency,
-                "tokens_per_second": concurrency * new_tokens / median(seconds),
+                "tokens_per_second": concurrency * new_tokens / median(t[i] for t in turns[1:]),
                 "start_seconds": server.start_seconds,
             }
-        )
-        print(json.dumps(rows[-1]), file=sys.stderr)
-    return rows
+            print(json.dumps(row), file=sys.stderr)
+            yield row
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While no other run on this machine measures."""
+    with (Path(tempfile.gettempdir()) / "halfweight-vllm-plugin.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def main() -> None:
@@ -158,7 +206,8 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--kernels", nargs="+", choices=KERNELS)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=1, help="starts of each kernel, in turns")
+    parser.add_argument("--together", action="store_true", help="start all kernels at once")
+    parser.add_argument("--rounds", type=int, default=1, help="starts of each kernel")
     parser.add_argument("--no-custom-all-reduce", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -180,14 +229,17 @@ def run(options: argparse.Namespace) -> None:
     torch.cuda.empty_cache()
     facts = envelope(device, ceiling) | {"prompt_and_new_tokens": WORKLOAD[options.tiny]}
     rows: list[dict[str, Any]] = []
+    groups = [kernels] if options.together else [[kernel] for kernel in kernels]
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder), options.model)
-        for _ in range(options.rounds):
-            for kernel in kernels:
-                server = Server(kernel, folder)
-                rows += measure(server, options)
+        for group in groups * options.rounds:
+            servers = started(group, folder, options.tensor_parallel)
+            with alone():
+                for row in measure(servers, options):
+                    rows.append(row)
+                    write_result("vllm_plugin", facts, rows, out=options.out)
+            for server in servers:
                 server.close()
-                write_result("vllm_plugin", facts, rows, out=options.out)
 
 
 if __name__ == "__main__":

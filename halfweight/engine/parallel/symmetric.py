@@ -103,7 +103,7 @@ class SymmetricSum:
         """Let kernels end that wait for a rank that is lost. What they add is worth nothing.
 
         A kernel waits until a word of its rank's is 1, which it makes 0, and before it until the
-        word that it sets on another rank is 0: both are given until nothing waits any more.
+        word that it sets to 1 on each rank is 0: both are given until nothing waits any more.
         """
         end = time.monotonic() + LETTING_GO_SECONDS
         while self.is_waiting and time.monotonic() < end:
@@ -119,13 +119,14 @@ class SymmetricSum:
         _c10d._unregister_process_group(self._name)
 
     def _words_that_release(self) -> list[tuple[Tensor, Tensor]]:
-        """Each rank's words that kernels wait for, and, in pinned memory, what lets these go on."""
-        found = []
-        for rank in range(self._ranks):
-            pad = self._handle.get_signal_pad(rank).view(torch.int32)
-            words = torch.full(pad.shape, int(rank == self._rank), dtype=torch.int32)
-            found.append((pad, words.pin_memory()))
-        return found
+        """Pads of words that kernels wait for, and, in pinned memory, what lets these go on.
+
+        Of this rank's both, in turn: in a word between itself and itself a kernel may wait for
+        either.
+        """
+        pads = [self._handle.get_signal_pad(r).view(torch.int32) for r in range(self._ranks)]
+        zeros, ones = (torch.full(pads[0].shape, i, dtype=torch.int32).pin_memory() for i in (0, 1))
+        return [(pads[self._rank], ones), *((pad, zeros) for pad in pads)]
 
     def _release(self) -> None:
         """By copies alone: a kernel may have to be loaded first, which waits for those that run."""
