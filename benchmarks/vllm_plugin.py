@@ -12,7 +12,7 @@ groups of 128) is served from weights that vLLM makes up. For each kernel one pr
 prefill included. With --together all start at once, on GPUs of their own where there are enough,
 and are measured in turns; else one kernel is done before the other starts. With --rounds all is
 done again: the second round's `start_seconds` are those of a machine that has compiled before. Runs
-at the same time on one machine wait for each other's measurements. The ceiling is read bandwidth:
+at the same time on one machine start together and measure alone. The ceiling is the read bandwidth:
 a step reads each weight once. vLLM does not fill the bytes of made-up weights, which are the same,
 mostly zeros, for both kernels; its made-up scales become 2^-7 for ours, as a file's lie on a grid.
 
@@ -191,10 +191,10 @@ def measure(servers: Sequence[Server], options: argparse.Namespace) -> Iterator[
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """While no other run on this machine measures."""
+def machine(how: int) -> Iterator[None]:
+    """The machine shared with other runs that start (LOCK_SH), or alone (LOCK_EX)."""
     with (Path(tempfile.gettempdir()) / "halfweight-vllm-plugin.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, how)
         yield
 
 
@@ -233,8 +233,9 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder), options.model)
         for group in groups * options.rounds:
-            servers = started(group, folder, options.tensor_parallel)
-            with alone():
+            with machine(fcntl.LOCK_SH):
+                servers = started(group, folder, options.tensor_parallel)
+            with machine(fcntl.LOCK_EX):
                 for row in measure(servers, options):
                     rows.append(row)
                     write_result("vllm_plugin", facts, rows, out=options.out)
