@@ -79,7 +79,7 @@ def cubin(text: str, architecture: str) -> bytes:
 
 
 def compile_ahead(texts: Iterable[str], architecture: str) -> None:
-    """Begin to make the machine code of these texts, and return; an error is who needs one's."""
+    """Begin to make the machine code of these texts, and return; errors are for who needs it."""
     threads = ThreadPoolExecutor(COMPILERS, thread_name_prefix="halfweight-nvrtc")
     for text in texts:
         threads.submit(cubin, text, architecture)
