@@ -16,9 +16,9 @@ DEVICE_HINT = "`halfweight backends` shows the devices of this machine"
 def indexed(device: torch.device | str) -> torch.device:
     """The device with its number: "cuda" is the current one.
 
-    Raises UsageError for a GPU that is not there.
+    Raises UsageError for what is no device, and for a GPU that is not there.
     """
-    device = torch.device(device)
+    device = named_device(device)
     if device.type != "cuda":
         return device
     count = torch.cuda.device_count()
@@ -29,13 +29,13 @@ def indexed(device: torch.device | str) -> torch.device:
     )
 
 
-def named_device(name: str) -> torch.device:
+def named_device(name: torch.device | str) -> torch.device:
     """The device of a name. Raises UsageError for what is none."""
     try:
         return torch.device(name)
     except RuntimeError:
         raise UsageError(
-            f"device {name!r} is not known", hint="name each as cuda:0, cuda:1 or cpu"
+            f"device {name!r} is not known", hint="devices are named cuda:0, cuda:1 or cpu"
         ) from None
 
 

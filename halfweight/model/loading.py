@@ -123,6 +123,11 @@ def load_checkpoint(
 
 
 def _model_class(checkpoint: Checkpoint) -> Any:
+    if not checkpoint.config:
+        raise CheckpointError(
+            f"{checkpoint.shards[0].path}: no config.json read with it, expected a model folder",
+            hint="give the folder that holds config.json and the weights",
+        )
     kind = model_class(checkpoint.config)
     if kind is None:
         names = checkpoint.config.get("architectures")
