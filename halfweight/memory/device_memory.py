@@ -16,11 +16,14 @@ DEVICE_HINT = "`halfweight backends` shows the devices of this machine"
 def indexed(device: torch.device | str) -> torch.device:
     """The device with its number: "cuda" is the current one.
 
-    Raises UsageError for what is no device, and for a GPU that is not there.
+    Raises UsageError for what is no device, for one that is neither the CPU nor a GPU of CUDA, and
+    for a GPU that is not there.
     """
     device = named_device(device)
-    if device.type != "cuda":
+    if device.type in ("cpu", "meta"):
         return device
+    if device.type != "cuda":
+        raise UsageError(f"device is {device}, expected cpu or a CUDA GPU", hint=DEVICE_HINT)
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
         raise UsageError(f"device is {device}, and torch finds {count} GPUs here", hint=DEVICE_HINT)

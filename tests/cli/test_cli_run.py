@@ -69,10 +69,21 @@ def test_a_prompt_that_is_refused_prints_nothing(capsys, int8_folder):
     assert "hint: shorten the prompt, or ask for " in err
 
 
-def test_what_is_no_device_is_one_line(capsys, int8_folder):
-    code, _, err = run(capsys, "generate", int8_folder, "w5", "--device", "tpu")
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("tpu", "device 'tpu' is not known"),
+        ("", "device '' is not known"),
+        ("cuda:-1", "device 'cuda:-1' is not known"),
+        ("mps", "device is mps, expected cpu or a CUDA GPU"),
+        ("meta", "device is meta, where nothing is computed"),
+    ],
+)
+def test_what_no_model_runs_on_is_one_line(capsys, int8_folder, device, message):
+    code, _, err = run(capsys, "generate", int8_folder, "w5", "--device", device)
     assert code == 2
-    assert err.startswith("error: device 'tpu' is not known\nhint: ")
+    assert err.splitlines()[0] == f"error: {message}"
+    assert err.splitlines()[1].startswith("hint: ")
 
 
 def test_one_file_is_no_model(capsys, int8_folder):
