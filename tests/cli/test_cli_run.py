@@ -93,6 +93,26 @@ def test_one_file_is_no_model(capsys, int8_folder):
     assert f"error: {shard}: no config.json read with it, expected a model folder" in err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "x"},
+        {"num_attention_heads": 3},
+        {"rope_parameters": 5},
+        {"hidden_act": "foo"},
+        {"num_key_value_heads": 0},
+    ],
+)
+def test_a_config_that_transformers_cannot_build_is_one_line(capsys, int8_folder, tmp_path, change):
+    folder = shutil.copytree(int8_folder, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    code, _, err = run(capsys, "generate", str(folder), "w5")
+    assert code == 4
+    assert f"error: {folder / 'config.json'}: " in err
+    assert "Traceback" not in err
+
+
 def test_a_chat_whose_stdin_is_closed_ends(capsys, int8_folder, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
     code, out, _ = run(capsys, "chat", int8_folder)
