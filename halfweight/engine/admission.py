@@ -79,5 +79,6 @@ def _check_length(request: Request, max_context: int, most_tokens: int) -> None:
     raise UsageError(
         f"the prompt has {num_prompt} tokens, with {num_new} new ones {num_prompt + num_new}; "
         f"the {what} has room for {most_tokens}",
-        hint=f"shorten the prompt, or ask for {max(0, most_tokens - num_prompt)} tokens",
+        hint="shorten the prompt"
+        + (f", or ask for {room} tokens" if (room := most_tokens - num_prompt) > 0 else ""),
     )
