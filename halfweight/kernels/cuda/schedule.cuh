@@ -32,6 +32,8 @@ struct Schedule {
         next = share(worker);
         end = share(worker + 1);
     }
+    __device__ Schedule(const Problem& problem, int worker_, int wave_, int next_, int end_)
+        : p(problem), worker(worker_), wave(wave_), next(next_), end(end_) {}
     // Where a worker's share begins; a spare block goes to those at which this rounds up.
     __device__ int share(int w) const {
         return p.share * w + (p.spare ? (int)((u32)(p.spare * w) / (u32)p.num_workers) : 0);
