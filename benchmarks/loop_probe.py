@@ -19,7 +19,7 @@ from halfweight.kernels.cuda import backend, driver, schedule
 from halfweight.kernels.cuda.tiles import Shape, form_on
 
 BEGIN = time.monotonic()
-LIMIT = float(sys.argv[1]) if len(sys.argv) > 1 else 55.0
+LIMIT = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
 DEVICE = torch.device("cuda", 0)
 HERE = Path(__file__).parent
 CUDA = Path(backend.__file__).parent
@@ -240,6 +240,10 @@ def variants() -> dict[str, list[Variant]]:
         Variant("no loop", S(2, 8, 4, 2, 1, 2), changes=no_loop, wrong=True),
         Variant("no loop or sharing", S(2, 8, 4, 2, 1, 2), changes=(*no_loop, *alone), wrong=True),
         Variant("no sharing", S(2, 8, 4, 2, 1, 2), changes=alone, wrong=True),
+        Variant("empty 2-2-4", S(2, 2, 4, 1, 1, 2, blocks=3), b, changes=nothing, wrong=True),
+        Variant("no loop 2-2-4", S(2, 2, 4, 1, 1, 2, blocks=3), b, changes=no_loop, wrong=True),
+        Variant("no loop or sharing 2-2-4", S(2, 2, 4, 1, 1, 2, blocks=3), b, changes=(*no_loop, *alone), wrong=True),
+        Variant("no sharing 2-2-4", S(2, 2, 4, 1, 1, 2, blocks=3), b, changes=alone, wrong=True),
         Variant("empty 2-1-4x4", S(2, 1, 1, 1, 4, 1, blocks=4), b, changes=nothing, wrong=True),
         Variant("no loop 2-1-4x4", S(2, 1, 1, 1, 4, 1, blocks=4), b, changes=no_loop, wrong=True),
         Variant("no loop or sharing 2-1-4x4", S(2, 1, 1, 1, 4, 1, blocks=4), b, changes=(*no_loop, *alone), wrong=True),
@@ -265,6 +269,10 @@ def variants() -> dict[str, list[Variant]]:
         Variant("before 2-4-4 b2", S(2, 4, 4, 1, 1, 2, blocks=2), b),
         Variant("before 2-2-4 b3", S(2, 2, 4, 1, 1, 2, blocks=3), b),
         Variant("before 2-4-2-1-4", S(2, 4, 2, 1, 4, 1), b),
+        Variant("u da 2-2-4 b3 n1 mid1", S(2, 2, 4, 1, 1, 2, blocks=3), **da, TOKENS_AT_ONCE=1, MID=1),
+        Variant("u da 2-2-4 b3 n1 mid5", S(2, 2, 4, 1, 1, 2, blocks=3), **da, TOKENS_AT_ONCE=1, MID=5),
+        Variant("u da 2-2-4 b2 n1 mid5", S(2, 2, 4, 1, 1, 2, blocks=2), **da, TOKENS_AT_ONCE=1, MID=5),
+        Variant("u da 2-4-4 b2 mid11", S(2, 4, 4, 1, 1, 2, blocks=2), **da, TOKENS_AT_ONCE=1, MID=11),
         Variant("u da 2-4-4 b2", S(2, 4, 4, 1, 1, 2, blocks=2), **da, MID=2),
         Variant("u da 2-4-2-1-4", S(2, 4, 2, 1, 4, 1), **da, MID=1),
     ]
@@ -291,7 +299,7 @@ def exact_of(x, weight):
     return x.double() @ dense.T
 
 
-def product(shape: str, tokens: int, found: list[Variant], repeats: int = 5) -> dict:
+def product(shape: str, tokens: int, found: list[Variant], repeats: int = 9) -> dict:
     rows, columns = SHAPE_LIST[shape]
     weights = weights_of((rows, columns), DEVICE)
     x = torch.randn(tokens, columns, device=DEVICE, dtype=F16)

@@ -50,6 +50,8 @@ constexpr int RUNS = 64 * UNITS / RUN;
 static_assert(STAGES >= 2 && KB % 128 == 0, "a ring, of whole boxes");
 static_assert(!SCALED || SCALES == 0, "codes are the scales that 16 bits hold whatever they are");
 
+constexpr int SCALE_BYTES = SCALES == 0 ? 1 : SCALES == 3 ? 4 : 2;
+
 struct Operands {
     const u8* packed;
     const u16* x;
@@ -144,6 +146,11 @@ struct Copier {
         columns = p.in_features - s.k_begin * KB;
         w.aim(o.packed, p.out_features, p.in_features, row, s.k_begin * KB);
         x.aim(o.x, p.num_tokens, p.in_features, token, s.k_begin * KB);
+        for (int i = row + threadIdx.x; i < min(row + BN, p.out_features); i += THREADS) {
+            prefetch(p.codes + ((long long)i * p.num_groups + s.k_begin * KB / p.group_size) * SCALE_BYTES);
+            if (p.exponents && i % 32 == 0) prefetch(p.exponents + i);
+            if (p.bias && i % 16 == 0) prefetch(p.bias + i);
+        }
     }
 };
 
@@ -317,14 +324,27 @@ __device__ __forceinline__ void reduce_warps(float* buffer, float (&total)[ACC])
     __syncthreads();
 }
 
-__device__ __forceinline__ void store(const Problem& p, int row, int token, int quad,
+// What a row's sums are multiplied with, and what is added.
+struct Ends {
+    float scale[RT * 2], offset[RT * 2];
+
+    __device__ __forceinline__ Ends(const Problem& p, int row) {
+#pragma unroll
+        for (int i = 0; i < RT * 2; ++i) {
+            int n = min(row + 8 * i, p.out_features - 1);
+            scale[i] = p.exponents ? ldexpf(1.0f, __ldg(p.exponents + n)) : 1.0f;
+            offset[i] = p.bias ? to_float(__ldg(p.bias + n)) : 0.0f;
+        }
+    }
+};
+
+__device__ __forceinline__ void store(const Problem& p, const Ends& ends, int row, int token, int quad,
                                       const float (&total)[ACC]) {
 #pragma unroll
     for (int i = 0; i < RT * 2; ++i) {
         int n = row + 8 * i;
         if (n >= p.out_features) continue;
-        float scale = p.exponents ? ldexpf(1.0f, p.exponents[n]) : 1.0f;
-        float offset = p.bias ? to_float(p.bias[n]) : 0.0f;
+        float scale = ends.scale[i], offset = ends.offset[i];
 #pragma unroll
         for (int j = 0; j < NT * 2; ++j) {
             int m = token + j / 2 * 8 + token_in_eight(2 * quad + j % 2);
@@ -376,10 +396,8 @@ w8a16(const __grid_constant__ Operands o) {
     constexpr int LAST = ITEMS - 1, W_ITEMS = PAIRS * STEPS / 2;
     int stage = 0;
     fragments.w = w, fragments.x = x;
-    wait_for_copies<STAGES - 2>();
-    __syncthreads();
-    fragments.load_w(0), fragments.load_x(0);
     Segment s;
+    bool is_first = true;
     MEASURE_BEGIN
     for (Schedule schedule(p, worker); schedule.pop(s);) {
         int n = schedule.row_tile(s) * BN + first_row, m = schedule.token_tile(s) * MT + first_token;
@@ -398,6 +416,12 @@ w8a16(const __grid_constant__ Operands o) {
                 (&scales[0][0][0])[i] = as_factor(scale_of((&raw[0][0][0])[i]));
         };
         of_rows.load_raw(s.k_begin * KB + column, raw);
+        if (is_first) {
+            wait_for_copies<STAGES - 2>();
+            __syncthreads();
+            fragments.load_w(0), fragments.load_x(0);
+            is_first = false;
+        }
         convert_raw();
 #pragma unroll
         for (int i = 0; i < RT * 2; ++i) (&before[0][0])[i] = (&scales[0][0][0])[i];
@@ -464,9 +488,10 @@ w8a16(const __grid_constant__ Operands o) {
             leave_partial<1, OWNERS>(p, worker, threadIdx.x, total);
             continue;
         }
+        Ends ends(p, n);
         if (s.k_end < p.k_blocks)
             add_partials<1, OWNERS>(p, worker + 1, schedule.last_sharer(s), 1, 0, threadIdx.x, total);
-        store(p, n, m, quad, total);
+        store(p, ends, n, m, quad, total);
     }
     MEASURE_END
 }
