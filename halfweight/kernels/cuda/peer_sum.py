@@ -91,6 +91,7 @@ class PeerSum:
         do not compile.
         """
         self._rank, self._buffers = rank, buffers
+        self._places = (ctypes.c_void_p * MOST_RANKS)(*(each.data_ptr() for each in buffers))
         self._device = buffers[rank].device
         buffers[rank].fill_(0xFF)
         self._turns = torch.zeros(BLOCKS, dtype=torch.int32, device=self._device)
@@ -113,7 +114,7 @@ class PeerSum:
         assert name is not None
         given = Operands(
             x.data_ptr(),
-            (ctypes.c_void_p * MOST_RANKS)(*(buffer.data_ptr() for buffer in self._buffers)),
+            self._places,
             self._turns.data_ptr(),
             self._is_over.data_ptr(),
             *(x.nbytes // VECTOR_BYTES, TURN_BYTES // VECTOR_BYTES, self._rank),
