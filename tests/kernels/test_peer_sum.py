@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,18 @@ class Call(ctypes.Structure):
     ]
 
 
-def emulated(ranks, dtype, folder, changes=()):
-    """The kernels of all ranks on the CPU."""
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """(ranks, dtype, changes of the text) -> the kernels of all ranks on the CPU."""
+
+    @cache
+    def build(*choice):
+        return compiled(*choice, tmp_path_factory.mktemp("emulated"))
+
+    return build
+
+
+def compiled(ranks, dtype, changes, folder):
     text = source(ranks, dtype, **SMALL)
     begin, end = text.index("// Instructions that"), text.index("constexpr u32 RANKS")
     text = text[:begin] + EMULATOR.read_text() + text[end:] + ENTRY
@@ -149,11 +160,9 @@ def calls_of(ranks, generator, count=24):
 
 
 @needs_gxx
-@pytest.mark.parametrize(
-    ("ranks", "dtype"), [(2, BF16), (2, F16), (2, F32), (3, BF16), (3, F32), (8, F16)]
-)
-def test_all_ranks_have_the_sum_call_after_call(ranks, dtype, tmp_path):
-    kernel = emulated(ranks, dtype, tmp_path)
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, BF16), (2, F32), (3, BF16), (8, F16)])
+def test_all_ranks_have_the_sum_call_after_call(emulated, ranks, dtype):
+    kernel = emulated(ranks, dtype, ())
     machine = Machine(kernel, ranks, dtype)
     for _ in range(2):  # the second begins where the first has left the turns
         calls = calls_of(ranks, machine.generator, 24 if ranks < 8 else 7)
@@ -175,16 +184,16 @@ def test_all_ranks_have_the_sum_call_after_call(ranks, dtype, tmp_path):
     ],
     ids=["nothing erased", "one turn", "no barrier", "any NaN sent", "words not looked at"],
 )
-def test_the_emulator_sees(change, tmp_path):
-    machine = Machine(emulated(3, BF16, tmp_path, (change,)), 3, BF16)
+def test_the_emulator_sees(emulated, change):
+    machine = Machine(emulated(3, BF16, (change,)), 3, BF16)
     status, given, found = machine.run(calls_of(3, machine.generator))
     right = all(is_right(*pair) for pair in zip(given, found, strict=True))
     assert status == -1 or not right or not (machine.buffers == -1).all()
 
 
 @needs_gxx
-def test_ranks_that_wait_for_a_lost_one_end_when_told(tmp_path):
-    kernel = emulated(3, BF16, tmp_path)
+def test_ranks_that_wait_for_a_lost_one_end_when_told(emulated):
+    kernel = emulated(3, BF16, ())
     calls, lost = [(33, False), (700, False), (129, True), (7, False)], [4, 1, 4]
     assert Machine(kernel, 3, BF16).run(calls, lost)[0] == -1  # they wait for ever
     machine = Machine(kernel, 3, BF16)
