@@ -58,7 +58,7 @@ def microseconds(link: GroupLink, run: Callable[[], object], device: torch.devic
     run()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(NUM_SUMS):
             run()
     times = []

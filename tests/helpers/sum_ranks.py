@@ -85,7 +85,7 @@ def check_sums(rank, ranks, port, replays):
     run_all()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run_all()
     for i in range(replays):
         if (i * 2654435761 >> 7) % (3 * ranks) == rank:
