@@ -3,7 +3,8 @@
     python benchmarks/tensor_parallel.py                          # small, ranks on the CPU
     python benchmarks/tensor_parallel.py --preset llama-3-70b --ranks 4 --limit 24GB \\
         --devices cuda:0,cuda:0,cuda:1,cuda:1 --batch 4 --prompt 2048 --new 128 --context 8192
-    python benchmarks/tensor_parallel.py --preset llama-3-70b --ranks 2 --batch 1 16 64
+    python benchmarks/tensor_parallel.py --preset llama-3-70b --ranks 4 --limit 24GB --batch 1 4 16
+    python benchmarks/tensor_parallel.py --preset llama-3-8b --ranks 4 --compare
 
 Random INT8 weights of a preset's shapes are written to a folder and loaded from there by each rank,
 which reads its part alone; the ranks are started once, with room for the largest batch. All
@@ -11,7 +12,10 @@ requests of a batch come at once; the prompts are random and no two alike. `pref
 time until each has its first token, `tokens_per_second` all later tokens over their time. With
 --limit a rank cannot allocate more of its GPU. On GPUs `peak_bytes` is what the worst rank's
 allocator reserved at most until then, `planned_bytes` what the planner expects for the largest
-batch; on a CPU the first is the process's largest size, and there is no plan.
+batch; on a CPU the first is the process's largest size, and there is no plan. A step reads a rank's
+weights once and its part of the cache: `fraction_of_read_bandwidth` is of what one of the devices
+reads. With --compare the same folder is run by one rank too: `logits_difference` is the largest
+between their logits of one prompt, `largest_logit` the largest of them.
 """
 
 from __future__ import annotations
@@ -26,12 +30,16 @@ import torch
 from arguments import workplace
 from envelope import RESULTS, envelope, write_result
 from random_folder import write_random
+from torch import Tensor
 
 from halfweight.checkpoint.headers import read_headers
 from halfweight.engine.engine import Engine
 from halfweight.engine.parallel.job import peak_bytes
 from halfweight.engine.parallel.start import Running, start
 from halfweight.engine.sampler import Sampler
+from halfweight.engine.step import Chunk
+from halfweight.evaluation.speed.generate import step_bytes
+from halfweight.kernels.timing import read_bandwidth
 from halfweight.memory.cards import parse_bytes
 from halfweight.memory.plan import Footprint, footprint
 from halfweight.memory.presets import preset
@@ -50,6 +58,7 @@ SMALL: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
+COMPARED_TOKENS = 48
 SECONDS_TO_BEAT = 1.5
 """In which each rank has told its largest size."""
 
@@ -84,6 +93,27 @@ def measure(engine: Engine, batch: int, prompt: int, new: int) -> dict[str, floa
     return {"tokens_per_second": batch * (new - 1) / rest, "prefill_seconds": prefill}
 
 
+@torch.inference_mode()
+def logits(running: Running) -> Tensor:
+    """Of every token of one prompt, float32 [T, V] on the host."""
+    runner = running.runner
+    (prompt,) = ids(1, COMPARED_TOKENS, 1000, 2)
+    runner.table[0, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
+    pages = list(range(1, 1 - len(prompt) // -runner.page_tokens))
+    found = runner.run([Chunk(0, 0, len(prompt), len(prompt), pages)])
+    return found.float().cpu()
+
+
+def compared(options: argparse.Namespace, folder: Path, shared: Tensor) -> dict[str, float]:
+    """The logits of all ranks beside those of one."""
+    first = options.devices.split(",")[0] if options.devices else None
+    running = opened(argparse.Namespace(**{**vars(options), "ranks": 1, "devices": first}), folder)
+    alone = logits(running)
+    running.runner.close()
+    difference = float((alone - shared).abs().max())
+    return {"logits_difference": difference, "largest_logit": float(alone.abs().max())}
+
+
 def opened(options: argparse.Namespace, folder: Path) -> Running:
     most = max(options.batch)
     limits = {"max_context": options.context, "max_sequences": most}
@@ -102,14 +132,20 @@ def rows(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     running = opened(options, folder)
     loaded = time.perf_counter() - begin
     fixed = facts(options, folder, running) | {"load_seconds": loaded}
+    device = running.runner.device
+    peak_rate = read_bandwidth(device)
+    if options.compare:
+        fixed |= compared(options, folder, logits(running))
     sampler = Sampler(running.runner.table, running.runner.vocab_size)
     with Engine.over(running.runner, sampler, None) as engine:
         for batch in options.batch:
             times = measure(engine, batch, options.prompt, options.new)
             time.sleep(SECONDS_TO_BEAT)
-            peaks = [peak_bytes(running.runner.device)]
-            peaks += [member.peak_bytes for member in engine.ranks]
-            yield {**fixed, "batch": batch, **times, "peak_bytes": max(peaks)}
+            peaks = [peak_bytes(device), *(member.peak_bytes for member in engine.ranks)]
+            num_bytes = step_bytes(running.model, batch, options.prompt + options.new // 2)
+            rate = num_bytes * times["tokens_per_second"] / batch
+            read = {"fraction_of_read_bandwidth": rate / peak_rate, "peak_bytes": max(peaks)}
+            yield {**fixed, "batch": batch, **times, **read}
 
 
 def facts(options: argparse.Namespace, folder: Path, running: Running) -> dict[str, Any]:
@@ -150,6 +186,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--kv-cache", choices=("16bit", "int8"), default="16bit")
+    parser.add_argument("--compare", action="store_true", help="logits, with one rank's")
     parser.add_argument("--models", type=Path, help="folder that keeps the random models")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", default="tensor_parallel")

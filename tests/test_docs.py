@@ -175,6 +175,19 @@ def test_the_page_of_vllm_has_the_rates_that_were_recorded():
     page = (ROOT / "docs" / "vllm.md").read_text()
     rates = {"halfweight": [], "vllm": []}
     for row in readme_tables.results("vllm_plugin")["results"]:
-        rates[row["kernel"]].append(f"{row['tokens_per_second']:,.0f}")
+        rates[row["kernel"]].append(row["tokens_per_second"])
     for name, kernel in (("our kernel", "halfweight"), ("vLLM's (Machete)", "vllm")):
-        assert f"| {name} | {' | '.join(rates[kernel])} tokens/s |" in page
+        shown = (f"{rate:,.0f}" for rate in rates[kernel])
+        assert f"| {name} | {' | '.join(shown)} tokens/s |" in page
+    gains = [ours / theirs for ours, theirs in zip(rates["halfweight"], rates["vllm"], strict=True)]
+    assert f"| | {' | '.join(f'{gain:.2f}' for gain in gains)} |" in page
+    said = f"on H200s {min(gains):.2f} to {max(gains):.2f} times the tokens a second"
+    assert said in (ROOT / "README.md").read_text()
+
+
+def test_the_page_of_ranks_has_the_rates_that_were_recorded():
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    rows = readme_tables.results("tensor_parallel")["results"]
+    rates = [f"{row['tokens_per_second']:,.0f}" for row in rows if row["limit_bytes"] is None]
+    assert len(rates) > 4
+    assert [rate for rate in rates if f"| {rate} |" not in page] == []

@@ -16,8 +16,8 @@ A piece is what no later token can change. What can change depends on the tokeni
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 REPLACEMENT = "\ufffd"
@@ -42,10 +42,19 @@ class Detokenizer:
 
     def raw(self, ids: Sequence[int]) -> str:
         """The same with the spaces that the clean-up would take."""
-        text: str = self._tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
+        return self._raw(ids, skip_special_tokens=True)
+
+    @cached_property
+    def _raw(self) -> Callable[..., str]:
+        """The fast tokenizer's own decode where transformers' adds nothing: a third of its time."""
+        from transformers import PreTrainedTokenizerFast as Fast
+
+        kind = type(self._tokenizer)
+        names = ("decode", "_decode")
+        if all(getattr(kind, name, None) is getattr(Fast, name) for name in names):
+            decode: Callable[..., str] = self._tokenizer.backend_tokenizer.decode
+            return decode
+        return partial(self._tokenizer.decode, clean_up_tokenization_spaces=False)
 
     def cleaned(self, text: str) -> str:
         """Raw text cleaned up as this tokenizer does."""

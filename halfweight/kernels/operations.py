@@ -49,6 +49,8 @@ class Backend:
     `is_invariant` where a row's product is the same to the bit whatever rows it comes with.
     `ranges(device)` says which kernel how many tokens take, for a weight of common size; empty
     where one kernel takes all.
+    `prepare(device, group_size, dtype)` begins to compile what products with weights of such groups
+    and activations of `dtype` may need, and returns at once.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Backend:
     linear_int8: LinearFunction | None = None
     is_invariant: bool = False
     ranges: Callable[[torch.device], Sequence[TokenRange]] = lambda device: ()
+    prepare: Callable[[torch.device, int, torch.dtype], None] = lambda device, size, dtype: None
 
 
 BACKENDS = {

@@ -28,6 +28,7 @@ from halfweight.checkpoint.headers import (
 )
 from halfweight.checkpoint.shard import StoredTensor, some
 from halfweight.errors import CheckpointError
+from halfweight.kernels.operations import backend as backend_of
 from halfweight.kernels.operations import choose_backend
 from halfweight.memory.device_memory import indexed, out_of_memory, require
 from halfweight.model.building import build, model_class, parsed_config, turned_names
@@ -96,6 +97,8 @@ def load_checkpoint(
     stored = quantized_modules(checkpoint)
     kind = _model_class(checkpoint)
     config = _model_config(checkpoint, dtype)
+    for group_size in {weight.group_size for weight in stored.values()}:
+        backend_of(chosen).prepare(device, group_size, config.dtype)
     packed = awaited(kind, config, stored)
     config.quantization_config = {
         "quant_method": METHOD,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from halfweight.engine.request import Request
 from halfweight.engine.streams import Completion, Piece
@@ -60,15 +61,15 @@ class Writer:
 
     async def events(
         self, first: tuple[int, Piece], rest: AsyncGenerator[tuple[int, Piece]]
-    ) -> AsyncIterator[str]:
+    ) -> AsyncIterator[bytes]:
         """Server-sent events: a delta a piece, then the usage if asked for, then [DONE]."""
         async with aclosing(rest):
             try:
                 yield self._events(*first)
                 async for index, piece in rest:
-                    text = self._events(index, piece)
-                    if text:
-                        yield text
+                    events = self._events(index, piece)
+                    if events:
+                        yield events
             except HalfweightError as error:
                 yield _event(error_body(error.message, "server_error"))
                 return
@@ -79,15 +80,15 @@ class Writer:
         if self._body.stream_options.include_usage:
             total = schema.usage(self._num_prompt_tokens, self._num_tokens, self._num_cached)
             yield _event(self._answer.chunk([], total))
-        yield "data: [DONE]\n\n"
+        yield b"data: [DONE]\n\n"
 
-    def _events(self, index: int, piece: Piece) -> str:
+    def _events(self, index: int, piece: Piece) -> bytes:
         """The events of a piece, often one; its tokens are counted."""
         self._num_tokens += _num_tokens(piece)
         self._num_cached += piece.num_shared_tokens
         deltas = self._deltas(self._jobs[index], piece, first=index not in self._begun)
         self._begun.add(index)
-        return "".join(_event(self._answer.chunk([delta])) for delta in deltas)
+        return b"".join(_event(self._answer.chunk([delta])) for delta in deltas)
 
     @property
     def _num_prompt_tokens(self) -> int:
@@ -139,11 +140,11 @@ def _num_tokens(piece: Piece) -> int:
     return len(piece.tokens) + isinstance(piece.stop, int)
 
 
-_encode = json.JSONEncoder(ensure_ascii=False).encode
+_encode = msgspec.json.Encoder().encode
 
 
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {_encode(body)}\n\n"
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % _encode(body)
 
 
 def error_body(message: str, kind: str) -> dict[str, Any]:

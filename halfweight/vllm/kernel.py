@@ -41,6 +41,7 @@ class HalfweightLinearKernel(MPLinearKernel):  # type: ignore[misc]
         if packed.input_dim == 0:
             packed, scales = packed.t(), scales.t()
         hold_loaded(layer, packed, scales)
+        weights.prepare(layer, self.config.act_type)
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> y [..., N]."""

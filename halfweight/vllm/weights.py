@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from halfweight.kernels.operations import choose_backend
+from halfweight.kernels.operations import backend, choose_backend
 from halfweight.quantization.numerics import grid8_from_scales
 
 GROUP_SIZES = (32, 64, 128, 256)
@@ -38,6 +38,18 @@ def hold(layer: nn.Module, packed: Tensor, scales: Tensor) -> None:
     layer.halfweight_backend = choose_backend(data.device)  # type: ignore[assignment]
     if layer.halfweight_backend == "cpu":
         _ask_for_matrix_unit()
+
+
+def prepare(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Begin to compile what products with this weight may need, while vLLM compiles the model."""
+    packed, scales, _ = _parts(layer)
+    name: str = layer.halfweight_backend  # type: ignore[assignment]
+    _prepare(name, packed.device, packed.shape[1] // scales.shape[1], dtype)
+
+
+@cache
+def _prepare(name: str, device: torch.device, group_size: int, dtype: torch.dtype) -> None:
+    backend(name).prepare(device, group_size, dtype)
 
 
 @cache

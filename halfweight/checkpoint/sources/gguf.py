@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,8 @@ log = logging.getLogger("halfweight")
 
 DECODE_WEIGHTS = 16_000_000
 """Weights decoded at a time: gguf-py makes several float32 copies."""
+_parsing = Lock()
+"""Of gguf-py's functions while they are ours."""
 ALWAYS_TIED = ("falcon", "bloom")
 """Architectures that transformers ties whatever the file holds."""
 
@@ -43,7 +48,8 @@ class GgufSource:
         self.path = path
         self._held: Held[NDArray[np.uint8]] = Held()
         self._files = gguf_files(path)
-        with _named(path):
+        self._parse = cache(_reader)
+        with _named(path), _parsed_by(self._parse):
             self._open()
 
     def read(self, tensor: TensorInfo, begin: int, end: int) -> NDArray[np.uint8]:
@@ -78,7 +84,7 @@ class GgufSource:
         """Write the tokenizer and generation config that the file holds."""
         from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-        with _named(self.path):
+        with _named(self.path), _parsed_by(self._parse):
             tokenizer = AutoTokenizer.from_pretrained(
                 self.path.parent, gguf_file=self._files[0].name, trust_remote_code=False
             )
@@ -88,7 +94,6 @@ class GgufSource:
 
     def _open(self) -> None:
         import torch
-        from gguf import GGUFReader
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.modeling_gguf_pytorch_utils import (
             TENSOR_PROCESSORS,
@@ -96,7 +101,7 @@ class GgufSource:
             get_gguf_hf_weights_map,
         )
 
-        self._readers = [GGUFReader(path) for path in self._files]
+        self._readers = [self._parse(os.path.realpath(path)) for path in self._files]
         self._all = [tensor for reader in self._readers for tensor in reader.tensors]
         field = self._readers[0].get_field("general.architecture")
         architecture = field.contents() if field else ""
@@ -179,6 +184,33 @@ class GgufSource:
         values = torch.from_numpy(np.ascontiguousarray(weights))
         decoded = values.to(getattr(torch, TORCH_DTYPES[self._dtype]))
         return decoded.reshape(-1).view(torch.uint8).numpy()
+
+
+def _reader(path: str) -> Any:
+    from gguf.gguf_reader import GGUFReader
+
+    return GGUFReader(path)
+
+
+@contextmanager
+def _parsed_by(parse: Callable[[str], Any]) -> Iterator[None]:
+    """transformers takes a file from `parse`, and a table of names once for all modules.
+
+    It would parse a vocabulary, which takes seconds, for the config and for the tokenizer again.
+    """
+    import gguf
+
+    shared = {
+        "GGUFReader": lambda path, *_: parse(os.path.realpath(path)),
+        "get_tensor_name_map": cache(gguf.get_tensor_name_map),
+    }
+    with _parsing:
+        own = {name: getattr(gguf, name) for name in shared}
+        vars(gguf).update(shared)
+        try:
+            yield
+        finally:
+            vars(gguf).update(own)
 
 
 def _head_sha256(path: Path, num_bytes: int) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from halfweight.kernels.cuda import driver, tuned
 from halfweight.kernels.cuda.schedule import Plan
-from halfweight.kernels.cuda.tiles import SHAPES, Form, Shape, choose, may_scale, run_of
+from halfweight.kernels.cuda.tiles import SHAPES, Form, Shape, choose, form_on, may_scale, run_of
 from halfweight.kernels.operations import Backend, TokenRange
 from halfweight.kernels.triton import backend as portable
 from halfweight.kernels.triton.tables import REASONS, Config
@@ -51,9 +51,13 @@ def source(form: Form, run: int, scales: torch.dtype, dtype: torch.dtype) -> str
 
 @cache
 def _kernel(form: Form, run: int, scales: torch.dtype, dtype: torch.dtype, device: int) -> Any:
-    major, minor = torch.cuda.get_device_capability(device)
     text = source(form, run, scales, dtype)
-    return driver.load(text, f"sm_{major}{minor}", b"w8a16", form.shared_bytes, device)
+    return driver.load(text, _architecture(device), b"w8a16", form.shared_bytes, device)
+
+
+def _architecture(device: int) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 @lru_cache(maxsize=16384)
@@ -146,6 +150,18 @@ def ranges(device: torch.device) -> list[TokenRange]:
     ]
 
 
+def prepare(device: torch.device, group_size: int, dtype: torch.dtype) -> None:
+    """All forms for weights with one-byte scales."""
+    if dtype not in (torch.float16, torch.bfloat16) or group_size % 32:
+        return
+    index = device.index or 0
+    card, run = driver.card_of(index), run_of(group_size, 0)
+    shapes = [shape for shape in SHAPES if may_scale(run, True) or not shape.scaled]
+    fit = [form for form in (form_on(card, shape) for shape in shapes) if form.stages > 1]
+    texts = [source(form, run, torch.uint8, dtype) for form in fit]
+    driver.compile_ahead(texts, _architecture(index))
+
+
 BACKEND = Backend(
     "sm80",
     unavailable,
@@ -153,4 +169,5 @@ BACKEND = Backend(
     portable.BACKEND.embedding,
     portable.BACKEND.linear_int8,
     ranges=ranges,
+    prepare=prepare,
 )

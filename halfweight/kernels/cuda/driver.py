@@ -6,12 +6,15 @@ Machine code is kept in the cache folder, by compiler, options and text.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,6 +24,10 @@ from halfweight.cache_folder import cache_folder, write_whole
 from halfweight.errors import HalfweightError
 from halfweight.kernels.cuda.card import Card, products_per_clock
 from halfweight.kernels.cuda.schedule import Plan
+
+COMPILERS = 8
+"""Threads that make machine code before it is needed; NVRTC works in as many as there are."""
+_being_made: defaultdict[str, Lock] = defaultdict(Lock)
 
 
 class Problem(ctypes.Structure):
@@ -53,18 +60,30 @@ def check(result: tuple[Any, ...], what: str) -> Any:
 
 
 def cubin(text: str, architecture: str) -> bytes:
-    """Machine code of `text`, from the cache where this compiler has made it before."""
+    """Machine code of `text`, from the cache where this compiler has made it before.
+
+    One that another thread is making is waited for.
+    """
     from cuda.bindings import nvrtc
 
     version = check(nvrtc.nvrtcVersion(), "version")
     name = sha256(repr((version, _options(architecture), text)).encode()).hexdigest()
     path = cache_folder() / "cuda" / f"{name}.cubin"
-    if path.is_file():
-        return path.read_bytes()
-    compiled = compile_cubin(text, architecture)
-    with suppress(OSError):  # a cache that cannot be written is no reason to stop
-        write_whole(path, compiled)
-    return compiled
+    with _being_made[name]:
+        if path.is_file():
+            return path.read_bytes()
+        compiled = compile_cubin(text, architecture)
+        with suppress(OSError):  # a cache that cannot be written is no reason to stop
+            write_whole(path, compiled)
+        return compiled
+
+
+def compile_ahead(texts: Iterable[str], architecture: str) -> None:
+    """Begin to make the machine code of these texts, and return; errors are for who needs it."""
+    threads = ThreadPoolExecutor(COMPILERS, thread_name_prefix="halfweight-nvrtc")
+    for text in texts:
+        threads.submit(cubin, text, architecture)
+    threads.shutdown(wait=False)
 
 
 def _options(architecture: str) -> list[bytes]:

@@ -5,10 +5,10 @@ whole cost, hopper_large.cu for more, where L2 and the tensor cores are, and hop
 tokens rounded to int8. All are persistent, fed by bulk copies, and read the weights as the file has
 them. tiles.py chooses between them.
 
-The source is compiled by NVRTC when a shape first needs it (half a second, then kept in the cache
-folder); tensor maps are encoded once for each weight and each activation buffer. One token is the
-Triton backend's GEMV where K is short. What neither kernel takes (scales that are not grid8,
-float32 activations, gathers) goes to the Triton backend too, by rule and not by failure.
+The source is compiled by NVRTC, half a second a form, ahead of need as a model is loaded, and then
+kept in the cache folder; tensor maps are encoded once for each weight and each activation buffer.
+One token is the Triton backend's GEMV where K is short. What neither kernel takes (scales that are
+not grid8, float32 activations, gathers) goes to the Triton backend too, by rule and not by failure.
 """
 
 from __future__ import annotations
@@ -291,6 +291,19 @@ def ranges(device: torch.device) -> list[TokenRange]:
     return found
 
 
+def prepare(device: torch.device, group_size: int, dtype: torch.dtype) -> None:
+    """All forms but those of int8 activations."""
+    if dtype in (torch.float16, torch.bfloat16):
+        texts = [source(form, form.groups(group_size), dtype) for form in (*SMALL, *LARGE)]
+        driver.compile_ahead(texts, ARCHITECTURE)
+
+
 BACKEND = Backend(
-    "cuda", unavailable, linear, portable.BACKEND.embedding, linear_int8, ranges=ranges
+    "cuda",
+    unavailable,
+    linear,
+    portable.BACKEND.embedding,
+    linear_int8,
+    ranges=ranges,
+    prepare=prepare,
 )
