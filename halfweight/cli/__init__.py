@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -61,7 +62,23 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(InterruptedConversionError.exit_code)
+    except OSError as error:
+        if "--debug" in arguments:
+            raise
+        sys.exit(fail(_refused_by_the_system(error)))
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _refused_by_the_system(error: OSError) -> HalfweightError:
+    """What the system refused and no command has words for: rights, a full disk or stdout."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    where = f"{error.filename}: " if error.filename else ""
+    return HalfweightError(
+        f"{where}{error.strerror or error}",
+        hint="look for free space and for rights there, also where the output goes; "
+        "--debug shows what was done",
+    )
 
 
 from halfweight.cli import (  # noqa: E402, F401  commands register themselves on `app`

@@ -36,7 +36,9 @@ def serve(
     model: Model,
     concurrencies: Annotated[
         list[int] | None,
-        typer.Option("--concurrency", min=1, help="Clients at once [1 and 16]; may repeat."),
+        typer.Option(
+            "--concurrency", min=1, help="Clients at once; may repeat (default: 1 and 16)."
+        ),
     ] = None,
     rates: Annotated[
         list[float] | None,
@@ -44,7 +46,7 @@ def serve(
     ] = None,
     requests: Annotated[
         int | None,
-        typer.Option(min=1, help="Of each load [default: 3 a client, or 30 s of a rate]."),
+        typer.Option(min=1, help="Of each load (default: 3 a client, or 30 s of a rate)."),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
     new_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -56,7 +58,7 @@ def serve(
         str | None, typer.Option(help="A server of MODEL that runs already, instead of loading it.")
     ] = None,
     max_sequences: Annotated[
-        int | None, typer.Option(min=1, help="Run at once [default: by the device].")
+        int | None, typer.Option(min=1, help="Run at once (default: by the device).")
     ] = None,
     speculate: Annotated[
         bool, typer.Option(help="Guess tokens of text that repeats, as `serve` does.")
@@ -117,7 +119,7 @@ def _prompts(model: str, text: Path | None, prompt_tokens: int, new_tokens: int)
         vocab_size = AutoConfig.from_pretrained(folder).get_text_config(decoder=True).vocab_size
         return lambda n: random_asks(vocab_size, n, prompt_tokens, new_tokens, seed=next(seeds))
     try:
-        words = text.read_text()
+        words = text.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{text}: {error}", hint="give a file of plain text") from error
     ids = AutoTokenizer.from_pretrained(folder)(words, add_special_tokens=False)["input_ids"]

@@ -49,8 +49,8 @@ def quantize(
     group_size: Annotated[
         str | None,
         typer.Option(
-            help="Weights that share a scale: 32, 64, 128, 256 or 'row' [default: 128; what is "
-            "INT8 in SRC is kept as it is]."
+            help="Weights that share a scale: 32, 64, 128, 256 or 'row' (default: 128; what is "
+            "INT8 in SRC is kept as it is)."
         ),
     ] = None,
     tensor_parallel: Annotated[
@@ -63,7 +63,7 @@ def quantize(
     scale_choice: Annotated[
         str, typer.Option(help="How a scale is chosen: least_squares or absmax.")
     ] = "least_squares",
-    jobs: Annotated[int | None, typer.Option(min=1, help="Threads [default: all cores].")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Threads (default: all cores).")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an OUT that is not empty.")] = False,
     calibrate: Annotated[
         Path | None,
@@ -75,7 +75,7 @@ def quantize(
     max_kl: Annotated[
         float | None,
         typer.Option(
-            min=0, help="With --check: the largest mean KL divergence, in nats [default: 0.01]."
+            min=0, help="With --check: the largest mean KL divergence, in nats (default: 0.01)."
         ),
     ] = None,
     readers: Readers = None,

@@ -35,22 +35,22 @@ def evaluate(
     ] = None,
     context: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 1024,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens between windows [default: the context].")
+        int | None, typer.Option(min=1, help="Tokens between windows (default: the context).")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=2, help="Use this many tokens of the text [default: all].")
+        int | None, typer.Option(min=2, help="Use this many tokens of the text (default: all).")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows run at once.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Of activations [default: the model's, as it generates]."),
+        typer.Option(help="Of activations (default: the model's, as it generates)."),
     ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Keep the files of the run here, to use them again.")
     ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples before a question [default: the task's].")
+        int | None, typer.Option(min=0, help="Examples before a question (default: the task's).")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task.")] = None,
     include_path: Annotated[

@@ -33,7 +33,7 @@ def export(
     to: Annotated[
         str, typer.Option(help="The form: dequantized (transformers), gptq, or gguf-q8_0.")
     ],
-    jobs: Annotated[int | None, typer.Option(min=1, help="Threads [default: all cores].")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Threads (default: all cores).")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an OUT that is not empty.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -28,7 +28,7 @@ def measure(
         Literal["16bit", "int8"], typer.Option(help="Numbers of the KV cache.")
     ] = "16bit",
     device: Annotated[
-        Literal["cpu", "cuda"] | None, typer.Option(help="[default: a GPU if any].")
+        Literal["cpu", "cuda"] | None, typer.Option(help="By default a GPU if any.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Even if it cannot fit.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -54,11 +54,11 @@ def measure(
     if not force:
         require_fit(planned, work, here.free_bytes, weights=weights)
     found = run(str(folder), planned, work, weights)
-    path = measurements.add_record(found)
     if json_output:
         print_json({**asdict(found), "error": found.error})
-        return
-    _print(found, folder)
+    else:
+        _print(found, folder)
+    path = measurements.add_record(found)
     stderr.print(f"kept in {path} for the next plan here", style="dim")
 
 

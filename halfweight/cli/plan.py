@@ -34,7 +34,7 @@ def plan(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     gpus: Annotated[
         str | None,
-        typer.Option(help="4x24GB, 2xh100, rtx-4090 [default: the GPU here, else this machine]."),
+        typer.Option(help="4x24GB, 2xh100, rtx-4090 (default: the GPU here, else this machine)."),
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens a sequence, prompt and answer.")] = 4096,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
@@ -42,16 +42,16 @@ def plan(
         Literal["16bit", "int8"], typer.Option(help="Numbers of the KV cache.")
     ] = "16bit",
     group_size: Annotated[
-        str | None, typer.Option(help="32, 64, 128, 256 or row [default: 128, see `quantize`].")
+        str | None, typer.Option(help="32, 64, 128, 256 or row (default: 128, see `quantize`).")
     ] = None,
     scale: Annotated[str, typer.Option(help="Scale format: see `quantize`.")] = "grid8",
     keep: Annotated[list[str] | None, typer.Option(help="Glob kept in 16 bits; repeat.")] = None,
     tensor_parallel: Annotated[
-        int | None, typer.Option(help="GPUs that share one model [default: all].")
+        int | None, typer.Option(help="GPUs that share one model (default: all).")
     ] = None,
     runtime: Annotated[
         Literal["halfweight", "transformers-tp", "vllm"] | None,
-        typer.Option(help="Who runs it [default: halfweight where it can, else vllm]."),
+        typer.Option(help="Who runs it (default: halfweight where it can, else vllm)."),
     ] = None,
     plugin: Annotated[
         bool, typer.Option("--plugin", help="vLLM has halfweight's plug-in: nothing is kept.")

@@ -17,7 +17,7 @@ TensorParallel = Annotated[
 Devices = Annotated[
     str | None,
     typer.Option(
-        help="Theirs, one each [default: the first GPUs]. Without --tensor-parallel they hold the "
+        help="Theirs, one each (default: the first GPUs). Without --tensor-parallel they hold the "
         "layers one after the other: cuda:0,cuda:1,cpu, or auto."
     ),
 ]

@@ -27,28 +27,31 @@ log = logging.getLogger("halfweight")
 Model = Annotated[str, typer.Argument(help="A halfweight folder or Hub id.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[
-    float | None, typer.Option(min=0, help="0 takes the likeliest token [default: the model's].")
+    float | None, typer.Option(min=0, help="0 takes the likeliest token (default: the model's).")
 ]
 TopK = Annotated[
-    int | None, typer.Option(min=0, help="Sample from so many tokens; 0 from all [the model's].")
+    int | None,
+    typer.Option(min=0, help="Sample from so many tokens; 0 from all (default: the model's)."),
 ]
 TopP = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Sample from so much probability [the model's].")
+    float | None,
+    typer.Option(min=0, max=1, help="Sample from so much probability (default: the model's)."),
 ]
 MinP = Annotated[
     float | None, typer.Option(min=0, max=1, help="Sample from this share of the likeliest's.")
 ]
 Penalty = Annotated[
-    float | None, typer.Option(min=0.01, help="Over 1 makes repetition less likely [the model's].")
+    float | None,
+    typer.Option(min=0.01, help="Over 1 makes repetition less likely (default: the model's)."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 Greedy = Annotated[
     bool, typer.Option("--greedy", help="Take the likeliest token, whatever the model's files say.")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N [default: a GPU if any].")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU if any).")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="Of activations [default: the model's]."),
+    typer.Option(help="Of activations (default: the model's)."),
 ]
 BackendName = Annotated[str | None, typer.Option(help="See `halfweight backends`.")]
 Activations = Annotated[
@@ -65,7 +68,7 @@ def generate(
         Path | None, typer.Option(help="A file with one prompt a line, instead of PROMPT.")
     ] = None,
     max_sequences: Annotated[
-        int | None, typer.Option(min=1, help="Prompts at once [default: by the device].")
+        int | None, typer.Option(min=1, help="Prompts at once (default: by the device).")
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = None,
@@ -87,7 +90,8 @@ def generate(
 ) -> None:
     """Continue a prompt, or every line of a file."""
     if (prompt is None) == (prompts is None):
-        raise UsageError("no prompt, or two kinds of them", hint="give PROMPT or --prompts FILE")
+        found = "no prompt" if prompt is None else "PROMPT and --prompts"
+        raise UsageError(found, hint="give one of PROMPT and --prompts FILE")
     texts = [prompt] if prompt is not None else _lines(prompts)
     given = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, greedy)
     ranks = rank_options(tensor_parallel, devices, device)
@@ -240,7 +244,7 @@ def _log_sampling(engine: Engine, given: dict[str, Any]) -> None:
 
 def _typed() -> Iterator[str]:
     """Lines that are typed, until the end of input."""
-    while True:
+    while sys.stdin is not None:  # it is, where the shell has closed it
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
@@ -252,7 +256,7 @@ def _typed() -> Iterator[str]:
 def _lines(path: Path | None) -> list[str]:
     assert path is not None
     try:
-        texts = [line for line in path.read_text().splitlines() if line.strip()]
+        texts = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {error}", hint="give a file of plain text") from error
     if not texts:
@@ -264,8 +268,9 @@ def _print_stream(engine: Engine, prompt: str | list[int], options: dict[str, An
     """Print the continuation of one prompt as it comes; returns it. Raises what ends it."""
     shown, num_tokens = "", 0
     begin = time.perf_counter()
+    stream = engine.open(engine.request(prompt, **options))
     try:
-        for piece in engine.open(engine.request(prompt, **options)):
+        for piece in stream:
             print(piece.text, end="", flush=True)
             shown += piece.text
             num_tokens += len(piece.tokens)

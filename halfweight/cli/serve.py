@@ -36,19 +36,19 @@ def serve(
         typer.Option(envvar="HALFWEIGHT_API_KEY", help="Clients must send it as bearer token."),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="The model's name in the API [default: its folder's].")
+        str | None, typer.Option(help="The model's name in the API (default: its folder's).")
     ] = None,
     max_requests: Annotated[
         int, typer.Option(min=1, help="Running and waiting; more are answered with 429.")
     ] = 1024,
     max_sequences: Annotated[
-        int | None, typer.Option(min=1, help="Run at once [default: by the device].")
+        int | None, typer.Option(min=1, help="Run at once (default: by the device).")
     ] = None,
     max_context: Annotated[
-        int | None, typer.Option(min=16, help="Tokens of the longest text [default: the model's].")
+        int | None, typer.Option(min=16, help="Tokens of the longest text (default: the model's).")
     ] = None,
     cache_tokens: Annotated[
-        int | None, typer.Option(min=64, help="KV cache, of all texts [default: what fits].")
+        int | None, typer.Option(min=64, help="KV cache, of all texts (default: what fits).")
     ] = None,
     kv_cache: Cache = "16bit",
     device: Device = None,
@@ -61,7 +61,7 @@ def serve(
 ) -> None:
     """Serve a model: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
     try:
-        from halfweight.serve.app import build_app
+        from halfweight.serve.app import build_app, default_sampling
         from halfweight.serve.listen import listen, require_address
     except ImportError as error:
         raise UsageError(
@@ -90,7 +90,8 @@ def serve(
     )
     if engine.tokenizer is None:
         raise UsageError(f"{model}: no tokenizer in it", hint="serve needs one beside the weights")
-    stderr.print(f"{engine.description}; default sampling {engine.sampling}", highlight=False)
+    defaults = ", ".join(f"{key} {value}" for key, value in default_sampling(engine).items())
+    stderr.print(f"{engine.description}; requests are sampled by {defaults}", highlight=False)
     application = build_app(
         engine,
         engine.tokenizer,

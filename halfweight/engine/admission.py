@@ -76,8 +76,9 @@ def _check_length(request: Request, max_context: int, most_tokens: int) -> None:
     if num_prompt + num_new <= most_tokens:
         return
     what = "context" if most_tokens == max_context else "KV cache"
+    room = most_tokens - num_prompt
     raise UsageError(
         f"the prompt has {num_prompt} tokens, with {num_new} new ones {num_prompt + num_new}; "
         f"the {what} has room for {most_tokens}",
-        hint=f"shorten the prompt, or ask for {max(0, most_tokens - num_prompt)} tokens",
+        hint=f"shorten the prompt, or ask for {room} tokens" if room > 0 else "shorten the prompt",
     )

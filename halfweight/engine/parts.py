@@ -15,6 +15,7 @@ from halfweight.engine.runners import make_runner
 from halfweight.engine.step import Runner
 from halfweight.engine.stops import default_sampling, end_of_text_tokens
 from halfweight.errors import UsageError
+from halfweight.memory.device_memory import DEVICE_HINT
 from halfweight.model.tokenizer import has_tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ def _load(model: Any, **options: Any) -> Any:
         return model
     if options["device"] is None:
         options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(options["device"]) == "meta":
+        raise UsageError("device is meta, where nothing is computed", hint=DEVICE_HINT)
     return load(model, **options)
 
 

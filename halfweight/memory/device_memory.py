@@ -16,11 +16,14 @@ DEVICE_HINT = "`halfweight backends` shows the devices of this machine"
 def indexed(device: torch.device | str) -> torch.device:
     """The device with its number: "cuda" is the current one.
 
-    Raises UsageError for a GPU that is not there.
+    Raises UsageError for what is no device, for one that is neither the CPU nor a GPU of CUDA, and
+    for a GPU that is not there.
     """
-    device = torch.device(device)
-    if device.type != "cuda":
+    device = named_device(device)
+    if device.type in ("cpu", "meta"):
         return device
+    if device.type != "cuda":
+        raise UsageError(f"device is {device}, expected cpu or a CUDA GPU", hint=DEVICE_HINT)
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
         raise UsageError(f"device is {device}, and torch finds {count} GPUs here", hint=DEVICE_HINT)
@@ -29,13 +32,13 @@ def indexed(device: torch.device | str) -> torch.device:
     )
 
 
-def named_device(name: str) -> torch.device:
+def named_device(name: torch.device | str) -> torch.device:
     """The device of a name. Raises UsageError for what is none."""
     try:
         return torch.device(name)
     except RuntimeError:
         raise UsageError(
-            f"device {name!r} is not known", hint="name each as cuda:0, cuda:1 or cpu"
+            f"device {name!r} is not known", hint="devices are named cuda:0, cuda:1 or cpu"
         ) from None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
+
+from halfweight.errors import CheckpointError
 
 
 def parsed_config(content: Mapping[str, Any]) -> Any:
@@ -97,3 +100,13 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def cannot_build(where: Path | str, error: Exception) -> CheckpointError:
+    """What to raise where transformers raised this while it built a model."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    what = " ".join(lines[:2])[:300]
+    return CheckpointError(
+        f"{where}: transformers cannot build this model ({type(error).__name__}: {what})",
+        hint="check config.json; a newer transformers may know this architecture",
+    )

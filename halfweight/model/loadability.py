@@ -106,7 +106,7 @@ def rehearse(
             kind, parsed, [name.removesuffix(".weight") for name in packed]
         )
     except Exception as error:
-        raise _cannot_build(where, error) from error
+        raise building.cannot_build(where, error) from error
     turned = {f"{name}.weight" for name in turned}
     kept: dict[str, str] = {}
     for _ in range(MAX_REHEARSALS):
@@ -149,7 +149,7 @@ class _Rehearsal:
         except Exception as error:
             if self._refused:
                 return self._named(self._refused)
-            raise _cannot_build(where, error) from error
+            raise building.cannot_build(where, error) from error
         _raise_if_unfit(where, found)
         unexpected = found["unexpected_keys"]
         self.notes = (f"not used by the model: {some(unexpected)}",) if unexpected else ()
@@ -175,15 +175,6 @@ class _Rehearsal:
 
     def _named(self, refused: Mapping[str, str]) -> dict[str, str]:
         return {f"{name}.weight": reason for name, reason in sorted(refused.items())}
-
-
-def _cannot_build(where: Path | str, error: Exception) -> CheckpointError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    what = " ".join(lines[:2])[:300]
-    return CheckpointError(
-        f"{where}: transformers cannot build this model ({type(error).__name__}: {what})",
-        hint="check config.json; a newer transformers may know this architecture",
-    )
 
 
 def fit_aside(

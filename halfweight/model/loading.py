@@ -31,7 +31,7 @@ from halfweight.errors import CheckpointError
 from halfweight.kernels.operations import backend as backend_of
 from halfweight.kernels.operations import choose_backend
 from halfweight.memory.device_memory import indexed, out_of_memory, require
-from halfweight.model.building import build, model_class, parsed_config, turned_names
+from halfweight.model.building import build, cannot_build, model_class, parsed_config, turned_names
 from halfweight.model.device_map import one_device
 from halfweight.model.loadability import PACKED_PARTS
 from halfweight.model.packed_weight import PackedWeight, whole
@@ -123,6 +123,11 @@ def load_checkpoint(
 
 
 def _model_class(checkpoint: Checkpoint) -> Any:
+    if not checkpoint.config:
+        raise CheckpointError(
+            f"{checkpoint.shards[0].path}: no config.json read with it, expected a model folder",
+            hint="give the folder that holds config.json and the weights",
+        )
     kind = model_class(checkpoint.config)
     if kind is None:
         names = checkpoint.config.get("architectures")
@@ -141,6 +146,8 @@ def _model_config(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
             f"{checkpoint.root / 'config.json'}: {str(error).partition(chr(10))[0]}",
             hint="a newer transformers may know this architecture",
         ) from error
+    except Exception as error:  # what a config's own checks raise
+        raise cannot_build(checkpoint.root / "config.json", error) from error
     config.dtype = dtype or getattr(torch, own_dtype(checkpoint))
     return config
 
@@ -174,7 +181,11 @@ def _built(checkpoint: Checkpoint, kind: Any, config: Any, tensors: dict[str, Te
 
     What the model does not use is left out: conversion said so and kept it.
     """
-    loaded, found = build(kind, config, tensors, dtype=config.dtype, ignore_mismatched_sizes=True)
+    options = {"dtype": config.dtype, "ignore_mismatched_sizes": True}
+    try:
+        loaded, found = build(kind, config, tensors, **options)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise cannot_build(checkpoint.root / "config.json", error) from error
     if found["unexpected_keys"]:
         log.info("%s: not used: %s", checkpoint.root.name, some(found["unexpected_keys"]))
     misfits = {

@@ -192,7 +192,7 @@ class _Service:
             stop_tokens=stops,
             prompt_logprobs=body.num_logprobs if echo else None,
             num_logprobs=body.num_logprobs,
-            **({"temperature": 1.0} | _stated(self._engine.sampling) | body.sampling),
+            **(default_sampling(self._engine) | body.sampling),
         )
         self._engine.check(request)
         return request if most != 0 else replace(request, max_new_tokens=1)
@@ -230,10 +230,11 @@ class _Service:
             watch.end()
 
 
-def _stated(sampling: Any) -> dict[str, Any]:
-    """The model's own sampling, where it says that it is sampled at all."""
+def default_sampling(engine: Engine) -> dict[str, Any]:
+    """Of requests that name none: the model's own, and 1 for a model that is not sampled."""
+    sampling = engine.sampling
     if sampling.temperature == 0:
-        return {"repetition_penalty": sampling.repetition_penalty}
+        return {"temperature": 1.0, "repetition_penalty": sampling.repetition_penalty}
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     return {name: getattr(sampling, name) for name in names}
 

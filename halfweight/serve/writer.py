@@ -55,7 +55,7 @@ class Writer:
                 found[index].append(piece)
         wholes = {index: Completion.of(parts) for index, parts in found.items()}
         choices = [self._choice(job, wholes[job.index]) for job in self._jobs]
-        counts = sum(_num_tokens(whole) for whole in wholes.values())
+        counts = sum(self._num_new(whole) for whole in wholes.values())
         cached = sum(whole.num_shared_tokens for whole in wholes.values())
         return self._answer.whole(choices, schema.usage(self._num_prompt_tokens, counts, cached))
 
@@ -84,11 +84,15 @@ class Writer:
 
     def _events(self, index: int, piece: Piece) -> bytes:
         """The events of a piece, often one; its tokens are counted."""
-        self._num_tokens += _num_tokens(piece)
+        self._num_tokens += self._num_new(piece)
         self._num_cached += piece.num_shared_tokens
         deltas = self._deltas(self._jobs[index], piece, first=index not in self._begun)
         self._begun.add(index)
         return b"".join(_event(self._answer.chunk([delta])) for delta in deltas)
+
+    def _num_new(self, piece: Piece) -> int:
+        """New tokens, the stop token included; none of a request that only echoes."""
+        return len(piece.tokens) + isinstance(piece.stop, int) if self._wants_new else 0
 
     @property
     def _num_prompt_tokens(self) -> int:
@@ -133,11 +137,6 @@ class Writer:
 
     def _prompt_text(self, job: Job) -> str:
         return str(self._tokenizer.decode(job.request.prompt, skip_special_tokens=True))
-
-
-def _num_tokens(piece: Piece) -> int:
-    """New tokens, the stop token included."""
-    return len(piece.tokens) + isinstance(piece.stop, int)
 
 
 _encode = msgspec.json.Encoder().encode

@@ -1,12 +1,16 @@
 """Exit codes and messages of the command line itself."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from command_line import run
+from typer.main import get_command
 
+from halfweight.cli import app
 from halfweight.kernels import operations
 from halfweight.kernels.cuda import driver
 from halfweight.kernels.cuda.card import Card
@@ -24,6 +28,39 @@ def test_usage_errors_exit_2(capsys):
     code, _, err = run(capsys, "nonsense")
     assert code == 2
     assert "nonsense" in err
+
+
+def test_no_help_loses_words_that_look_like_markup():
+    def commands(found):
+        yield found
+        for child in getattr(found, "commands", {}).values():
+            yield from commands(child)
+
+    found = [(c.name, p.help) for c in commands(get_command(app)) for p in c.params]
+    assert len(found) > 100
+    assert [(name, text) for name, text in found if "[" in (text or "")] == []
+
+
+def test_help_names_the_default(capsys):
+    _, out, _ = run(capsys, "export", "--help")
+    assert "Threads (default: all cores)" in " ".join(out.replace("│", " ").split())
+
+
+def test_what_the_system_refuses_is_one_line(capsys, tmp_path):
+    page = tmp_path / "none" / "page.html"
+    code, _, err = run(capsys, "plan", "llama-3-8b", "--gpus", "24GB", "--html", str(page))
+    assert code == 1
+    assert err.splitlines()[0] == f"error: {page}: No such file or directory"
+    assert err.splitlines()[1].startswith("hint: ")
+
+
+def test_a_full_stdout_is_one_line():
+    command = (sys.executable, "-m", "halfweight", "plan", "llama-3-8b", "--gpus", "24GB")
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: No space left on device\nhint: ")
+    assert len(ended.stderr.splitlines()) == 2
 
 
 def test_backends_lists_the_reference(capsys):

@@ -39,7 +39,10 @@ def test_generate_answers_every_line_of_a_file_in_order(capsys, int8_folder, tmp
 def test_no_prompt_and_two_prompts_are_usage_errors(capsys, int8_folder, tmp_path):
     code, _, err = run(capsys, "generate", int8_folder)
     assert code == 2
-    assert "no prompt" in err
+    assert "error: no prompt\n" in err
+    code, _, err = run(capsys, "generate", int8_folder, "w5", "--prompts", "file")
+    assert code == 2
+    assert "error: PROMPT and --prompts\n" in err
     missing = str(tmp_path / "none.txt")
     code, _, err = run(capsys, "generate", int8_folder, "--prompts", missing)
     assert code == 2
@@ -48,6 +51,72 @@ def test_no_prompt_and_two_prompts_are_usage_errors(capsys, int8_folder, tmp_pat
     code, _, err = run(capsys, "generate", int8_folder, "--prompts", str(tmp_path / "empty.txt"))
     assert code == 2
     assert "no prompts" in err
+
+
+def test_prompts_are_utf8_whatever_the_locale(capsys, int8_folder, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_bytes("w5 \u00e9\n".encode())
+    monkeypatch.setattr("locale.getencoding", lambda: "ascii")
+    monkeypatch.setattr("_locale.getencoding", lambda: "ascii")
+    options = ("--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "1", "--json")
+    code, out, _ = run(capsys, "generate", int8_folder, *options)
+    assert code == 0
+    assert json.loads(out)["prompt"] == "w5 \u00e9"
+
+
+def test_a_prompt_that_is_refused_prints_nothing(capsys, int8_folder):
+    code, out, err = run(capsys, "generate", int8_folder, "w5", "--max-new-tokens", "9999")
+    assert (code, out) == (2, "")
+    assert "hint: shorten the prompt, or ask for " in err
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("tpu", "device 'tpu' is not known"),
+        ("", "device '' is not known"),
+        ("cuda:-1", "device 'cuda:-1' is not known"),
+        ("mps", "device is mps, expected cpu or a CUDA GPU"),
+        ("meta", "device is meta, where nothing is computed"),
+    ],
+)
+def test_what_no_model_runs_on_is_one_line(capsys, int8_folder, device, message):
+    code, _, err = run(capsys, "generate", int8_folder, "w5", "--device", device)
+    assert code == 2
+    assert err.splitlines()[0] == f"error: {message}"
+    assert err.splitlines()[1].startswith("hint: ")
+
+
+def test_one_file_is_no_model(capsys, int8_folder):
+    shard = Path(int8_folder) / "model.safetensors"
+    code, _, err = run(capsys, "generate", str(shard), "w5")
+    assert code == 4
+    assert f"error: {shard}: no config.json read with it, expected a model folder" in err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "x"},
+        {"num_attention_heads": 3},
+        {"rope_parameters": 5},
+        {"hidden_act": "foo"},
+        {"num_key_value_heads": 0},
+    ],
+)
+def test_a_config_that_transformers_cannot_build_is_one_line(capsys, int8_folder, tmp_path, change):
+    folder = shutil.copytree(int8_folder, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    code, _, err = run(capsys, "generate", str(folder), "w5")
+    assert code == 4
+    assert f"error: {folder / 'config.json'}: " in err
+    assert "Traceback" not in err
+
+
+def test_a_chat_whose_stdin_is_closed_ends(capsys, int8_folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    code, out, _ = run(capsys, "chat", int8_folder)
+    assert (code, out) == (0, "")
 
 
 def test_sampling_is_the_models_unless_told_otherwise(capsys, caplog, int8_folder, tmp_path):

@@ -47,9 +47,11 @@ def ask(app, path, **headers):
         return client.get(path, headers=headers)
 
 
-def test_it_listens_on_loopback(folder, monkeypatch):
+def test_it_listens_on_loopback(folder, monkeypatch, capsys):
     code, given = run(monkeypatch, folder, "--device", "cpu")
     assert code == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "requests are sampled by temperature 0.7, top_k 0, top_p 1.0" in said
     assert (given["host"], given["port"]) == ("127.0.0.1", 8000)
     assert ask(given["app"], "/v1/models").json()["data"][0]["id"] == "tiny-int8"
 

@@ -447,7 +447,10 @@ def test_what_the_cache_can_never_hold_is_refused_at_once(start):
     loop = start(FakeRunner(page_tokens=4, num_pages=6))
     with pytest.raises(UsageError, match="the KV cache has room for 20") as error:
         loop.submit(Request((1,) * 15, 6), print)
-    assert "ask for 5 tokens" in error.value.hint
+    assert error.value.hint == "shorten the prompt, or ask for 5 tokens"
+    with pytest.raises(UsageError, match="the KV cache has room for 20") as error:
+        loop.submit(Request((1,) * 20, 1), print)
+    assert error.value.hint == "shorten the prompt"  # there is none for any new token
     assert loop.room(15) == 5
     assert run(loop, Request((1,) * 15, 5)).last.finish_reason in ("length", "stop")
 

@@ -17,7 +17,7 @@ from halfweight.engine.parallel import start, symmetric
 from halfweight.engine.parallel.faults import BrokenLinkError, RankError
 from halfweight.engine.parallel.link import GroupLink, choose_backend, make_link
 from halfweight.engine.parallel.symmetric import SymmetricSum
-from halfweight.errors import DoesNotFitError, HalfweightError
+from halfweight.errors import DoesNotFitError, HalfweightError, UsageError
 
 CPU = torch.device("cpu")
 
@@ -318,3 +318,18 @@ def test_rank_0_that_cannot_make_its_runner_ends_the_others_and_leaves(monkeypat
     assert [name for name, _ in events] == ["end", "close"]
     (member,) = events[0][1].members
     assert member.process.poll() is not None
+
+
+def test_ranks_whose_model_runs_without_pages_alone_are_refused(monkeypatch, tmp_path):
+    """By its architecture, or because a trial over pages fails in its dtype."""
+    make = start.make_runner
+
+    def static(model, **limits):
+        runner = make(model, **limits)
+        runner.release = lambda pages: None  # as the static runner has it
+        return runner
+
+    monkeypatch.setattr(start, "make_runner", static)
+    with pytest.raises(UsageError, match="Qwen2ForCausalLM runs here without pages alone") as found:
+        halfweight.Engine(tp_models.make("qwen2", tmp_path), tensor_parallel=2, devices=["cpu"] * 2)
+    assert "the log (-v) says why" in found.value.hint

@@ -17,13 +17,14 @@ from byte_tokenizer import EOS, make_tokenizer
 from tiny import small_llama
 
 from halfweight.engine.loop import NanLogitsError
+from halfweight.engine.sampler import Sampling
 from halfweight.engine.streams import Piece
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 from live_server import Server  # noqa: E402
 
-from halfweight.serve.app import _made  # noqa: E402
+from halfweight.serve.app import _made, default_sampling  # noqa: E402
 from halfweight.serve.schema import CompletionRequest  # noqa: E402
 
 KEY = "secret"
@@ -320,7 +321,10 @@ def test_logprobs_of_a_completion_and_of_its_echoed_prompt(client, model, tokeni
     assert answer.logprobs.tokens[:5] == list("hello")
     assert answer.logprobs.text_offset[:5] == [0, 1, 2, 3, 4]
     assert all(1 <= len(top) <= 2 for top in answer.logprobs.top_logprobs[1:])  # by their text
-    alone = client.completions.create(**TEXT, max_tokens=0, logprobs=0, echo=True).choices[0]
+    only_echo = client.completions.create(**TEXT, max_tokens=0, logprobs=0, echo=True)
+    assert only_echo.usage.completion_tokens == 0
+    assert only_echo.usage.total_tokens == only_echo.usage.prompt_tokens == 5
+    alone = only_echo.choices[0]
     assert alone.text == "hello"
     assert alone.logprobs.token_logprobs[1:] == pytest.approx(chosen[:4], abs=1e-4)
 
@@ -469,6 +473,12 @@ def test_a_prompt_larger_than_the_cache(model, tokenizer):
         status, error = post(server, "completions", TEXT | {"max_tokens": 200})
     assert status == 400
     assert "with 200 new ones 205; the KV cache has room for 128" in error["message"]
+    assert error["message"].endswith("(shorten the prompt, or ask for 123 tokens)")
+
+
+def test_a_model_that_is_not_sampled_is_at_1_over_http():
+    engine = SimpleNamespace(sampling=Sampling(repetition_penalty=1.1))
+    assert default_sampling(engine) == {"temperature": 1.0, "repetition_penalty": 1.1}
 
 
 def test_an_engine_that_stopped(model, tokenizer):

@@ -118,8 +118,8 @@ def _lead(job: Job, store: Any, others: Ranks, loading: dict[str, Any], made: Ex
     others.wait_for(Kind.READY)
     if hasattr(own, "release"):
         raise UsageError(
-            f"{type(model).__name__} keeps a state of its own, which ranks cannot share",
-            hint="run it on one device",
+            f"{type(model).__name__} runs here without pages alone, which ranks cannot share",
+            hint="the log (-v) says why not over pages; run it on one device, or in another dtype",
         )
     link.set_timeout(STEPPING)
     return Running(SharedRunner(own, others, link), model)
