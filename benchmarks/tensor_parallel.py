@@ -120,7 +120,8 @@ def opened(options: argparse.Namespace, folder: Path) -> Running:
     limits["cache_tokens"] = most * options.context
     limits["kv_cache"] = options.kv_cache
     device = None if options.devices else ("cuda" if torch.cuda.is_available() else "cpu")
-    loading = {"device": device, "dtype": torch.bfloat16, "backend": None, "activations": "exact"}
+    dtype = getattr(torch, options.dtype)
+    loading = {"device": device, "dtype": dtype, "backend": None, "activations": "exact"}
     devices = options.devices.split(",") if options.devices else None
     limit = parse_bytes(options.limit) if options.limit else None
     return start(folder, options.ranks, devices, loading, limits, limit)
@@ -164,6 +165,7 @@ def facts(options: argparse.Namespace, folder: Path, running: Running) -> dict[s
         "new_tokens": options.new,
         "context": options.context,
         "kv_cache": options.kv_cache,
+        "dtype": options.dtype,
         "devices": options.devices or str(running.runner.device.type),
         "planned_16bit_bytes": both["16bit"].total.likely if on_gpu else None,
     }
@@ -186,6 +188,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--kv-cache", choices=("16bit", "int8"), default="16bit")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--compare", action="store_true", help="logits, with one rank's")
     parser.add_argument("--models", type=Path, help="folder that keeps the random models")
     parser.add_argument("--out", type=Path, default=RESULTS)
