@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ SMALL: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 COMPARED_TOKENS = 48
+WARM_UP_TOKENS = 32
 SECONDS_TO_BEAT = 1.5
 """In which each rank has told its largest size."""
 
@@ -71,11 +72,16 @@ def ids(batch: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
     return found
 
 
-def seconds(engine: Engine, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
+def seconds(
+    engine: Engine, prompts: list[list[int]], new_tokens: Iterable[int]
+) -> tuple[float, float]:
     """Until each prompt has its first token, and from then to the end of all."""
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "temperature": 0, "stop_tokens": ()}
+    options: dict[str, Any] = {"temperature": 0, "stop_tokens": ()}
     begin = time.perf_counter()
-    streams = [iter(engine.open(engine.request(prompt, **options))) for prompt in prompts]
+    streams = [
+        iter(engine.open(engine.request(prompt, max_new_tokens=most, **options)))
+        for prompt, most in zip(prompts, new_tokens, strict=True)
+    ]
     for stream in streams:
         next(stream)
     first = time.perf_counter()
@@ -86,10 +92,13 @@ def seconds(engine: Engine, prompts: list[list[int]], new_tokens: int) -> tuple[
 
 
 def measure(engine: Engine, batch: int, prompt: int, new: int) -> dict[str, float]:
-    """One row's times, after one batch that is not counted: graphs are recorded by then."""
+    """One row's times, after one batch that is not counted and whose sequences end one after
+    another: the graphs of all batch sizes are recorded by then.
+    """
     vocab_size = 1000
-    seconds(engine, ids(batch, prompt, vocab_size, 0), 8)
-    prefill, rest = seconds(engine, ids(batch, prompt, vocab_size, 1), new)
+    ends = [2 + i * WARM_UP_TOKENS // batch for i in range(batch)]
+    seconds(engine, ids(batch, prompt, vocab_size, 0), ends)
+    prefill, rest = seconds(engine, ids(batch, prompt, vocab_size, 1), [new] * batch)
     return {"tokens_per_second": batch * (new - 1) / rest, "prefill_seconds": prefill}
 
 

@@ -21,8 +21,13 @@ MIN_CAPABILITY = (8, 0)
 EARLY_CAPABILITY = (9, 0)
 """From which on a kernel may start before the one ahead of it has ended."""
 BLOCKS, THREADS = 64, 512
-POLLS = 512
-"""Between two looks whether all is over: about 0.3 ms."""
+POLLS = 8192
+"""Between two looks whether all is over: 2 to 5 ms.
+
+A look is a read of the host's memory by each warp, half a millisecond for all. It must be far
+shorter than the time between two, or the GPU that looks keeps the other one waiting until that
+looks too, and so on in turns: with 512 polls some graphs took 300 us for each sum of 256 KiB.
+"""
 MOST_RANKS = 8
 VECTOR_BYTES = 16
 TURN_BYTES = 8 << 20
