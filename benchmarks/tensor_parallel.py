@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ SMALL: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 COMPARED_TOKENS = 48
+WARM_UP_TOKENS = 32
 SECONDS_TO_BEAT = 1.5
 """In which each rank has told its largest size."""
 
@@ -71,11 +72,16 @@ def ids(batch: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
     return found
 
 
-def seconds(engine: Engine, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
+def seconds(
+    engine: Engine, prompts: list[list[int]], new_tokens: Iterable[int]
+) -> tuple[float, float]:
     """Until each prompt has its first token, and from then to the end of all."""
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "temperature": 0, "stop_tokens": ()}
+    options: dict[str, Any] = {"temperature": 0, "stop_tokens": ()}
     begin = time.perf_counter()
-    streams = [iter(engine.open(engine.request(prompt, **options))) for prompt in prompts]
+    streams = [
+        iter(engine.open(engine.request(prompt, max_new_tokens=most, **options)))
+        for prompt, most in zip(prompts, new_tokens, strict=True)
+    ]
     for stream in streams:
         next(stream)
     first = time.perf_counter()
@@ -86,10 +92,13 @@ def seconds(engine: Engine, prompts: list[list[int]], new_tokens: int) -> tuple[
 
 
 def measure(engine: Engine, batch: int, prompt: int, new: int) -> dict[str, float]:
-    """One row's times, after one batch that is not counted: graphs are recorded by then."""
+    """One row's times, after one batch that is not counted and whose sequences end one after
+    another: the graphs of all batch sizes are recorded by then.
+    """
     vocab_size = 1000
-    seconds(engine, ids(batch, prompt, vocab_size, 0), 8)
-    prefill, rest = seconds(engine, ids(batch, prompt, vocab_size, 1), new)
+    ends = [2 + i * WARM_UP_TOKENS // batch for i in range(batch)]
+    seconds(engine, ids(batch, prompt, vocab_size, 0), ends)
+    prefill, rest = seconds(engine, ids(batch, prompt, vocab_size, 1), [new] * batch)
     return {"tokens_per_second": batch * (new - 1) / rest, "prefill_seconds": prefill}
 
 
@@ -120,7 +129,8 @@ def opened(options: argparse.Namespace, folder: Path) -> Running:
     limits["cache_tokens"] = most * options.context
     limits["kv_cache"] = options.kv_cache
     device = None if options.devices else ("cuda" if torch.cuda.is_available() else "cpu")
-    loading = {"device": device, "dtype": torch.bfloat16, "backend": None, "activations": "exact"}
+    dtype = getattr(torch, options.dtype)
+    loading = {"device": device, "dtype": dtype, "backend": None, "activations": "exact"}
     devices = options.devices.split(",") if options.devices else None
     limit = parse_bytes(options.limit) if options.limit else None
     return start(folder, options.ranks, devices, loading, limits, limit)
@@ -164,6 +174,7 @@ def facts(options: argparse.Namespace, folder: Path, running: Running) -> dict[s
         "new_tokens": options.new,
         "context": options.context,
         "kv_cache": options.kv_cache,
+        "dtype": options.dtype,
         "devices": options.devices or str(running.runner.device.type),
         "planned_16bit_bytes": both["16bit"].total.likely if on_gpu else None,
     }
@@ -186,6 +197,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--kv-cache", choices=("16bit", "int8"), default="16bit")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--compare", action="store_true", help="logits, with one rank's")
     parser.add_argument("--models", type=Path, help="folder that keeps the random models")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -10,7 +10,8 @@ groups of 128) is served from weights that vLLM makes up. For each kernel one pr
 (CUDA graphs and torch.compile on, `start_seconds`), warms up, and answers `concurrency` prompts of
 512 random ids with 128 new tokens each, greedy, all sent at once; the median of the repeats counts,
 prefill included. With --together all start at once, on GPUs of their own where there are enough,
-and are measured in turns; else one kernel is done before the other starts. With --rounds all is
+and are measured in turns; else one kernel is done before the other starts, and vLLM chooses its
+cache's size as it does for users, for which it records its graphs once more. With --rounds all is
 done again: the second round's `start_seconds` are those of a machine that has compiled before. Runs
 at the same time on one machine start together and measure alone. The ceiling is the read bandwidth:
 a step reads each weight once. vLLM does not fill the bytes of made-up weights, which are the same,
@@ -55,7 +56,7 @@ TINY = {
 KERNELS = ("vllm", "halfweight")
 PROMPT_TOKENS, NEW_TOKENS = 512, 128
 LEAST_FREE = 0.3
-"""Part of a GPU that must be free for vLLM to start."""
+"""Part of a GPU that must be free for vLLM to start where others have the rest."""
 LARGEST_BLOCK = 128
 """Tokens of a block of vLLM's cache, on a CPU."""
 WORKLOAD = {False: (PROMPT_TOKENS, NEW_TOKENS), True: (32, 8)}
@@ -88,8 +89,7 @@ def serve(options: argparse.Namespace, folder: str) -> None:
         tensor_parallel_size=options.tensor_parallel,
         max_model_len=prompt_tokens + new_tokens,
         max_num_seqs=max(options.concurrency),
-        gpu_memory_utilization=LEAST_FREE,
-        kv_cache_memory_bytes=cache_bytes(options),
+        **memory(options),
         disable_custom_all_reduce=options.no_custom_all_reduce,
         enable_prefix_caching=False,
     )
@@ -107,8 +107,15 @@ def serve(options: argparse.Namespace, folder: str) -> None:
         print("SECONDS", time.perf_counter() - begin, flush=True)
 
 
+def memory(options: argparse.Namespace) -> dict[str, Any]:
+    """vLLM's options for its cache: with a given size it records its graphs once, not twice."""
+    if torch.cuda.is_available() and not options.together:
+        return {}  # all that is left of the GPU, as it chooses for users
+    return {"gpu_memory_utilization": LEAST_FREE, "kv_cache_memory_bytes": cache_bytes(options)}
+
+
 def cache_bytes(options: argparse.Namespace) -> int:
-    """Of a GPU: vLLM would take all that is left, of which another kernel's server has half."""
+    """Of a GPU: what the prompts need; another kernel's server has as much."""
     name, tokens = options.model, sum(WORKLOAD[options.tiny])
     cache = architecture(TINY if name == "tiny" else preset(name), name).kv_bytes(
         -(-tokens // LARGEST_BLOCK) * LARGEST_BLOCK

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from halfweight.engine.parallel import ranks as ranks_module
 from halfweight.engine.parallel import start, symmetric
 from halfweight.engine.parallel.faults import BrokenLinkError, RankError
 from halfweight.engine.parallel.link import GroupLink, choose_backend, make_link
-from halfweight.engine.parallel.symmetric import BUFFER_BYTES, SymmetricSum
-from halfweight.errors import DoesNotFitError, UsageError
+from halfweight.engine.parallel.symmetric import SymmetricSum
+from halfweight.errors import DoesNotFitError, HalfweightError, UsageError
 
 CPU = torch.device("cpu")
 
@@ -45,7 +46,6 @@ class Near:
 
     def __init__(self, group, wrong=0.0, error=None):
         self.group, self.wrong, self.error, self.events = group, wrong, error, []
-        self.is_waiting = False
 
     def takes(self, x):
         return x.numel() <= self.takes_of
@@ -69,7 +69,7 @@ def sums(pair, count):
     return on_ranks(lambda rank: pair[rank].sum(torch.full((count,), rank + 1.0)))
 
 
-def test_small_sums_go_by_reads_where_all_ranks_have_them(pair):
+def test_small_sums_go_by_memory_where_all_ranks_have_them(pair):
     nears = [Near(link._group) for link in pair]
     on_ranks(lambda rank: pair[rank].add_near(nears[rank]))
     for near in nears:
@@ -79,7 +79,7 @@ def test_small_sums_go_by_reads_where_all_ranks_have_them(pair):
     assert all(torch.equal(found, torch.full((8192,), 3.0)) for found in sums(pair, 8192))
     assert [near.events for near in nears] == [["sum"]] * 2
     on_ranks(lambda rank: pair[rank].close())
-    assert [near.events for near in nears] == [["sum", "close"]] * 2
+    assert [near.events for near in nears] == [["sum", "let_go", "close"]] * 2
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_small_sums_go_by_reads_where_all_ranks_have_them(pair):
     ],
     ids=["one_has_none", "one_is_wrong", "none_can"],
 )
-def test_reads_that_are_not_right_on_all_ranks_are_not_taken(pair, options):
+def test_what_is_not_right_on_all_ranks_is_not_taken(pair, options):
     nears = [
         None if given is None else Near(link._group, **given)
         for link, given in zip(pair, options, strict=True)
@@ -116,21 +116,40 @@ class Group:
 
 
 @pytest.mark.parametrize("is_told", [True, False])
-def test_kernels_that_wait_for_reads_are_let_go_before_the_group_is_left(monkeypatch, is_told):
-    """Leaving may free memory, which waits for all kernels: of reads, and the group's before."""
-    monkeypatch.setattr(links, "READING_SECONDS", 0.02)
-    group, events, left = Group(), [], Event()
+def test_kernels_that_wait_for_others_are_let_go_before_the_group_is_left(is_told):
+    """Leaving may free memory, which waits for all kernels."""
+    group = Group()
     near = Near(group)
-    near.is_waiting = True
-    near.let_go = lambda: events.append(("let go", left.wait(10)))
-    near.close = lambda: events.append("closed")
-    group.abort = lambda: left.set()
+    group.abort = lambda: near.events.append("abort")
     link = GroupLink(group, 0, 2, CPU, is_nccl=True)
     link._near = near
     if is_told:
         link.let_go()
     link.close()
-    assert events == [("let go", True), "closed"]
+    assert near.events == ["let_go", "abort", "close"]
+
+
+def test_numbers_that_never_arrive_are_not_waited_for(pair, monkeypatch, caplog):
+    """Nor is a link taken that was let go of while its last number came."""
+    monkeypatch.setattr(links, "NEAR_SECONDS", 0.02)
+    nears = [Near(link._group) for link in pair]
+    told, add = Event(), nears[0].sum
+
+    def wait_and_add(x):
+        assert told.wait(10)
+        return add(x)
+
+    nears[0].sum, nears[0].let_go = wait_and_add, told.set
+    on_ranks(lambda rank: pair[rank].add_near(nears[rank]))
+    assert [link._near for link in pair] == [None, None]
+    assert "sums by each other's memory come out wrong here" in caplog.text
+
+
+def test_a_rank_that_is_lost_while_sums_are_checked_is_no_wrong_sum(pair):
+    near = Near(pair[0]._group, error=BrokenLinkError("gone"))
+    pair[0].least = lambda number: number
+    with pytest.raises(BrokenLinkError):
+        pair[0].add_near(near)
 
 
 def test_a_gpu_that_never_answers_is_left_behind(monkeypatch, caplog):
@@ -162,16 +181,6 @@ def test_a_link_that_is_not_made_leaves_the_group(monkeypatch, step):
     assert len(told) == 1  # a rank that is lost while the link is made was not waited for either
 
 
-def test_sums_by_reads_are_of_whole_vectors_that_the_buffer_holds():
-    near = SymmetricSum.__new__(SymmetricSum)
-    most = BUFFER_BYTES // 4
-    taken = [(torch.bfloat16, 8), (torch.float32, 4), (torch.float32, most)]
-    others = [(torch.bfloat16, 0), (torch.bfloat16, 7), (torch.float32, 5), (torch.float16, 8)]
-    others += [(torch.float32, most + 4), (torch.int32, 4)]
-    assert all(near.takes(torch.empty(count, dtype=dtype)) for dtype, count in taken)
-    assert not any(near.takes(torch.empty(count, dtype=dtype)) for dtype, count in others)
-
-
 def test_gpus_reach_each_other_where_every_pair_does(monkeypatch):
     asked = []
 
@@ -197,7 +206,7 @@ def test_gpus_reach_each_other_where_every_pair_does(monkeypatch):
         ({"NCCL_P2P_DISABLE": "0"}, False),
     ],
 )
-def test_reads_are_switched_off_by_either_name(monkeypatch, settings, is_off):
+def test_sums_by_memory_are_switched_off_by_either_name(monkeypatch, settings, is_off):
     for name in ("HALFWEIGHT_PEER_READS", "NCCL_P2P_DISABLE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in settings.items():
@@ -207,6 +216,7 @@ def test_reads_are_switched_off_by_either_name(monkeypatch, settings, is_off):
 
 def made_sums(monkeypatch, store, pair):
     """What two ranks make that believe to have GPUs that reach each other."""
+    monkeypatch.setattr(symmetric, "unavailable", lambda device: None)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: True)
     monkeypatch.delenv("HALFWEIGHT_PEER_READS", raising=False)
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
@@ -231,26 +241,52 @@ def test_where_torch_has_no_such_memory_the_group_is_forgotten(monkeypatch, pair
     assert registered[0].startswith("halfweight-")
 
 
-def test_a_torch_without_an_operation_is_one_without_such_memory(monkeypatch, pair):
-    class Missing:
-        def __getattr__(self, name):
-            raise AttributeError(name)
-
-    monkeypatch.setattr(symmetric.torch.ops, "symm_mem", Missing(), raising=False)
+def test_a_torch_without_such_memory_is_like_gpus_without_it(monkeypatch, pair):
+    monkeypatch.delattr(symmetric._c10d, "_SymmetricMemory")
     monkeypatch.setattr(symmetric._c10d, "_register_process_group", lambda *_: None)
     monkeypatch.setattr(symmetric._c10d, "_unregister_process_group", lambda *_: None)
     assert made_sums(monkeypatch, dist.HashStore(), pair) == [None, None]
 
 
+def test_a_kernel_that_does_not_compile_is_no_fault(monkeypatch, pair, caplog):
+    def fail(rank, buffers):
+        raise HalfweightError("the kernel does not compile for sm_90: ...", hint="")
+
+    memory = SimpleNamespace(
+        empty_strided_p2p=lambda *_: None,
+        rendezvous=lambda *_: SimpleNamespace(get_buffer=lambda *_: None),
+    )
+    monkeypatch.setattr(symmetric, "PeerSum", fail)
+    monkeypatch.setattr(symmetric._c10d, "_SymmetricMemory", memory)
+    monkeypatch.setattr(symmetric._c10d, "_register_process_group", lambda *_: None)
+    monkeypatch.setattr(symmetric._c10d, "_unregister_process_group", lambda *_: None)
+    with caplog.at_level("INFO", logger="halfweight"):
+        assert made_sums(monkeypatch, dist.HashStore(), pair) == [None, None]
+    assert "no sums by memory on rank 1: the kernel does not compile for sm_90" in caplog.text
+
+
+def test_one_rank_whose_kernels_cannot_run_tells_the_others(monkeypatch, caplog):
+    store = dist.HashStore()
+    store.set("symmetric/device of 1", "1")
+    monkeypatch.delenv("HALFWEIGHT_PEER_READS", raising=False)
+    monkeypatch.setattr(symmetric, "unavailable", lambda device: "needs NVRTC")
+    with caplog.at_level("INFO", logger="halfweight"):
+        assert SymmetricSum.make(store, 0, 2, torch.device("cuda", 0), None) is None
+    assert store.get("symmetric/device of 0") == b""
+    assert "no sums by memory on cuda:0: needs NVRTC" in caplog.text
+
+
 def test_one_rank_that_switches_them_off_does_so_for_all(monkeypatch):
     store = dist.HashStore()
     store.set("symmetric/device of 1", "")
+    monkeypatch.setattr(symmetric, "unavailable", lambda device: None)
     monkeypatch.delenv("HALFWEIGHT_PEER_READS", raising=False)
     assert SymmetricSum.make(store, 0, 2, torch.device("cuda", 0), None) is None
 
 
 def test_a_rank_that_does_not_come_is_waited_for_a_while_only(monkeypatch):
     monkeypatch.setattr(symmetric, "MEETING", timedelta(milliseconds=50))
+    monkeypatch.setattr(symmetric, "unavailable", lambda device: None)
     with pytest.raises(dist.DistError):
         SymmetricSum.make(dist.HashStore(), 0, 2, torch.device("cuda", 0), None)
 

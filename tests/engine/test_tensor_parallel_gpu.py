@@ -5,6 +5,7 @@ import signal
 import time
 
 import pytest
+import sum_ranks
 import torch
 import tp_models
 from near_ties import assert_same
@@ -79,12 +80,25 @@ def test_a_rank_that_hangs_ends_the_job_while_the_gpus_wait(llama, reaches, monk
         torch.cuda.synchronize()  # nothing waits any more
 
 
-def test_which_sums_go_by_reads(llama):
-    """That these are right is checked by every link as it is made."""
+def test_which_sums_go_by_memory(llama):
     with on_two(llama) as engine:
         near = engine._loop._runner._link._near
         assert near is not None
-        sizes = [(torch.bfloat16, 8), (torch.bfloat16, 98304), (torch.float32, 1 << 21)]
+        sizes = [(torch.bfloat16, 8), (torch.float16, 98304), (torch.float32, 1 << 21)]
         assert all(near.takes(torch.empty(n, dtype=d, device="cuda:0")) for d, n in sizes)
-        others = [(torch.bfloat16, 7), (torch.float16, 8), (torch.float32, (1 << 21) + 4)]
+        others = [(torch.bfloat16, 7), (torch.int32, 8), (torch.float32, (1 << 21) + 4)]
         assert not any(near.takes(torch.empty(n, dtype=d, device="cuda:0")) for d, n in others)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_sums_by_memory_are_float32_sums_rounded_once(ranks):
+    """In a graph of many replays and outside, of numbers that change, on ranks that are late."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    sum_ranks.on_gpus(sum_ranks.check_sums, ranks, 1000, seconds=100)
+
+
+def test_sums_that_wait_for_a_lost_rank_end_when_told():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    sum_ranks.on_gpus(sum_ranks.check_giving_up, 2, seconds=60)

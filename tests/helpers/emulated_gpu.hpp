@@ -4,8 +4,8 @@
 // Every thread of every block is a fiber. They run one at a time, in an order drawn anew for each
 // round, from one wait to the next: a barrier, a product of a warp, a flag that another block sets.
 // Copies to shared memory happen as late as the hardware may make them, when their thread waits for
-// them, and shared memory begins as noise: what is read too soon is wrong. Where all fibers wait for
-// ever, the run ends with -1.
+// them, and shared memory begins as noise: what is read too soon is wrong. What goes to another GPU
+// arrives word by word, in any order. Where all fibers wait for ever, the run ends with -1.
 
 #include <ucontext.h>
 
@@ -62,7 +62,7 @@ struct Fiber {
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 inline Fiber* current;
 inline ucontext_t scheduler;
-inline u64 progress;  // of all fibers: a round without any is a deadlock
+inline u64 progress;  // of all fibers: rounds without any are a deadlock
 inline void (*entry)();
 
 #define threadIdx (current->thread)
@@ -94,6 +94,28 @@ inline int read_flag(const int* flag) {
     return *flag;
 }
 
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}
+
+// Words that have been sent to other GPUs.
+struct Letter { u32* to; u32 word; };
+inline std::vector<Letter> letters;
+inline void deliver(std::mt19937& random) {
+    std::shuffle(letters.begin(), letters.end(), random);
+    for (size_t left = random() % (letters.size() + 1); letters.size() > left; letters.pop_back())
+        *letters.back().to = letters.back().word, ++progress;
+}
+inline void send(uint4* place, const uint4& v) {
+    u32* to = (u32*)place;
+    letters.insert(letters.end(), {{to, v.x}, {to + 1, v.y}, {to + 2, v.z}, {to + 3, v.w}});
+    ++progress;
+}
+template <class T> T load_fresh(const T* place) {
+    pause();
+    return *place;
+}
+inline void erase(uint4* place) { *place = {~0u, ~0u, ~0u, ~0u}, ++progress; }
+
 inline u8* shared_memory() { return current->home->shared.data(); }
 inline u32 shared_address(const void* p) { return (u32)((const u8*)p - shared_memory()); }
 inline void copy16(u32 to, const void* from, bool is_there) {
@@ -122,6 +144,11 @@ inline float __uint_as_float(u32 v) {
     float f;
     std::memcpy(&f, &v, 4);
     return f;
+}
+inline u32 __float_as_uint(float f) {
+    u32 v;
+    std::memcpy(&v, &f, 4);
+    return v;
 }
 inline float half_to_float(u16 v) {
     _Float16 h;
@@ -195,6 +222,7 @@ inline int launch(void (*kernel)(), int blocks, int threads, int shared_bytes, u
     std::vector<Block> homes(blocks);
     entry = kernel;
     fibers.clear();
+    letters.clear();
     for (int b = 0; b < blocks; ++b) {
         homes[b].shared.resize(shared_bytes);
         for (u8& byte : homes[b].shared) byte = (u8)random();
@@ -215,8 +243,10 @@ inline int launch(void (*kernel)(), int blocks, int threads, int shared_bytes, u
     std::vector<int> order(fibers.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = (int)i;
     std::shuffle(order.begin(), order.end(), random);
+    int idle = 0;  // rounds: a fiber may stop for looks at memory, one after the other
     for (size_t running = fibers.size(); running > 0;) {
         u64 before = progress;
+        deliver(random);
         size_t shift = random() % order.size();
         for (size_t i = 0; i < order.size(); ++i) {
             current = fibers[order[(i + shift) % order.size()]].get();
@@ -224,7 +254,8 @@ inline int launch(void (*kernel)(), int blocks, int threads, int shared_bytes, u
             swapcontext(&scheduler, &current->context);
             running -= current->ended;
         }
-        if (progress == before && running > 0) return -1;
+        idle = progress == before && letters.empty() ? idle + 1 : 0;
+        if (idle > 16 && running > 0) return -1;
     }
     return 0;
 }

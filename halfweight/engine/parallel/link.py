@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from threading import Thread
+from threading import Event, Thread, Timer
 from typing import Any
 
 import torch
@@ -38,8 +38,8 @@ STEPPING = timedelta(seconds=25)
 """Of a call in a step."""
 NCCL_STEPPING = timedelta(minutes=2)
 LEAVING_SECONDS = 20
-READING_SECONDS = 2
-"""In which kernels end that wait for nothing but another GPU's numbers."""
+NEAR_SECONDS = 10
+"""In which known numbers are added by memory: what never arrives is waited for so long."""
 CHECKED_NUMBERS = (1 << 10, 1 << 18, 1 << 22)
 """Of sums in float32 that are checked: each way that a sum may take."""
 OnFault = Callable[[Callable[[HalfweightError], None]], None]
@@ -83,15 +83,15 @@ class GroupLink:
 
         Closes it where it is not taken.
         """
-        if self.least(int(near is not None)):
+        if self.least(int(near is not None)) and near is not None:
             self._near = near
-            if not self.least(int(self._is_near_right())):
+            if not self.least(int(self._is_near_right(near))):
                 self._near = None
-                log.warning("sums by the GPUs' own reads come out wrong here; NCCL's are used")
+                log.warning("sums by each other's memory come out wrong here; NCCL's are used")
         if near is not None and self._near is None:
             near.close()
         if self._rank == 0:
-            way = "NCCL" if self._near is None else "torch's symmetric memory"
+            way = "NCCL" if self._near is None else "peer_sum.cu"
             log.info("sums of few tokens between %d GPUs: %s", self._ranks, way)
 
     def set_timeout(self, timeout: timedelta) -> None:
@@ -154,15 +154,10 @@ class GroupLink:
             self._near.close()
 
     def _leave(self) -> None:
-        """Reads are let go of first: leaving the group may free memory, which waits for all."""
-        if self._near is None or not self._near.is_waiting:
-            self._group.abort()
-            return
-        reading = Thread(target=self._near.let_go, daemon=True)
-        reading.start()
-        reading.join(READING_SECONDS)  # it goes on if it stands behind a kernel of the group
+        """Sums by memory are let go of first: leaving may free memory, which waits for all."""
+        if self._near is not None:
+            self._near.let_go()
         self._group.abort()
-        reading.join()
 
     def _call(self, collective: Callable[..., Any], *operands: Any) -> None:
         try:
@@ -177,12 +172,27 @@ class GroupLink:
         x = x.contiguous()
         return x if self._is_nccl or x.device.type == "cpu" else x.cpu()
 
-    def _is_near_right(self) -> bool:
+    def _is_near_right(self, near: SymmetricSum) -> bool:
+        is_late = Event()
+
+        def give_up() -> None:  # what one GPU writes never arrives at the other
+            is_late.set()
+            near.let_go()
+
+        timer = Timer(NEAR_SECONDS, give_up)
+        timer.daemon = True
+        timer.start()
         try:
-            return self._is_right()
-        except RuntimeError as error:  # of an operation that this torch has for other tensors only
-            log.info("torch's symmetric memory: %s", str(error).partition("\n")[0])
-            return False
+            found = self._is_right()
+        except RankError:  # another rank is lost
+            raise
+        except (RuntimeError, HalfweightError) as error:
+            log.info("sums by memory: %s", str(error).partition("\n")[0])
+            found = False
+        finally:
+            timer.cancel()
+            timer.join()
+        return found and not is_late.is_set()
 
     def _is_right(self) -> bool:
         total = self._ranks * (self._ranks + 1) // 2

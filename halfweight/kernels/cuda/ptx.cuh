@@ -42,6 +42,20 @@ __device__ __forceinline__ int read_flag(const int* flag) {
     return ready;
 }
 
+// From compute capability 9.0 on a kernel may start before the one ahead of it on its stream has
+// ended: it waits here for what that one writes. Before 9.0 none does.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel's blocks may start wherever this one's leave room.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ uint4 load16(u32 address) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

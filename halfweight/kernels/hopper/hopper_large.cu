@@ -2,7 +2,7 @@
 //
 // The transposed product y^T = W x^T makes the weights the first operand of wgmma, which may come
 // from registers: INT8 bytes travel from the file's layout in global memory through shared memory
-// to registers, become 16-bit there (three instructions for two weights), and never exist as 16-bit
+// to registers, become 16-bit there (three instructions for two weights, four in bfloat16), and never exist as 16-bit
 // in memory. A lane reads just the two bytes that each register of a fragment wants: more loads
 // than hopper_small.cu makes, but x needs no other order.
 //
@@ -33,12 +33,20 @@ constexpr int AHEAD = WGS == 4 ? 0 : 1;
 constexpr int PRODUCER_REGISTERS = WGS == 2 ? 40 : 32;
 constexpr int CONSUMER_REGISTERS = WGS == 2 ? 232 : 112;
 
-__device__ __forceinline__ u32 multiply(u32 a, u32 b) {
+// Two stored bytes and their scale, twice in `pair` -> q * code, rounded once.
+__device__ __forceinline__ u32 scaled(u32 bytes, u32 selector, u32 pair) {
     u32 r;
 #if BF16
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    // 0x43uu is 128 + (u & 127) with bit 7 in the exponent's last place: without it, it lacks 256
+    // or, where the bit was set, 128. Codes are whole numbers, so 256 times one is no less than
+    // 256, and half of that is one less in the exponent: the bit's own place.
+    u32 v, low;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(bytes), "r"(OFFSETS), "r"(selector));
+    low = v & 0xff7fff7f;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r)
+        : "r"(low), "r"(pair), "r"(pair + 0x84008400 + low - v));
 #else
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(to_16bit(bytes, selector)), "r"(pair));
 #endif
     return r;
 }
@@ -112,7 +120,7 @@ struct Consumer {
         for (int step = 0; step < STEPS; ++step)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                a[step][i] = multiply(to_16bit(raw[step][i], selector), pair[i % 2]);
+                a[step][i] = scaled(raw[step][i], selector, pair[i % 2]);
     }
     // Where the descriptor of half HALF of block SUB of the stage's x begins.
     template <int SUB, int HALF> __device__ __forceinline__ u32 x() const {
