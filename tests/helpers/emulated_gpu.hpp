@@ -31,6 +31,7 @@ typedef uint64_t u64;
 typedef uint16_t u16;
 typedef uint8_t u8;
 struct uint4 { u32 x, y, z, w; };
+struct float4 { float x, y, z, w; };
 struct Index { unsigned x; };
 using std::max;
 using std::min;

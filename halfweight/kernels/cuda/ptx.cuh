@@ -19,16 +19,16 @@ __device__ __forceinline__ void copy16(u32 to, const void* from, bool is_there) 
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to),
                  "l"(__cvta_generic_to_global(from)), "r"(is_there ? 16 : 0) : "memory");
 }
-// Into the caches, for a read that is to come.
-__device__ __forceinline__ void prefetch(const void* from) {
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(from)));
-}
 __device__ __forceinline__ void end_copy_group() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 // Until at most PENDING groups of this thread's copies are on their way.
 template <int PENDING> __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+// Into L2, of what is read soon.
+__device__ __forceinline__ void prefetch(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
 }
 template <int ID, int THREADS> __device__ __forceinline__ void named_sync() {
     asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");

@@ -32,8 +32,6 @@ struct Schedule {
         next = share(worker);
         end = share(worker + 1);
     }
-    __device__ Schedule(const Problem& problem, int worker_, int wave_, int next_, int end_)
-        : p(problem), worker(worker_), wave(wave_), next(next_), end(end_) {}
     // Where a worker's share begins; a spare block goes to those at which this rounds up.
     __device__ int share(int w) const {
         return p.share * w + (p.spare ? (int)((u32)(p.spare * w) / (u32)p.num_workers) : 0);
@@ -68,14 +66,16 @@ struct Schedule {
     }
 };
 
-// Leave this run's sums for the block that starts the tile. THREADS threads of barrier ID call it.
+// Leave this run's sums for the block that starts the tile. THREADS threads of barrier ID call it;
+// what they wrote before the barrier is seen by who sees the flag, so one thread's release is enough.
 template <int ID, int THREADS, int COUNT>
 __device__ __forceinline__ void leave_partial(const Problem& p, int slot, int thread,
                                               const float (&sums)[COUNT]) {
-    float* mine = p.partials + (long long)slot * COUNT * THREADS + thread;
+    static_assert(COUNT % 4 == 0, "16 bytes at once");
+    float4* mine = (float4*)p.partials + (long long)slot * (COUNT / 4 * THREADS) + thread;
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) __stcg(mine + i * THREADS, sums[i]);
-    __threadfence();
+    for (int i = 0; i < COUNT; i += 4)
+        __stcg(mine + i / 4 * THREADS, float4{sums[i], sums[i + 1], sums[i + 2], sums[i + 3]});
     named_sync<ID, THREADS>();
     if (thread == 0) set_flag(p.flags + slot);
 }
@@ -91,20 +91,24 @@ __device__ __forceinline__ void add_partials(const Problem& p, int first, int la
         *flag = 0;
     }
     named_sync<ID, THREADS>();
-    constexpr int AT_ONCE = COUNT > 32 ? 1 : COUNT == 32 ? 2 : 32 / COUNT;
-    float theirs[AT_ONCE][COUNT];
+    constexpr int WORDS = COUNT / 4, AT_ONCE = COUNT > 32 ? 1 : 64 / COUNT;
+    float4 theirs[AT_ONCE][WORDS];
     for (int other = first; other < last; other += AT_ONCE) {
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
-            const float* from =
-                p.partials + (long long)((other + j) * stride + rank) * COUNT * THREADS + thread;
+            const float4* from = (const float4*)p.partials +
+                                 (long long)((other + j) * stride + rank) * (WORDS * THREADS) + thread;
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i)
-                theirs[j][i] = other + j < last ? __ldcg(from + i * THREADS) : 0.0f;
+            for (int i = 0; i < WORDS; ++i)
+                theirs[j][i] = other + j < last ? __ldcg(from + i * THREADS) : float4{};
         }
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j)
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i) sums[i] += theirs[j][i];
+            for (int i = 0; i < WORDS; ++i) {
+                const float4& v = theirs[j][i];
+                sums[4 * i] += v.x, sums[4 * i + 1] += v.y;
+                sums[4 * i + 2] += v.z, sums[4 * i + 3] += v.w;
+            }
     }
 }

@@ -33,24 +33,14 @@ constexpr int STAGE_BYTES = BOXES * (W_BOX + 2 * X_BOX);
 constexpr int THREADS = 32 * WN * WM * WK;
 constexpr int OWNERS = 32 * WN * WM;
 constexpr int ACC = RT * NT * 4;
-#ifndef SPAN_COLUMNS
-#define SPAN_COLUMNS (GROUP == 32 || RT > 2 ? 32 : 64)
-#endif
-constexpr int SPAN = SPAN_COLUMNS;
+constexpr int SPAN = GROUP == 32 || RT > 2 ? 32 : 64;
 constexpr int RUN = GROUP < 64 * UNITS ? GROUP : 64 * UNITS;  // columns between two scales
 constexpr int RUNS = 64 * UNITS / RUN;
-
-#ifndef DOUBLE_A
-#define DOUBLE_A 0
-#endif
-#ifndef MID
-#define MID 3
-#endif
+constexpr int SCALE_BYTES = SCALES == 0 ? 1 : SCALES == 3 ? 4 : 2;
 
 static_assert(STAGES >= 2 && KB % 128 == 0, "a ring, of whole boxes");
+static_assert(STAGE_BYTES >= BN * MT * 2, "a tile's results fit a stage of the ring");
 static_assert(!SCALED || SCALES == 0, "codes are the scales that 16 bits hold whatever they are");
-
-constexpr int SCALE_BYTES = SCALES == 0 ? 1 : SCALES == 3 ? 4 : 2;
 
 struct Operands {
     const u8* packed;
@@ -78,92 +68,98 @@ template <int SIZE, int LINES> struct Share {
     static constexpr int CHUNKS = KB * SIZE / 16, STEP = THREADS / CHUNKS, COPIES = LINES / STEP;
     static_assert(THREADS % CHUNKS == 0 && LINES % STEP == 0, "equal shares");
     const u8* from;
-    u32 to;
-    int lines;  // to copy
+    u32 to, stride;
+    int lines, columns;  // to copy; to the end of a line
 
-    __device__ __forceinline__ static int first_column() { return threadIdx.x % CHUNKS * (16 / SIZE); }
-    __device__ __forceinline__ void init() {
-        int line = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-        to = chunk / 8 * LINES * 128 + chunk_address(line, chunk % 8);
-    }
     __device__ __forceinline__ void aim(const void* matrix, int height, int width, int first,
                                         int column) {
-        int line = threadIdx.x / CHUNKS;
-        from = (const u8*)matrix + ((long long)(first + line) * width + column + first_column()) * SIZE;
+        int line = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        column += chunk * (16 / SIZE);
+        from = (const u8*)matrix + ((long long)(first + line) * width + column) * SIZE;
+        stride = width * SIZE * STEP;
+        to = chunk / 8 * LINES * 128 + chunk_address(line, chunk % 8);
         lines = (height - first - line + STEP - 1) / STEP;
+        columns = width - column;
     }
     // Part `part` of `parts`.
-    __device__ __forceinline__ void copy(u32 box, int columns, u32 width, int part, int parts) const {
-        bool inside = first_column() < columns;
-        int wanted = SIZE == 2 || inside ? lines : 0;
-        u32 stride = width * (SIZE * STEP);
+    __device__ __forceinline__ void copy(u32 box, bool more, int part, int parts) const {
+        bool inside = columns > 0;
+        int wanted = more && (SIZE == 2 || inside) ? lines : 0;
 #pragma unroll
         for (int j = COPIES * part / parts; j < COPIES * (part + 1) / parts; ++j)
             if (j < wanted)
                 copy16(box + (to ^ ((j * STEP & 7) << 4)) + j * STEP * 128,
                        from + (u64)stride * j, SIZE == 1 || inside);
     }
+    __device__ __forceinline__ void advance() {
+        from += KB * SIZE;
+        columns -= KB;
+    }
 };
+
+// The group of a column, or the last. With half a column more no rounding crosses a border of groups,
+// to two million columns at least.
+__device__ __forceinline__ int group_of(const Problem& p, int column, float groups_a_column) {
+    return min((int)((column + 0.5f) * groups_a_column), p.num_groups - 1);
+}
+// Ask for what the rows of a tile need beside their weights: scales, exponents, bias.
+__device__ __forceinline__ void prefetch_rows(const Problem& p, int row, int column) {
+    for (int n = row + threadIdx.x; n < min(row + BN, p.out_features); n += THREADS) {
+        int group = group_of(p, column, 1.0f / p.group_size);
+        prefetch(p.codes + ((u32)n * p.num_groups + group) * SCALE_BYTES);
+        if (p.exponents) prefetch(p.exponents + n);
+        if (p.bias) prefetch(p.bias + n);
+    }
+}
 
 // Walks a worker's blocks of K ahead of the products to the end of its work: `next`, the parts of a
-// stage in between products, `done`. Where it is in the schedule is needed rarely and kept in memory.
+// stage in between products, `done`. The weights of the first stage are asked for before the kernel
+// ahead has ended: that may write anything else.
 struct Copier {
     const Operands& o;
-    volatile int wave, next_block, end;
+    Schedule schedule;
+    Segment s;
     Share<1, BN> w;
     Share<2, MT> x;
-    int left, columns;  // blocks of this run; columns to the end of a line
+    bool more;
 
-    __device__ Copier(const Operands& operands, int worker) : o(operands), left(0), columns(0) {
-        Schedule schedule(o.p, worker);
-        wave = 0, next_block = schedule.next, end = schedule.end;
-        w.init(), x.init();
-        w.lines = x.lines = 0;
-    }
-    __device__ __forceinline__ void next(int worker) {
-        if (left == 0) begin(worker);
+    __device__ Copier(const Operands& operands, int worker)
+        : o(operands), schedule(operands.p, worker), s{0, 0, 0}, more(true) {}
+    __device__ __forceinline__ void next() {
+        if (s.k_begin == s.k_end) more = begin();
     }
     __device__ __forceinline__ void copy(u32 stage, int part, int parts) const {
-        w.copy(stage, columns, o.p.in_features, part, parts);
-        x.copy(stage + BOXES * W_BOX, columns, o.p.in_features, part, parts);
+        w.copy(stage, more, part, parts);
+        x.copy(stage + BOXES * W_BOX, more, part, parts);
+    }
+    __device__ __forceinline__ void copy_first(u32 stage) {
+        next();
+        w.copy(stage, more, 0, 1);
+        prefetch_rows(o.p, schedule.row_tile(s) * BN, s.k_begin * KB);
+        wait_for_previous_kernel();
+        x.copy(stage + BOXES * W_BOX, more, 0, 1);
+        done();
+    }
+    __device__ __forceinline__ void copy_whole(u32 stage) {
+        next();
+        copy(stage, 0, 1);
+        done();
     }
     __device__ __forceinline__ void done() {
-        w.from += KB, x.from += 2 * KB;
-        columns -= KB;
-        --left;
+        w.advance(), x.advance();
+        s.k_begin += more;
         end_copy_group();
     }
-    __device__ __forceinline__ void begin(int worker) {
+    __device__ __forceinline__ bool begin() {
         const Problem& p = o.p;
-        Schedule schedule(p, worker, wave, next_block, end);
-        Segment s;
-        left = -1;  // never again, if there is no more
-        w.lines = x.lines = 0;
-        if (!schedule.pop(s)) return;
-        wave = schedule.wave, next_block = schedule.next;
+        if (!schedule.pop(s)) return false;
         int row = schedule.row_tile(s) * BN, token = schedule.token_tile(s) * MT;
-        left = s.k_end - s.k_begin;
-        columns = p.in_features - s.k_begin * KB;
         w.aim(o.packed, p.out_features, p.in_features, row, s.k_begin * KB);
         x.aim(o.x, p.num_tokens, p.in_features, token, s.k_begin * KB);
-        for (int i = row + threadIdx.x; i < min(row + BN, p.out_features); i += THREADS) {
-            prefetch(p.codes + ((long long)i * p.num_groups + s.k_begin * KB / p.group_size) * SCALE_BYTES);
-            if (p.exponents && i % 32 == 0) prefetch(p.exponents + i);
-            if (p.bias && i % 16 == 0) prefetch(p.bias + i);
-        }
+        return true;
     }
 };
 
-#if SCALES == 0
-typedef u8 RawScale;
-__device__ __forceinline__ RawScale raw_scale_at(const Problem& p, u32 i) { return __ldg(p.codes + i); }
-__device__ __forceinline__ float scale_of(RawScale v) { return (float)v; }
-#else
-typedef float RawScale;
-__device__ __forceinline__ float scale_at(const Problem& p, u32 i);
-__device__ __forceinline__ RawScale raw_scale_at(const Problem& p, u32 i) { return scale_at(p, i); }
-__device__ __forceinline__ float scale_of(RawScale v) { return v; }
-#endif
 __device__ __forceinline__ float scale_at(const Problem& p, u32 i) {
 #if SCALES == 0
     return (float)__ldg(p.codes + i);
@@ -192,76 +188,54 @@ struct Scales {
 
     __device__ Scales(const Problem& problem, int first)
         : p(problem), row(first), groups(1.0f / problem.group_size) {}
-    // For the columns from `column` on, or the last of a row. With half a column more no rounding
-    // crosses a border of groups, to two million columns at least.
+    // For the columns from `column` on, or the last of a row.
     __device__ __forceinline__ void load(int column, Scale (&scales)[RUNS][RT][2]) const {
 #pragma unroll
         for (int c = 0; c < RUNS; ++c) {
             int last = p.out_features - 1;
-            int group = min((int)((column + c * RUN + 0.5f) * groups), p.num_groups - 1);
+            int group = group_of(p, column + c * RUN, groups);
 #pragma unroll
             for (int i = 0; i < RT * 2; ++i)
                 scales[c][i / 2][i % 2] = as_factor(scale_at(p, (u32)min(row + 8 * i, last) * p.num_groups + group));
-        }
-    }
-    __device__ __forceinline__ void load_raw(int column, RawScale (&scales)[RUNS][RT][2]) const {
-#pragma unroll
-        for (int c = 0; c < RUNS; ++c) {
-            int last = p.out_features - 1;
-            int group = min((int)((column + c * RUN + 0.5f) * groups), p.num_groups - 1);
-#pragma unroll
-            for (int i = 0; i < RT * 2; ++i)
-                scales[c][i / 2][i % 2] = raw_scale_at(p, (u32)min(row + 8 * i, last) * p.num_groups + group);
         }
     }
 };
 
 // A warp's products of a stage, in items: 32 columns (two steps) with NB times 8 tokens. Operands of
 // an item are loaded while the one before is multiplied.
-#ifndef TOKENS_AT_ONCE
-#define TOKENS_AT_ONCE (NT % 2 == 0 ? 2 : 1)
-#endif
-constexpr int NB = TOKENS_AT_ONCE;
+constexpr int NB = NT % 2 == 0 ? 2 : 1;
 constexpr int PAIRS = NT / NB;
 constexpr int ITEMS = 2 * UNITS * PAIRS;
 constexpr int STEPS = SPAN / 16;
 
 struct Fragments {
-    u32 w, x;  // this lane's first chunk of each in the stage
+    u32 w, x;  // this lane's first row and first token in the stage
+    int row, token, quad, column;
     u32 offsets;  // OFFSETS in a register, so that what takes them has room for other constants
-    u32 upper[RT][STEPS], lower[RT][STEPS], a_of[1 + DOUBLE_A][RT][2][4], b[2][NB][4];
+    u32 upper[RT][STEPS], lower[RT][STEPS], a[RT][2][4], b[2][NB][4];
 
-    // Where a lane's chunks begin in a stage; those of other columns differ in single bits.
-    __device__ __forceinline__ static u32 w_at(int line, int row, int quad, int column) {
-        int chunk = column % 128 / 16 + quad * STEPS / 4;
-        return column / 128 * W_BOX + line * 128 + ((chunk ^ row) << 4) + (STEPS == 2 ? (quad & 1) * 8 : 0);
-    }
-    __device__ __forceinline__ static u32 x_at(int line, int token, int quad, int column) {
-        int chunk = column % 64 / 16 * 2 + quad * STEPS / 2;
-        return BOXES * W_BOX + column / 64 * X_BOX + line * 128 + ((chunk ^ token) << 4);
-    }
     // W of SPAN columns, and x of an item.
-    __device__ __forceinline__ void load_w(int item) {
-        int span = item / PAIRS * 32 / SPAN * SPAN;
-        u32 from = w ^ (span % 128 / 16 << 4);
+    __device__ __forceinline__ void load(int item) {
+        int at = column + item / PAIRS * 32, span = at / SPAN * SPAN;
+        if (item % (PAIRS * STEPS / 2) == 0)
 #pragma unroll
-        for (int t = 0; t < RT; ++t) {
-            load_words(from + span / 128 * W_BOX + t * 2048, upper[t]);
-            load_words(from + span / 128 * W_BOX + t * 2048 + 1024, lower[t]);
-        }
-    }
-    __device__ __forceinline__ void load_x(int item) {
-        int at = item / PAIRS * 32, span = at / SPAN * SPAN;
-        u32 from = x ^ ((2 * (span % 64 / 16) + at % SPAN / 32) << 4);
+            for (int t = 0; t < RT; ++t) {
+                int chunk = span % 128 / 16 + quad * STEPS / 4;
+                u32 words = w + span / 128 * W_BOX + t * 2048 + ((chunk ^ row) << 4) +
+                            (STEPS == 2 ? (quad & 1) * 8 : 0);
+                load_words(words, upper[t]);
+                load_words(words + 1024, lower[t]);
+            }
+        int chunk = 2 * (span % 64 / 16) + quad * STEPS / 2 + at % SPAN / 32;
 #pragma unroll
         for (int n = 0; n < NB; ++n) {
-            uint4 v = load16(from + span / 64 * X_BOX + (item % PAIRS * NB + n) * 1024);
+            uint4 v = load16(x + span / 64 * X_BOX + (item % PAIRS * NB + n) * 1024 +
+                             ((chunk ^ token) << 4));
             u32(&to)[4] = b[item % 2][n];
             to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
         }
     }
     __device__ __forceinline__ void convert(int item, const Scale (&scales)[RT][2]) {
-        u32(&a)[RT][2][4] = a_of[item / PAIRS % (1 + DOUBLE_A)];
 #pragma unroll
         for (int t = 0; t < RT; ++t)
 #pragma unroll
@@ -278,7 +252,6 @@ struct Fragments {
             }
     }
     __device__ __forceinline__ void multiply(int item, float (&sums)[ACC]) {
-        u32(&a)[RT][2][4] = a_of[item / PAIRS % (1 + DOUBLE_A)];
 #pragma unroll
         for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -324,52 +297,59 @@ __device__ __forceinline__ void reduce_warps(float* buffer, float (&total)[ACC])
     __syncthreads();
 }
 
-// What a row's sums are multiplied with, and what is added.
-struct Ends {
+// What the sums of a lane's rows are multiplied with and added to at a tile's end.
+struct RowEnds {
     float scale[RT * 2], offset[RT * 2];
 
-    __device__ __forceinline__ Ends(const Problem& p, int row) {
+    __device__ RowEnds(const Problem& p, int row) {
 #pragma unroll
         for (int i = 0; i < RT * 2; ++i) {
             int n = min(row + 8 * i, p.out_features - 1);
-            scale[i] = p.exponents ? ldexpf(1.0f, __ldg(p.exponents + n)) : 1.0f;
-            offset[i] = p.bias ? to_float(__ldg(p.bias + n)) : 0.0f;
+            scale[i] = p.exponents ? ldexpf(1.0f, p.exponents[n]) : 1.0f;
+            offset[i] = p.bias ? to_float(p.bias[n]) : 0.0f;
         }
     }
 };
 
-__device__ __forceinline__ void store(const Problem& p, const Ends& ends, int row, int token, int quad,
-                                      const float (&total)[ACC]) {
+// A tile's results in shared memory, a line of BN for each token. Chunks of 16 bytes are permuted so
+// that the tokens that lanes write together lie in different banks.
+constexpr int LINE_CHUNKS = BN / 8;
+__device__ __forceinline__ int result_chunk(int token, int chunk) {
+    return token * LINE_CHUNKS + (chunk ^ ((token ^ token >> 1) & 3));
+}
+__device__ __forceinline__ void lay_out(u16* results, int row, int token, int quad,
+                                        const RowEnds& ends, const float (&total)[ACC]) {
 #pragma unroll
-    for (int i = 0; i < RT * 2; ++i) {
-        int n = row + 8 * i;
-        if (n >= p.out_features) continue;
-        float scale = ends.scale[i], offset = ends.offset[i];
+    for (int i = 0; i < RT * 2; ++i)
 #pragma unroll
         for (int j = 0; j < NT * 2; ++j) {
-            int m = token + j / 2 * 8 + token_in_eight(2 * quad + j % 2);
+            int m = token + j / 2 * 8 + token_in_eight(2 * quad + j % 2), n = row + 8 * i;
             float value = total[(i / 2 * NT + j / 2) * 4 + 2 * (i % 2) + j % 2];
-            if (m < p.num_tokens)
-                p.y[(long long)m * p.out_features + n] = (u16)pack(value * scale + offset, 0.0f);
+            results[result_chunk(m, n / 8) * 8 + n % 8] =
+                (u16)pack(value * ends.scale[i] + ends.offset[i], 0.0f);
         }
-    }
 }
-
-#ifndef MEASURE_BEGIN
-#define MEASURE_ENTRY
-#define MEASURE_BEGIN
-#define MEASURE_SEGMENT
-#define MEASURE_SEGMENT_END
-#define MEASURE_WAIT
-#define MEASURE_BARRIER
-#define MEASURE_GO
-#define MEASURE_STAGE
-#define MEASURE_END
-#endif
+// From there to y, 16 bytes at once where its lines allow that. All threads of the block call it.
+__device__ __forceinline__ void store(const Problem& p, int row, int token, const u16* results) {
+    int tokens = min(MT, p.num_tokens - token), rows = min(BN, p.out_features - row);
+    u16* y = p.y + (long long)token * p.out_features + row;
+    if (p.out_features % 8 == 0)
+        for (int i = threadIdx.x; i < tokens * LINE_CHUNKS; i += THREADS) {
+            int m = i / LINE_CHUNKS, n = i % LINE_CHUNKS * 8;
+            if (n < rows)
+                *(uint4*)(y + (long long)m * p.out_features + n) =
+                    ((const uint4*)results)[result_chunk(m, n / 8)];
+        }
+    else
+        for (int i = threadIdx.x; i < tokens * BN; i += THREADS) {
+            int m = i / BN, n = i % BN;
+            if (n < rows)
+                y[(long long)m * p.out_features + n] = results[result_chunk(m, n / 8) * 8 + n % 8];
+        }
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 w8a16(const __grid_constant__ Operands o) {
-    MEASURE_ENTRY
     const Problem& p = o.p;
     u8* memory = shared_memory();
     u32 ring = shared_address(memory);
@@ -380,118 +360,74 @@ w8a16(const __grid_constant__ Operands o) {
     int row = row_in_eight(fragment_row), token = token_in_eight(fragment_row);
     int first_row = wn * 16 * RT + row, first_token = wm * 8 * NT;
 
+    let_next_kernel_start();
     Copier copier(o, worker);
-    for (int i = 0; i < STAGES - 1; ++i) {
-        copier.next(worker);
-        copier.copy(ring + i * STAGE_BYTES, 0, 1);
-        copier.done();
-    }
+    copier.copy_first(ring);
+    for (int i = 1; i < STAGES - 1; ++i) copier.copy_whole(ring + i * STAGE_BYTES);
     Fragments fragments;
+    fragments.row = row, fragments.token = token, fragments.quad = quad;
+    fragments.column = wk * UNITS * 64;
     fragments.offsets = OFFSETS + (p.num_tokens < 0);
-    int column = wk * UNITS * 64;
-    u32 w = ring + Fragments::w_at(first_row, row, quad, column);
-    u32 x = ring + Fragments::x_at(first_token + token, token, quad, column);
-    static_assert(STAGES >= 3, "a stage is there half a stage before it is read");
-    static_assert((SPAN == 64 || !DOUBLE_A) && PAIRS > 1, "what is late or early has registers of its own");
-    constexpr int LAST = ITEMS - 1, W_ITEMS = PAIRS * STEPS / 2;
+    u32 w = ring + first_row * 128, x = ring + BOXES * W_BOX + (first_token + token) * 128;
+    // The first item of a stage, when the copies of the whole block are there.
+    auto begin_stage = [&](int stage) {
+        wait_for_copies<STAGES - 2>();
+        __syncthreads();
+        fragments.w = w + stage * STAGE_BYTES, fragments.x = x + stage * STAGE_BYTES;
+        fragments.load(0);
+    };
     int stage = 0;
-    fragments.w = w, fragments.x = x;
     Segment s;
-    bool is_first = true;
-    MEASURE_BEGIN
-    for (Schedule schedule(p, worker); schedule.pop(s);) {
-        int n = schedule.row_tile(s) * BN + first_row, m = schedule.token_tile(s) * MT + first_token;
+    Schedule schedule(p, worker);
+    for (bool is_first = true; schedule.pop(s); is_first = false) {
+        int n = schedule.row_tile(s) * BN, m = schedule.token_tile(s) * MT;
         float total[ACC], sums[SCALED ? 1 : ACC];
-        RawScale raw[RUNS][RT][2];
-        Scale scales[RUNS][RT][2], before[RT][2];
+        Scale scales[RUNS][RT][2], next_scales[RUNS][RT][2];
 #pragma unroll
         for (int i = 0; i < ACC; ++i) total[i] = 0.0f;
-        if (!SCALED)
-#pragma unroll
-            for (int i = 0; i < ACC; ++i) sums[SCALED ? 0 : i] = 0.0f;
-        Scales of_rows(p, n);
-        auto convert_raw = [&]() {
-#pragma unroll
-            for (int i = 0; i < RUNS * RT * 2; ++i)
-                (&scales[0][0][0])[i] = as_factor(scale_of((&raw[0][0][0])[i]));
-        };
-        of_rows.load_raw(s.k_begin * KB + column, raw);
-        if (is_first) {
-            wait_for_copies<STAGES - 2>();
-            __syncthreads();
-            fragments.load_w(0), fragments.load_x(0);
-            is_first = false;
-        }
-        convert_raw();
-#pragma unroll
-        for (int i = 0; i < RT * 2; ++i) (&before[0][0])[i] = (&scales[0][0][0])[i];
-        if (DOUBLE_A) fragments.convert(0, scales[0]);
-        MEASURE_SEGMENT
-#pragma unroll 1
+        Scales of_rows(p, n + first_row);
+        of_rows.load(s.k_begin * KB + fragments.column, next_scales);
+        if (is_first) begin_stage(0);
         for (int k = s.k_begin; k < s.k_end; ++k) {
+#pragma unroll
+            for (int i = 0; i < RUNS * RT * 2; ++i) (&scales[0][0][0])[i] = (&next_scales[0][0][0])[i];
+            of_rows.load((k + 1) * KB + fragments.column, next_scales);
+            copier.next();
             u32 free = ring + (stage + STAGES - 1) % STAGES * STAGE_BYTES;
             stage = stage + 1 == STAGES ? 0 : stage + 1;
-            u32 next_w = w + stage * STAGE_BYTES, next_x = x + stage * STAGE_BYTES;
 #pragma unroll
             for (int item = 0; item < ITEMS; ++item) {
-                int group = item / PAIRS, columns = group * 32;
-                bool is_group_end = item % PAIRS == PAIRS - 1;
-                if (!DOUBLE_A && item % PAIRS == 0) fragments.convert(item, scales[columns / RUN]);
-                if (item == MID) {  // the next stage is there, and nobody reads the one before any more
-                    MEASURE_WAIT
-                    wait_for_copies<STAGES - 3>();
-                    MEASURE_BARRIER
-                    __syncthreads();
-                    MEASURE_GO
-                    copier.next(worker);
-                    of_rows.load_raw((k + 1) * KB + column, raw);
-                }
-                if (item > MID) copier.copy(free, item - MID - 1, LAST - MID);
-                if (item == LAST) {
+                int columns = item / PAIRS * 32;
+                if (item % PAIRS == 0) fragments.convert(item, scales[columns / RUN]);
+                if (item + 1 < ITEMS) {
+                    fragments.load(item + 1);
+                    copier.copy(free, item, ITEMS - 1);
+                } else {  // all that this stage holds is read: the next stage's copies may replace it
                     copier.done();
-                    fragments.x = next_x;
-                    fragments.load_x(0);
-#pragma unroll
-                    for (int i = 0; i < RT * 2; ++i)
-                        (&before[0][0])[i] = (&scales[RUNS - 1][0][0])[i];
-                    convert_raw();
-                } else {
-                    fragments.load_x(item + 1);
-                }
-                // Weights of the next items, or of the next stage.
-                if (DOUBLE_A && is_group_end)
-                    fragments.convert((item + 1) % ITEMS, scales[(item + 1) % ITEMS / PAIRS * 32 / RUN]);
-                int w_item = DOUBLE_A ? item + PAIRS + 1 : item + 1;
-                if (is_group_end && w_item % W_ITEMS == 0) {
-                    if (w_item == ITEMS) fragments.w = next_w;
-                    fragments.load_w(w_item % ITEMS);
+                    begin_stage(stage);
                 }
 #if SCALED
                 fragments.multiply(item, total);
 #else
                 fragments.multiply(item, sums);
-                if (item == 0)
-                    promote(LAST, before, sums, total);
-                else if (((item - 1) / PAIRS * 32 + 32) % RUN == 0)
-                    promote(item - 1, item == LAST ? before : scales[(item - 1) / PAIRS * 32 / RUN], sums, total);
+                if ((columns + 32) % RUN == 0) promote(item, scales[columns / RUN], sums, total);
 #endif
             }
-            MEASURE_STAGE
         }
-#if !SCALED
-        promote(LAST, before, sums, total);
-#endif
-        MEASURE_SEGMENT_END
+        RowEnds ends(p, n + first_row);
         reduce_warps(buffer, total);
-        if (wk > 0) continue;
         if (s.k_begin > 0) {
-            leave_partial<1, OWNERS>(p, worker, threadIdx.x, total);
+            if (wk == 0) leave_partial<1, OWNERS>(p, worker, threadIdx.x, total);
             continue;
         }
-        Ends ends(p, n);
-        if (s.k_end < p.k_blocks)
-            add_partials<1, OWNERS>(p, worker + 1, schedule.last_sharer(s), 1, 0, threadIdx.x, total);
-        store(p, ends, n, m, quad, total);
+        u16* results = (u16*)(memory + (stage + STAGES - 1) % STAGES * STAGE_BYTES);  // the stage just read
+        if (wk == 0) {
+            if (s.k_end < p.k_blocks)
+                add_partials<1, OWNERS>(p, worker + 1, schedule.last_sharer(s), 1, 0, threadIdx.x, total);
+            lay_out(results, first_row, first_token, quad, ends, total);
+        }
+        __syncthreads();
+        store(p, n, m, results);
+        __syncthreads();  // the copies of a stage come there next
     }
-    MEASURE_END
 }
