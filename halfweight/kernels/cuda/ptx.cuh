@@ -82,15 +82,15 @@ __device__ __forceinline__ u32 to_16bit(u32 word, u32 selector, u32 offsets = OF
     u32 r, v;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(word), "r"(offsets), "r"(selector));
 #if BF16
-    // 0x43uu is 128 + (u & 127) with bit 7 in the exponent's last place: take it out of one
-    // operand and put its complement in the other, and the difference is u - 128.
-#if __CUDA_ARCH__ >= 900
-    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(r)
-        : "r"(v & 0xff7fff7fu), "r"((v ^ 0x00800080u) & 0xff80ff80u));
-#else
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(v & 0xff7fff7fu), "r"(0x3f803f80u),
-        "r"(((v ^ 0x00800080u) & 0xff80ff80u) ^ 0x80008000u));
-#endif
+    // 0x43uu is f = 128 + u, or 2 u from 128 on: it has seven bits where u has eight. So f - 256 is
+    // q where q is negative, else 2 q; and q too much is max(f / 2 - 128, 0). All are exact. Masks
+    // and an exponent moved by hand are as few instructions, but of the integer unit, which is
+    // busy with permutes and has half the rate.
+    u32 twice, excess;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(twice) : "r"(v), "r"(0x3f803f80u), "r"(0xc380c380u));
+    asm("fma.rn.relu.bf16x2 %0, %1, %2, %3;" : "=r"(excess)
+        : "r"(v), "r"(0x3f003f00u), "r"(0xc300c300u));
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(excess), "r"(0xbf80bf80u), "r"(twice));
 #else
     // 0x64uu is 1024 + u
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(0x64806480u));

@@ -2,9 +2,9 @@
 //
 // The transposed product y^T = W x^T makes the weights the first operand of wgmma, which may come
 // from registers: INT8 bytes travel from the file's layout in global memory through shared memory
-// to registers, become 16-bit there (three instructions for two weights, four in bfloat16), and never exist as 16-bit
-// in memory. A lane reads just the two bytes that each register of a fragment wants: more loads
-// than hopper_small.cu makes, but x needs no other order.
+// to registers, become 16-bit there (three instructions for two weights, four in bfloat16), and never
+// exist as 16-bit in memory. A lane reads just the two bytes that each register of a fragment wants:
+// more loads than hopper_small.cu makes, but x needs no other order.
 //
 //   warpgroup 0      producer: bulk tensor copies of W [ROWS, KB] and x [TOKENS, KB] to a ring
 //   warpgroups 1...  consumers: 64 rows of W each; half of the next 64 columns is converted while
