@@ -320,6 +320,21 @@ def test_a_launch_is_what_the_plan_says(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("capability", "is_early"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((12, 0), True)]
+)
+def test_it_starts_early_where_kernels_can(monkeypatch, capability, is_early):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(driver, "card_of", lambda _: RTX_4090)
+    monkeypatch.setattr(driver, "workspace", lambda *_: None)
+    monkeypatch.setattr(driver, "prepare", lambda *_, is_early=False: asked.append(is_early))
+    monkeypatch.setattr(backend, "_kernel", lambda *_: None)
+    (plan, *_) = plans(form_on(RTX_4090, SHAPES[0]), 5, 70, 1056, RTX_4090)
+    backend._start.__wrapped__(plan, 32, GRID8, F16, 0, 0)
+    assert asked == [is_early]
+
+
+@pytest.mark.parametrize(
     ("name", "capability", "reason"),
     [
         ("sm80", (7, 5), "needs compute capability 8.0, this GPU has 7.5"),

@@ -29,6 +29,8 @@ from halfweight.kernels.triton import backend as portable
 from halfweight.kernels.triton.tables import REASONS, Config
 
 MIN_CAPABILITY = (8, 0)
+EARLY_CAPABILITY = (9, 0)
+"""From here on a kernel may start before the one ahead of it has ended."""
 MOST_TOKENS = 256
 SCALES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 """Kinds of scales as w8a16.cu numbers them."""
@@ -70,7 +72,8 @@ def _start(
     blocks = multiprocessors * max(shape.blocks for shape in SHAPES)
     space = driver.workspace(device, stream, floats, blocks)
     sizes = (plan.num_workers, form.shape.threads, form.shared_bytes)
-    return driver.prepare(kernel, sizes, stream, space)
+    is_early = torch.cuda.get_device_capability(device) >= EARLY_CAPABILITY
+    return driver.prepare(kernel, sizes, stream, space, is_early=is_early)
 
 
 @lru_cache(maxsize=4096)

@@ -80,27 +80,32 @@ __device__ __forceinline__ void leave_partial(const Problem& p, int slot, int th
     if (thread == 0) set_flag(p.flags + slot);
 }
 
-// Add what the workers [first, last) left for this tile, in their order. Several are read at once
-// where there are registers for it.
-template <int ID, int THREADS, int COUNT>
-__device__ __forceinline__ void add_partials(const Problem& p, int first, int last, int stride,
-                                             int rank, int thread, float (&sums)[COUNT]) {
+// Until the workers [first, last) have left what they have of this tile.
+template <int ID, int THREADS>
+__device__ __forceinline__ void wait_for_partials(const Problem& p, int first, int last, int stride,
+                                                  int rank, int thread) {
     for (int other = first + thread; other < last; other += THREADS) {
         int* flag = p.flags + other * stride + rank;
         while (!read_flag(flag)) {}
         *flag = 0;
     }
     named_sync<ID, THREADS>();
-    constexpr int WORDS = COUNT / 4, AT_ONCE = COUNT > 32 ? 1 : 64 / COUNT;
+}
+
+// Add what lies in every STEP-th slot of [first, last), in their order; AT_ONCE are read together.
+template <int THREADS, int AT_ONCE, int COUNT>
+__device__ __forceinline__ void add_slots(const Problem& p, int first, int last, int step, int thread,
+                                          float (&sums)[COUNT]) {
+    constexpr int WORDS = COUNT / 4;
     float4 theirs[AT_ONCE][WORDS];
-    for (int other = first; other < last; other += AT_ONCE) {
+    for (int slot = first; slot < last; slot += AT_ONCE * step) {
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
-            const float4* from = (const float4*)p.partials +
-                                 (long long)((other + j) * stride + rank) * (WORDS * THREADS) + thread;
+            int at = slot + j * step;
+            const float4* from = (const float4*)p.partials + (long long)at * (WORDS * THREADS) + thread;
 #pragma unroll
             for (int i = 0; i < WORDS; ++i)
-                theirs[j][i] = other + j < last ? __ldcg(from + i * THREADS) : float4{};
+                theirs[j][i] = at < last ? __ldcg(from + i * THREADS) : float4{};
         }
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j)
@@ -111,4 +116,15 @@ __device__ __forceinline__ void add_partials(const Problem& p, int first, int la
                 sums[4 * i + 2] += v.z, sums[4 * i + 3] += v.w;
             }
     }
+}
+
+// Add what the workers [first, last) left for this tile, in their order. Several are read at once
+// where there are registers for it.
+template <int ID, int THREADS, int COUNT>
+__device__ __forceinline__ void add_partials(const Problem& p, int first, int last, int stride,
+                                             int rank, int thread, float (&sums)[COUNT]) {
+    constexpr int AT_ONCE = COUNT > 32 ? 1 : COUNT == 32 ? 2 : 32 / COUNT;
+    wait_for_partials<ID, THREADS>(p, first, last, stride, rank, thread);
+    add_slots<THREADS, AT_ONCE>(p, first * stride + rank, (last - 1) * stride + rank + 1, stride, thread,
+                                sums);
 }

@@ -36,6 +36,7 @@ constexpr int ACC = RT * NT * 4;
 constexpr int SPAN = GROUP == 32 || RT > 2 ? 32 : 64;
 constexpr int RUN = GROUP < 64 * UNITS ? GROUP : 64 * UNITS;  // columns between two scales
 constexpr int RUNS = 64 * UNITS / RUN;
+constexpr int AT_ONCE = ACC > 32 ? 1 : (THREADS * BLOCKS > 384 && ACC < 32 ? 32 : 64) / ACC;  // sharers' sums
 constexpr int SCALE_BYTES = SCALES == 0 ? 1 : SCALES == 3 ? 4 : 2;
 
 static_assert(STAGES >= 2 && KB % 128 == 0, "a ring, of whole boxes");
@@ -415,17 +416,18 @@ w8a16(const __grid_constant__ Operands o) {
             }
         }
         RowEnds ends(p, n + first_row);
+        if (s.k_begin == 0 && s.k_end < p.k_blocks) {
+            int last = schedule.last_sharer(s);
+            wait_for_partials<1, THREADS>(p, worker + 1, last, 1, 0, threadIdx.x);
+            add_slots<OWNERS, AT_ONCE>(p, worker + 1 + wk, last, WK, threadIdx.x % OWNERS, total);
+        }
         reduce_warps(buffer, total);
         if (s.k_begin > 0) {
             if (wk == 0) leave_partial<1, OWNERS>(p, worker, threadIdx.x, total);
             continue;
         }
         u16* results = (u16*)(memory + (stage + STAGES - 1) % STAGES * STAGE_BYTES);  // the stage just read
-        if (wk == 0) {
-            if (s.k_end < p.k_blocks)
-                add_partials<1, OWNERS>(p, worker + 1, schedule.last_sharer(s), 1, 0, threadIdx.x, total);
-            lay_out(results, first_row, first_token, quad, ends, total);
-        }
+        if (wk == 0) lay_out(results, first_row, first_token, quad, ends, total);
         __syncthreads();
         store(p, n, m, results);
         __syncthreads();  // the copies of a stage come there next
