@@ -119,6 +119,7 @@ inline void erase(uint4* place) { *place = {~0u, ~0u, ~0u, ~0u}, ++progress; }
 
 inline u8* shared_memory() { return current->home->shared.data(); }
 inline u32 shared_address(const void* p) { return (u32)((const u8*)p - shared_memory()); }
+inline int thread_index() { return threadIdx.x; }
 inline void copy16(u32 to, const void* from, bool is_there) {
     current->groups.back().push_back({to, is_there ? from : nullptr});
 }

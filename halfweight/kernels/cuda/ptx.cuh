@@ -14,6 +14,12 @@ __device__ __forceinline__ u8* shared_memory() {
     extern __shared__ __align__(1024) u8 bytes[];
     return bytes;
 }
+// threadIdx.x, read where it stands: what follows from it takes no registers from a loop before.
+__device__ __forceinline__ int thread_index() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
 // 16 bytes to shared memory, while the thread goes on; zeros where there is nothing to read.
 __device__ __forceinline__ void copy16(u32 to, const void* from, bool is_there) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to),

@@ -332,17 +332,18 @@ __device__ __forceinline__ void lay_out(u16* results, int row, int token, int qu
 }
 // From there to y, 16 bytes at once where its lines allow that. All threads of the block call it.
 __device__ __forceinline__ void store(const Problem& p, int row, int token, const u16* results) {
+    int thread = thread_index();
     int tokens = min(MT, p.num_tokens - token), rows = min(BN, p.out_features - row);
     u16* y = p.y + (long long)token * p.out_features + row;
     if (p.out_features % 8 == 0)
-        for (int i = threadIdx.x; i < tokens * LINE_CHUNKS; i += THREADS) {
+        for (int i = thread; i < tokens * LINE_CHUNKS; i += THREADS) {
             int m = i / LINE_CHUNKS, n = i % LINE_CHUNKS * 8;
             if (n < rows)
                 *(uint4*)(y + (long long)m * p.out_features + n) =
                     ((const uint4*)results)[result_chunk(m, n / 8)];
         }
     else
-        for (int i = threadIdx.x; i < tokens * BN; i += THREADS) {
+        for (int i = thread; i < tokens * BN; i += THREADS) {
             int m = i / BN, n = i % BN;
             if (n < rows)
                 y[(long long)m * p.out_features + n] = results[result_chunk(m, n / 8) * 8 + n % 8];
