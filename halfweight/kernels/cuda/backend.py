@@ -34,6 +34,8 @@ EARLY_CAPABILITY = (9, 0)
 MOST_TOKENS = 256
 SCALES = {torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 """Kinds of scales as w8a16.cu numbers them."""
+FILES = ("ptx.cuh", "schedule.cuh", "w8a16_copies.cuh", "w8a16.cu")
+"""Instructions, schedule, copies, kernel."""
 
 
 class Operands(ctypes.Structure):
@@ -43,11 +45,11 @@ class Operands(ctypes.Structure):
 
 
 def source(form: Form, run: int, scales: torch.dtype, dtype: torch.dtype) -> str:
-    """The kernel's text: compile-time choices, instructions, schedule, kernel."""
+    """The kernel's text: compile-time choices, then FILES."""
     defines = form.defines(run, SCALES[scales], dtype == torch.bfloat16)
     parts = [f"#define {name} {value}" for name, value in defines.items()]
     folder = Path(__file__).parent
-    parts += [(folder / name).read_text() for name in ("ptx.cuh", "schedule.cuh", "w8a16.cu")]
+    parts += [(folder / name).read_text() for name in FILES]
     return "\n".join(parts)
 
 
