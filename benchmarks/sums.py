@@ -6,7 +6,8 @@
 Microseconds of a sum, on all ranks at once, in a CUDA graph of 100: the median of some replays.
 `own` is peer_sum.cu, `one_shot` and `two_shots` are torch's with the copies into and out of its
 buffer. `_us` is of sums one after the other, `_between_us` of sums with the engine's norm before
-each, less the norms alone: what a sum adds to a step, in which kernels may start early.
+each, less the norms alone: what a sum adds to a step, in which kernels may start early. The slowest
+replay of both is `_slowest_us`.
 """
 
 from __future__ import annotations
@@ -53,8 +54,10 @@ def torch_ways(near: Any, device: torch.device) -> dict[str, Sum]:
     return {"one_shot": one_shot, "two_shots": two_shots}
 
 
-def microseconds(link: GroupLink, run: Callable[[], object], device: torch.device) -> float:
-    """Of one of NUM_SUMS runs in a graph."""
+def microseconds(
+    link: GroupLink, run: Callable[[], object], device: torch.device
+) -> tuple[float, float]:
+    """Of one of NUM_SUMS runs in a graph: the median of the replays, and the slowest."""
     run()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
@@ -70,7 +73,7 @@ def microseconds(link: GroupLink, run: Callable[[], object], device: torch.devic
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e3 / NUM_SUMS)
-    return statistics.median(times[2:])
+    return statistics.median(times[2:]), max(times[2:])
 
 
 def norm(hidden: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -88,7 +91,7 @@ def row(link: GroupLink, ways: dict[str, Sum], size: int, device: torch.device) 
         for _ in range(2)
     )
     weight = torch.ones(HIDDEN_SIZE, dtype=torch.bfloat16, device=device)
-    norms = microseconds(link, partial(norm, hidden, x, weight), device)
+    norms, _ = microseconds(link, partial(norm, hidden, x, weight), device)
     found: dict[str, Any] = {"bytes": size, "norm_us": norms}
     for name, add in ways.items():
 
@@ -96,8 +99,10 @@ def row(link: GroupLink, ways: dict[str, Sum], size: int, device: torch.device) 
             norm(hidden, x, weight)
             add(x.view(-1))
 
-        found[f"{name}_us"] = microseconds(link, partial(add, x.view(-1)), device)
-        found[f"{name}_between_us"] = microseconds(link, both, device) - norms
+        found[f"{name}_us"], slowest = microseconds(link, partial(add, x.view(-1)), device)
+        between, slowest_between = microseconds(link, both, device)
+        found[f"{name}_between_us"] = between - norms
+        found[f"{name}_slowest_us"] = max(slowest, slowest_between - norms)
     return found
 
 

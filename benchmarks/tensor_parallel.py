@@ -138,12 +138,12 @@ def opened(options: argparse.Namespace, folder: Path) -> Running:
 
 def rows(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """One for each batch; `peak_bytes` is up to its end."""
+    peak_rate = fastest_read(options)
     begin = time.perf_counter()
     running = opened(options, folder)
     loaded = time.perf_counter() - begin
     fixed = facts(options, folder, running) | {"load_seconds": loaded}
     device = running.runner.device
-    peak_rate = read_bandwidth(device)
     if options.compare:
         fixed |= compared(options, folder, logits(running))
     sampler = Sampler(running.runner.table, running.runner.vocab_size)
@@ -156,6 +156,17 @@ def rows(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
             rate = num_bytes * times["tokens_per_second"] / batch
             read = {"fraction_of_read_bandwidth": rate / peak_rate, "peak_bytes": max(peaks)}
             yield {**fixed, "batch": batch, **times, **read}
+
+
+def fastest_read(options: argparse.Namespace) -> float:
+    """Bytes a second of the first device, measured before there is a model: it takes memory."""
+    places = options.devices.split(",") if options.devices else ["cuda:0"]
+    device = torch.device(places[0] if torch.cuda.is_available() else "cpu")
+    found = read_bandwidth(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return found
 
 
 def facts(options: argparse.Namespace, folder: Path, running: Running) -> dict[str, Any]:

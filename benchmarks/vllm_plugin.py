@@ -10,12 +10,13 @@ groups of 128) is served from weights that vLLM makes up. For each kernel one pr
 (CUDA graphs and torch.compile on, `start_seconds`), warms up, and answers `concurrency` prompts of
 512 random ids with 128 new tokens each, greedy, all sent at once; the median of the repeats counts,
 prefill included. With --together all start at once, on GPUs of their own where there are enough,
-and are measured in turns; else one kernel is done before the other starts, and vLLM chooses its
-cache's size as it does for users, for which it records its graphs once more. With --rounds all is
-done again: the second round's `start_seconds` are those of a machine that has compiled before. Runs
-at the same time on one machine start together and measure alone. The ceiling is the read bandwidth:
-a step reads each weight once. vLLM does not fill the bytes of made-up weights, which are the same,
-mostly zeros, for both kernels; its made-up scales become 2^-7 for ours, as a file's lie on a grid.
+and are measured in turns; else one kernel is done before the other starts. With --own-cache vLLM
+chooses its cache's size, as it does for users, and for that records its graphs once more. With
+--rounds all is done again: the second round's `start_seconds` are those of a machine that has
+compiled before. Runs at the same time on one machine start together and measure alone. The ceiling
+is the read bandwidth: a step reads each weight once. vLLM does not fill the bytes of made-up
+weights, which are the same, mostly zeros, for both kernels; its made-up scales become 2^-7 for
+ours, as a file's lie on a grid.
 
 A CPU has no kernel of vLLM's for this file; there only ours is run.
 """
@@ -57,6 +58,8 @@ KERNELS = ("vllm", "halfweight")
 PROMPT_TOKENS, NEW_TOKENS = 512, 128
 LEAST_FREE = 0.3
 """Part of a GPU that must be free for vLLM to start where others have the rest."""
+MOST_TAKEN = 0.7
+"""Part of a GPU that vLLM may take where it chooses: room for another kernel's server is left."""
 LARGEST_BLOCK = 128
 """Tokens of a block of vLLM's cache, on a CPU."""
 WORKLOAD = {False: (PROMPT_TOKENS, NEW_TOKENS), True: (32, 8)}
@@ -109,8 +112,9 @@ def serve(options: argparse.Namespace, folder: str) -> None:
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
     """vLLM's options for its cache: with a given size it records its graphs once, not twice."""
-    if torch.cuda.is_available() and not options.together:
-        return {}  # all that is left of the GPU, as it chooses for users
+    kernel = "vllm" if os.environ["HALFWEIGHT_VLLM"] == "0" else "halfweight"
+    if kernel in options.own_cache:
+        return {"gpu_memory_utilization": MOST_TAKEN}
     return {"gpu_memory_utilization": LEAST_FREE, "kv_cache_memory_bytes": cache_bytes(options)}
 
 
@@ -214,6 +218,7 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", choices=KERNELS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--together", action="store_true", help="start all kernels at once")
+    parser.add_argument("--own-cache", nargs="+", choices=KERNELS, default=[])
     parser.add_argument("--rounds", type=int, default=1, help="starts of each kernel")
     parser.add_argument("--no-custom-all-reduce", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)

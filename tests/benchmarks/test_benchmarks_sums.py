@@ -12,7 +12,7 @@ def test_a_row_has_each_way_alone_and_between_norms(monkeypatch):
     def microseconds(link, run, device):
         run()
         times.append(10.0 if not added else 10.0 + len(added))
-        return times[-1]
+        return times[-1], 2 * times[-1]
 
     monkeypatch.setattr(sums, "microseconds", microseconds)
     monkeypatch.setattr(sums, "launch", lambda *given, **meta: None)
@@ -23,8 +23,10 @@ def test_a_row_has_each_way_alone_and_between_norms(monkeypatch):
         "norm_us": 10.0,
         "own_us": 11.0,
         "own_between_us": 2.0,
+        "own_slowest_us": 22.0,
         "nccl_us": 13.0,
         "nccl_between_us": 4.0,
+        "nccl_slowest_us": 26.0,
     }
     assert added == [16 << 10] * 4
 
