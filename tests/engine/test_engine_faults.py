@@ -180,7 +180,7 @@ def test_a_step_that_fails_ends_the_engine_and_says_what_to_do(error, message, h
 
 @pytest.mark.parametrize("overlaps", [True, False])
 def test_tokens_of_a_device_that_was_let_go_are_told_to_nobody(overlaps):
-    """What waited for a lost rank ends with sums that lack its numbers, in the request's last step."""
+    """Kernels that waited for a lost rank end, with sums that lack its numbers."""
     engine, _ = fake_engine()
     engine._loop._overlaps = overlaps
     read, steps = engine._loop._launcher.read, []

@@ -188,7 +188,14 @@ def test_all_ranks_have_the_sum_call_after_call(emulated, ranks, dtype):
         ("sendable(own[k])", "own[k]"),
         ("v.x == NOTHING ||", ""),
     ],
-    ids=["nothing erased", "one turn", "no barrier", "no wait", "any NaN sent", "words not looked at"],
+    ids=[
+        "nothing erased",
+        "one turn",
+        "no barrier",
+        "no wait",
+        "any NaN sent",
+        "words not looked at",
+    ],
 )
 def test_the_emulator_sees(emulated, change):
     machine = Machine(emulated(3, BF16, (change,)), 3, BF16)
@@ -249,7 +256,7 @@ def test_what_is_written_fits_and_every_way_is_checked_at_the_start(ranks):
 
 @pytest.fixture(params=[False, True], ids=["", "inference_mode"])
 def made(monkeypatch, request):
-    """A rank of two whose driver notes what it is to launch; also made in a mode that others leave."""
+    """A rank of two whose driver notes what it is to launch; also made in a mode of its own."""
     size = ctypes.sizeof(Operands)
     launched = []
 
