@@ -96,7 +96,7 @@ def measure(engine: Engine, batch: int, prompt: int, new: int) -> dict[str, floa
     another: the graphs of all batch sizes are recorded by then.
     """
     vocab_size = 1000
-    ends = [2 + i * WARM_UP_TOKENS // batch for i in range(batch)]
+    ends = [8 + i * WARM_UP_TOKENS // batch for i in range(batch)]
     seconds(engine, ids(batch, prompt, vocab_size, 0), ends)
     prefill, rest = seconds(engine, ids(batch, prompt, vocab_size, 1), [new] * batch)
     return {"tokens_per_second": batch * (new - 1) / rest, "prefill_seconds": prefill}

@@ -233,7 +233,10 @@ class Loop:
 
     def _tell(self, launched: Launched) -> None:
         """Wait for a step and pass on what it gave to whom."""
-        for sequence, chunk, gained in self._launcher.read(launched):
+        found = self._launcher.read(launched)
+        if self._lost is not None:  # a device that was let go of added up what was never sent
+            raise self._lost
+        for sequence, chunk, gained in found:
             if not sequence.is_finished:
                 is_first = sequence.num_new == 0
                 tokens, reason = self._scheduler.accept(sequence, chunk.num_logits, gained.tokens)

@@ -178,6 +178,25 @@ def test_a_step_that_fails_ends_the_engine_and_says_what_to_do(error, message, h
     assert "the runner was not closed" in caplog.text
 
 
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_tokens_of_a_device_that_was_let_go_are_told_to_nobody(overlaps):
+    """Kernels that waited for a lost rank end, with sums that lack its numbers."""
+    engine, _ = fake_engine()
+    engine._loop._overlaps = overlaps
+    read, steps = engine._loop._launcher.read, []
+
+    def wait(launched):
+        steps.append(launched)
+        found = list(read(launched))
+        if len(steps) == 4:
+            engine._loop.fail(RankError("rank 1 was killed by SIGKILL"))
+        return found
+
+    engine._loop._launcher.read = wait
+    with engine, pytest.raises(EngineStoppedError, match="rank 1 was killed"):
+        engine.generate([1], max_new_tokens=4, stop_tokens=())
+
+
 def test_a_device_that_never_answers_keeps_nobody_waiting(monkeypatch, caplog):
     """A GPU may wait for another's numbers for ever; the fault is told from outside."""
     monkeypatch.setattr(loop, "DEVICE_SECONDS", 0.05)

@@ -44,8 +44,10 @@ class Near:
 
     takes_of = 1 << 12
 
-    def __init__(self, group, wrong=0.0, error=None):
-        self.group, self.wrong, self.error, self.events = group, wrong, error, []
+    def __init__(self, group, wrong=0.0, error=None, alone=False):
+        """`alone`: its kernel has given up to wait for others."""
+        self.group, self.wrong, self.error, self.alone = group, wrong, error, alone
+        self.events = []
 
     def takes(self, x):
         return x.numel() <= self.takes_of
@@ -54,6 +56,8 @@ class Near:
         self.events.append("sum")
         if self.error is not None:
             raise self.error
+        if self.alone:
+            return x
         total = x.clone()
         self.group.allreduce([total], links._c10d.AllreduceOptions()).wait()
         return total + self.wrong
@@ -88,8 +92,9 @@ def test_small_sums_go_by_memory_where_all_ranks_have_them(pair):
         ({}, None),
         ({"wrong": 1.0}, {}),
         ({"error": RuntimeError("not for this dtype")}, {"error": RuntimeError("neither here")}),
+        ({"error": RuntimeError("not here")}, {"alone": True}),
     ],
-    ids=["one_has_none", "one_is_wrong", "none_can"],
+    ids=["one_has_none", "one_is_wrong", "none_can", "one_raises"],
 )
 def test_what_is_not_right_on_all_ranks_is_not_taken(pair, options):
     nears = [
@@ -131,6 +136,7 @@ def test_kernels_that_wait_for_others_are_let_go_before_the_group_is_left(is_tol
 
 def test_numbers_that_never_arrive_are_not_waited_for(pair, monkeypatch, caplog):
     """Nor is a link taken that was let go of while its last number came."""
+    caplog.set_level("INFO", "halfweight")
     monkeypatch.setattr(links, "NEAR_SECONDS", 0.02)
     nears = [Near(link._group) for link in pair]
     told, add = Event(), nears[0].sum
@@ -142,7 +148,8 @@ def test_numbers_that_never_arrive_are_not_waited_for(pair, monkeypatch, caplog)
     nears[0].sum, nears[0].let_go = wait_and_add, told.set
     on_ranks(lambda rank: pair[rank].add_near(nears[rank]))
     assert [link._near for link in pair] == [None, None]
-    assert "sums by each other's memory come out wrong here" in caplog.text
+    assert "sums by each other's memory do not come out right here" in caplog.text
+    assert "sums by memory: nothing has come within" in caplog.text
 
 
 def test_a_rank_that_is_lost_while_sums_are_checked_is_no_wrong_sum(pair):

@@ -180,6 +180,18 @@ def test_a_rank_that_is_killed_is_named():
     assert "out of memory" in fault.hint
 
 
+def test_the_last_to_ask_hears_first_of_a_lost_rank():
+    """The loop, so that it uses no sum that the link has let go of."""
+    program = Program(SLEEP)
+    heard = []
+    for name in ("link", "loop"):
+        program.ranks.on_fault(lambda fault, name=name: heard.append(name))
+    program.member.process.kill()
+    program.channel.close()
+    program.fault()
+    assert heard == ["loop", "link"]
+
+
 def test_a_rank_that_ends_leaves_its_last_words():
     program = Program("import sys; print('step 7'); sys.exit('no more of this')")
     program.member.process.wait()

@@ -59,13 +59,18 @@ class Case:
         mixed = (self.places * 7919 + self.count * 104729 + rank * 1299709) % 65521
         return ((mixed - 32760).float() / 509).to(self.dtype)
 
-    def run(self):
+    def begin(self):
         parts = [self.of_rank(rank) for rank in range(self.ranks)]
-        expected = torch.zeros_like(parts[0], dtype=torch.float32)
+        total = torch.zeros_like(parts[0], dtype=torch.float32)
         for part in parts:
-            expected += part.float()
-        found = self.near.sum(parts[self.rank].clone())
-        self.wrong += (found != expected.to(self.dtype)).sum()
+            total += part.float()
+        self.x, self.expected = parts[self.rank].clone(), total.to(self.dtype)
+
+    def add(self):
+        self.found = self.near.sum(self.x)
+
+    def end(self):
+        self.wrong += (self.found != self.expected).sum()
 
 
 def check_sums(rank, ranks, port, replays):
@@ -79,8 +84,9 @@ def check_sums(rank, ranks, port, replays):
 
     def run_all():
         count.add_(1)
-        for case in cases:
-            case.run()
+        for do in (Case.begin, Case.add, Case.end):  # sums behind sums start early
+            for case in cases:
+                do(case)
 
     run_all()
     torch.cuda.synchronize()

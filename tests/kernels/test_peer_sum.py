@@ -36,20 +36,25 @@ struct Call { uint4* x[8]; u32 late[8], num_vectors, is_two_shots; };
 static const Operands* ranks;
 static const Call* calls;
 static const int* num_calls;
-static void of_a_thread() {
-    static Meeting streams[RANKS];  // a call of a rank begins when its last one has ended
-    const u32 rank = blockIdx.x / BLOCKS;
+static u64 num_ended[RANKS];  // threads, of all calls of a rank
+static bool is_first_in_line() {
+    return num_ended[current->group] >= current->call * BLOCKS * THREADS;
+}
+static void of_a_thread() {  // it begins a call while others are in the one before
+    const u32 rank = current->group = blockIdx.x / BLOCKS;
     current->block.x %= BLOCKS;
     for (const Call* call = calls; call < calls + num_calls[rank]; ++call) {
         for (u32 i = 0; i < call->late[rank]; ++i) ++progress, pause();
         Operands o = ranks[rank];
         o.x = call->x[rank], o.num_vectors = call->num_vectors;
         call->is_two_shots ? two_shots(o) : one_shot(o);
-        meet(streams[rank], BLOCKS * THREADS);
+        ++num_ended[rank], ++current->call, ++progress;
     }
 }
 extern "C" int run(const Operands* r, const Call* c, const int* n, unsigned seed) {
     ranks = r, calls = c, num_calls = n;
+    has_previous_ended = is_first_in_line;
+    for (u64& count : num_ended) count = 0;
     return launch(of_a_thread, RANKS * BLOCKS, THREADS, 0, seed);
 }
 """
@@ -179,10 +184,18 @@ def test_all_ranks_have_the_sum_call_after_call(emulated, ranks, dtype):
         ("erase(place);", ""),
         ("turn * o.turn_vectors", "0"),
         ("__syncthreads();  // all", "// all"),
+        ("    wait_for_previous_kernel();\n    return", "    return"),
         ("sendable(own[k])", "own[k]"),
         ("v.x == NOTHING ||", ""),
     ],
-    ids=["nothing erased", "one turn", "no barrier", "any NaN sent", "words not looked at"],
+    ids=[
+        "nothing erased",
+        "one turn",
+        "no barrier",
+        "no wait",
+        "any NaN sent",
+        "words not looked at",
+    ],
 )
 def test_the_emulator_sees(emulated, change):
     machine = Machine(emulated(3, BF16, (change,)), 3, BF16)
@@ -241,9 +254,9 @@ def test_what_is_written_fits_and_every_way_is_checked_at_the_start(ranks):
     assert {way(ranks, 4 * count) for count in CHECKED_NUMBERS} == {*ways, None}
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """A rank of two whose driver notes what it is to launch."""
+@pytest.fixture(params=[False, True], ids=["", "inference_mode"])
+def made(monkeypatch, request):
+    """A rank of two whose driver notes what it is to launch; also made in a mode of its own."""
     size = ctypes.sizeof(Operands)
     launched = []
 
@@ -260,7 +273,9 @@ def made(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     peer_sum._kernel.cache_clear()
     buffers = [torch.zeros(64, dtype=torch.uint8) for _ in range(2)]
-    yield PeerSum(1, buffers), buffers, launched
+    with torch.inference_mode(request.param):
+        kernels = PeerSum(1, buffers)
+    yield kernels, buffers, launched
     peer_sum._kernel.cache_clear()
 
 

@@ -186,7 +186,7 @@ class Ranks:
             self._changed.notify_all()
         for member in self.members:
             _leave(member, 0)
-        for tell in self._tell:
+        for tell in reversed(self._tell):  # the loop hears of it before the link lets kernels end
             tell(fault)
 
 

@@ -18,7 +18,8 @@
 // Whatever the way, ranks are added in order, in float32, and rounded once: the same bits on all.
 //
 // A rank that is lost sends nothing. Who waits looks at `is_over` from time to time, a word in the
-// host's memory; once it is set nothing is waited for, and what is missing counts as zeros.
+// host's memory; once it is set nothing is waited for, and what is missing counts as zeros. Whoever
+// sets it must see that no one uses these sums.
 
 struct Operands {
     uint4* x;           // this rank's numbers, and then the sum
@@ -56,8 +57,10 @@ __device__ __forceinline__ bool is_missing(const uint4& v) {
 }
 // What another rank sends to a place, where `v` has been read.
 __device__ __forceinline__ uint4 received(const Operands& o, uint4* place, uint4 v, bool& is_over) {
+    constexpr u32 WARPS = STRIDE / 32;
+    u32 look = POLLS + first_vector() / 32 * POLLS / WARPS;  // warps in turns
     for (u32 polls = 1; is_missing(v) && !is_over; ++polls) {
-        is_over = polls % POLLS == 0 && load_fresh(o.is_over) != 0;
+        if (polls == look) is_over = load_fresh(o.is_over) != 0, look += POLLS;
         v = load_fresh(place);
     }
     erase(place);

@@ -21,12 +21,12 @@ MIN_CAPABILITY = (8, 0)
 EARLY_CAPABILITY = (9, 0)
 """From which on a kernel may start before the one ahead of it has ended."""
 BLOCKS, THREADS = 64, 512
-POLLS = 8192
-"""Between two looks whether all is over: 2 to 5 ms.
+POLLS = 4096
+"""Between two looks of a warp whether all is over: 1 to 2 ms.
 
-A look is a read of the host's memory by each warp, half a millisecond for all. It must be far
-shorter than the time between two, or the GPU that looks keeps the other one waiting until that
-looks too, and so on in turns: with 512 polls some graphs took 300 us for each sum of 256 KiB.
+A look reads the host's memory, half a microsecond or more. Warps look in turns, so that no line
+forms: with all at once and 512 polls the GPU that looked kept the other one waiting until that
+looked too, and so on; some graphs took 300 us for each sum of 256 KiB.
 """
 MOST_RANKS = 8
 VECTOR_BYTES = 16
@@ -87,7 +87,10 @@ def unavailable(device: torch.device) -> str | None:
 
 
 class PeerSum:
-    """One rank's kernels, and what they keep from call to call. All ranks make the same calls."""
+    """One rank's kernels, and what they keep from call to call.
+
+    All ranks make the same calls, one after another on the device.
+    """
 
     def __init__(self, rank: int, buffers: Sequence[Tensor]) -> None:
         """`buffers` are BUFFER_BYTES of each rank, all within this GPU's reach; its own is filled.
@@ -132,7 +135,8 @@ class PeerSum:
 
         Asks nothing of the driver, which may wait for the kernels that run.
         """
-        self._is_over.fill_(1)
+        with torch.inference_mode():  # in which it may have been made
+            self._is_over.fill_(1)
 
     def _start(self, dtype: torch.dtype, name: str) -> driver.Start:
         stream = torch.cuda.current_stream(self._device).cuda_stream
