@@ -196,8 +196,9 @@ class TransformersRunner:
         return PagePool(shape, call.widths, call.dtype, self.device, int8=int8)
 
     def _check(self, kv_cache: KvCache) -> None:
-        found = deviation(self, self._model)
-        if not found <= limit(self._model.dtype, kv_cache):
+        bound = limit(self._model.dtype, kv_cache)
+        found = deviation(self, self._model, bound)
+        if not found <= bound:
             raise UnfitError(f"over pages its logits are off by {found:.2g} of their spread")
 
 
