@@ -143,6 +143,7 @@ class Engine:
 
             make_drafter = PromptLookup
         self.tokenizer, self.sampling = parts.tokenizer, parts.sampling
+        self._name = parts.name
         known = (token for token in parts.stop_tokens if 0 <= token < runner.vocab_size)
         self.stop_tokens = frozenset(known)
         """Ids that end a text, of those that the model can generate."""
@@ -226,6 +227,7 @@ class Engine:
 
         Raises as `generate`; NanLogitsError; and EngineStoppedError where `close` cuts it short.
         """
+        self._require_tokenizer("streams of text", hint="`open` streams token ids")
         return _texts(self.open(self.request(prompt, **options)))
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
@@ -257,6 +259,7 @@ class Engine:
         >>> async for text in engine.astream("Once upon a time"):
         ...     print(text, end="", flush=True)
         """
+        self._require_tokenizer("streams of text", hint="`open` streams token ids")
         async with aclosing(self.aopen(self.request(prompt, **options)).pieces()) as pieces:
             async for piece in pieces:
                 text = _text_of(piece)
@@ -288,8 +291,8 @@ class Engine:
             )
         ids = self.encode(prompt)
         stops = _stop_strings(stop)
-        if stops and self.tokenizer is None:
-            raise UsageError("stop strings need a tokenizer", hint="use stop_tokens")
+        if stops:
+            self._require_tokenizer("stop strings", hint="use stop_tokens")
         if max_new_tokens is None:
             max_new_tokens = max(1, min(NEW_TOKENS, self._loop.room(len(ids))))
         return Request(
@@ -308,6 +311,7 @@ class Engine:
         `template` goes to the chat template: `tools`, `enable_thinking`, ... Raises UsageError
         where the template refuses, CheckpointError where it is no valid one.
         """
+        self._require_tokenizer("messages", hint="use generate with token ids, or add its files")
         return encode_chat(self.tokenizer, messages, **template)
 
     def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[int, ...]:
@@ -315,11 +319,17 @@ class Engine:
 
         Raises UsageError for a text where there is no tokenizer.
         """
+        if isinstance(prompt, str):
+            self._require_tokenizer("text", hint="give token ids, or add the tokenizer's files")
         return encode(self.tokenizer, prompt, add_special_tokens=add_special_tokens)
 
     def check(self, request: Request) -> None:
         """Raise UsageError for what can never run, before anything does."""
         self._loop.check(request)
+
+    def _require_tokenizer(self, what: str, *, hint: str) -> None:
+        if self.tokenizer is None:
+            raise UsageError(f"{self._name}: found no tokenizer, needed for {what}", hint=hint)
 
     def _requests(self, prompts: Any, options: Mapping[str, Any]) -> list[Request]:
         """Requests of one prompt or of many; then an error says which of them it is about."""

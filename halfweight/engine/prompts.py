@@ -31,13 +31,11 @@ def _is_number(value: Any) -> bool:
 def encode(tokenizer: Any, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[int, ...]:
     """Token ids of a prompt. A text that begins with the BOS is not given a second one.
 
-    Raises UsageError for a text where there is no tokenizer, or that it cannot read, and for what
-    is neither text nor whole numbers.
+    Raises UsageError for a text that the tokenizer cannot read, and for what is neither text nor
+    whole numbers.
     """
     if not isinstance(prompt, str):
         return token_ids(prompt)
-    if tokenizer is None:
-        raise UsageError("text needs a tokenizer", hint="give token ids, or a tokenizer")
     ids = _ids(tokenizer, prompt, add_special_tokens)
     bos = getattr(tokenizer, "bos_token_id", None)
     return tuple(ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids)
@@ -49,8 +47,6 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], /, **template: Any)
     `template` goes to the tokenizer's `apply_chat_template`. Raises UsageError where there is no
     template, where it refuses, and where the tokenizer cannot read what it made.
     """
-    if tokenizer is None:
-        raise UsageError("messages need a tokenizer", hint="use generate with token ids")
     return _ids(tokenizer, chat_text(tokenizer, messages, **template), add_special_tokens=False)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import shutil
 import threading
 import time
 import weakref
@@ -15,6 +16,7 @@ from fake_model import POISON, STOP, VOCAB, FakeRunner, FakeSampler, alone
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import halfweight
 from halfweight.engine.engine import Engine
 from halfweight.engine.loop import EngineStoppedError, NanLogitsError
 from halfweight.engine.request import Request, Sampling
@@ -340,13 +342,24 @@ def test_without_a_tokenizer_prompts_and_answers_are_ids(make_engine):
     answer = engine.generate([1, 2, 3], max_new_tokens=9)
     assert text_of(answer.tokens) == wanted("abc", 9)[0]
     assert answer.text == ""
-    for call in (
-        lambda: engine.generate("abc"),
-        lambda: engine.generate([1], stop="x"),
-        lambda: engine.chat([{"role": "user", "content": "hi"}]),
+    for call, what in (
+        (lambda: engine.generate("abc"), "text"),
+        (lambda: engine.generate([1], stop="x"), "stop strings"),
+        (lambda: engine.chat([{"role": "user", "content": "hi"}]), "messages"),
+        (lambda: engine.stream([1]), "streams of text"),
     ):
-        with pytest.raises(UsageError, match=r"tokenizer|template"):
+        with pytest.raises(UsageError, match=f"the model: found no tokenizer, needed for {what}"):
             call()
+
+
+def test_a_model_without_a_tokenizer_is_named(int8_folder, tmp_path):
+    folder = tmp_path / "bare-int8"
+    shutil.copytree(int8_folder, folder, ignore=shutil.ignore_patterns("*token*"))
+    with (
+        halfweight.Engine(folder, device="cpu") as engine,
+        pytest.raises(UsageError, match="bare-int8: found no tokenizer, needed for text"),
+    ):
+        engine.generate("w5")
 
 
 @pytest.mark.parametrize("message", [5, "hello", {"content": "hello"}], ids=str)
