@@ -1,8 +1,8 @@
-"""Prompts to token ids: text, ids, or a conversation through the model's chat template."""
+"""What callers give: prompts as text, ids or a conversation, to token ids; what ends a text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Number
 from typing import Any
 
@@ -59,3 +59,20 @@ def _ids(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
             f"the tokenizer cannot read the prompt: {message}", hint="give text that is Unicode"
         ) from error
     return ids
+
+
+def stop_strings(stop: Any) -> tuple[str, ...]:
+    """A caller's one or several. Raises UsageError for what is no text."""
+    given = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
+    if not all(isinstance(text, str) for text in given):
+        raise UsageError(
+            f"stop is {stop!r}, expected a text or several", hint="stop_tokens takes token ids"
+        )
+    return given
+
+
+def stop_ids(tokens: Any) -> frozenset[int]:
+    """A caller's token ids. Raises UsageError for a single one."""
+    if not isinstance(tokens, Iterable):
+        raise UsageError(f"stop_tokens is {tokens!r}, expected token ids", hint="give a list")
+    return frozenset(tokens)

@@ -292,6 +292,7 @@ def test_a_failed_step_reaches_every_form(make_engine):
     ("prompts", "options", "message"),
     [
         ("abc", {"temprature": 1.0}, "unknown option 'temprature'"),
+        ("abc", {"sampling": 20}, "sampling is 20, expected a Sampling"),
         (["abc", "a" * 600], {}, "prompt 1: the prompt has 600 tokens"),
         ([["a"]], {}, "prompt 0: the prompt has token id 'a', expected a whole number"),
         ([1, 1.5], {}, "the prompt has token id 1.5, expected a whole number"),
@@ -360,6 +361,40 @@ def test_a_model_without_a_tokenizer_is_named(int8_folder, tmp_path):
         pytest.raises(UsageError, match="bare-int8: found no tokenizer, needed for text"),
     ):
         engine.generate("w5")
+
+
+def test_sampling_may_be_the_second_argument(make_engine, monkeypatch):
+    """As users of vLLM write it; single fields go on top of it."""
+    engine, asked = make_engine(), []
+    request = engine.request
+
+    def recorded(*arguments, **options):
+        asked.append(request(*arguments, **options))
+        return asked[-1]
+
+    monkeypatch.setattr(engine, "request", recorded)
+    sampling, options = Sampling(seed=5), {"max_new_tokens": 3}
+    messages = [{"role": "user", "content": "hi"}]
+
+    async def pieces():
+        return [piece async for piece in engine.astream("abc", sampling, **options)]
+
+    text = engine.generate("abc", sampling, **options).text
+    engine.generate(["abc", "b"], sampling, **options)
+    engine.chat(messages, sampling, **options)
+    asyncio.run(engine.agenerate("abc", sampling, **options))
+    asyncio.run(engine.achat(messages, sampling, **options))
+    assert "".join(engine.stream("abc", sampling, **options)) == text
+    assert "".join(asyncio.run(pieces())) == text
+    assert [made.sampling for made in asked] == [sampling] * 8
+    assert request("a", sampling, top_k=2).sampling == Sampling(seed=5, top_k=2)
+
+
+def test_an_unknown_option_is_answered_with_all_that_there_are(make_engine):
+    with pytest.raises(UsageError, match="unknown option 'max_tokens'") as caught:
+        make_engine().generate("abc", max_tokens=3)
+    given = caught.value.hint.removeprefix("options are ").split(", ")
+    assert {"max_new_tokens", "stop", "stop_tokens", "temperature", "seed", "sampling"} <= {*given}
 
 
 @pytest.mark.parametrize("message", [5, "hello", {"content": "hello"}], ids=str)
