@@ -122,6 +122,7 @@ def plan(
     answer = replace(
         _answer(made, target.gpus, read_bandwidth, price, model),
         records=records,
+        plugin=plugin,
         commands=commands(model, made, target.gpus.num_bytes, plugin=plugin),
         vllm=vllm_run(made, model, target.gpus, plugin),
     )
@@ -159,6 +160,7 @@ class _Answer:
     solution: dict[str, Any] | None = None
     cells: Sequence[Cell] = ()
     records: Sequence[Record] = ()
+    plugin: bool = False
     commands: Sequence[str] = ()
     """That make the file and run it, if it fits."""
     vllm: VllmRun | None = None
@@ -277,7 +279,7 @@ def _write(answer: _Answer, html: Path | None, png: Path | None) -> None:
     if html is not None:
         from halfweight.memory.plan_page import render
 
-        html.write_text(render(answer.plan, answer.gpus))
+        html.write_text(render(answer.plan, answer.gpus, answer.name, plugin=answer.plugin))
     if png is not None:
         from halfweight.memory.plan_figure import draw
 
@@ -390,14 +392,14 @@ def _print_verdict(answer: _Answer) -> None:
 
 
 def _print_commands(answer: _Answer) -> None:
-    from halfweight.memory.commands import SOURCE, source_of
+    from halfweight.memory.commands import source_words
 
     for line in answer.commands:
         stdout.print(f"run: {line}", markup=False, highlight=False, soft_wrap=True)
-    if answer.plan.model.recipe is not None and source_of(answer.name) == SOURCE:
-        whose = answer.plan.model.architecture.name
-        line = f"{SOURCE}: the folder or Hub id of {whose} in 16 bits"
-        stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+    model = answer.plan.model
+    words = source_words(answer.name, model.architecture.name) if model.recipe else ""
+    if words and answer.commands:
+        stdout.print(words, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_solution(answer: _Answer) -> None:

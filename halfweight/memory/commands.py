@@ -30,14 +30,30 @@ def commands(name: str, found: Plan, gpu_bytes: int, *, plugin: bool = False) ->
     serve = _vllm_serve(found, folder, gpu_bytes) if is_vllm else _serve(found, folder)
     if found.model.recipe is None:
         return [serve]
-    reader = "vllm" if is_vllm and not plugin else None
-    return [f"halfweight quantize {source_of(name)} {OUT}{_options(found.model, reader)}", serve]
+    return [quantize_command(name, found.model, for_vllm=is_vllm and not plugin), serve]
+
+
+def quantize_command(name: str, model: Model, *, for_vllm: bool) -> str:
+    """What makes the file that was planned; of a model with a recipe."""
+    options = _options(model, "vllm" if for_vllm else None)
+    return f"halfweight quantize {source_of(name)} {OUT}{options}"
+
+
+def gpu_share(budget: int | None, gpu_bytes: int) -> str:
+    """What vLLM is to be told of a GPU's memory."""
+    share = MOST_OF_A_GPU * (budget or gpu_bytes) / gpu_bytes
+    return f"{int(100 * share) / 100:.2f}"
 
 
 def source_of(name: str) -> str:
     """What `quantize` is to be given of a model that was planned by this name."""
     is_described = name in PRESETS or name.endswith(".json")
     return SOURCE if is_described else shlex.quote(name)
+
+
+def source_words(name: str, whose: str) -> str:
+    """What SOURCE stands for; nothing where it is not in the command."""
+    return f"{SOURCE}: the folder or Hub id of {whose} in 16 bits" * (source_of(name) == SOURCE)
 
 
 def _options(model: Model, reader: str | None) -> str:
@@ -76,12 +92,11 @@ def _serve(found: Plan, folder: str) -> str:
 
 def _vllm_serve(found: Plan, folder: str, gpu_bytes: int) -> str:
     work = found.workload
-    share = MOST_OF_A_GPU * (found.budget or gpu_bytes) / gpu_bytes
     words = [
         f"vllm serve {folder}",
         f"--tensor-parallel-size {work.ranks}",
         f"--max-model-len {work.context}",
         f"--max-num-seqs {work.batch}",
-        f"--gpu-memory-utilization {int(100 * share) / 100:.2f}",
+        f"--gpu-memory-utilization {gpu_share(found.budget, gpu_bytes)}",
     ]
     return " ".join([*words, *(["--kv-cache-dtype fp8"] if work.kv_dtype == "int8" else [])])
