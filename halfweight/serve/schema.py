@@ -354,7 +354,7 @@ class Answer:
     def choice(
         self, index: int, text: str, reason: str, stop: int | str | None, logprobs: Any
     ) -> dict[str, Any]:
-        """One finished choice; `stop` is the token or string that ended it, as vLLM tells it."""
+        """One finished choice; `stop` is what ended it of what was asked for, as vLLM says."""
         shared = {"index": index, "finish_reason": reason, "logprobs": logprobs}
         shared |= {"stop_reason": stop}
         if self.is_chat:

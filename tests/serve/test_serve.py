@@ -362,6 +362,11 @@ def test_fields_of_vllms_clients(client, greedy, tokenizer):
     ended = client.completions.create(**options, extra_body={"stop_token_ids": [stop]}).choices[0]
     assert ended.text == tokenizer.decode(tokens[: tokens.index(stop)])
     assert (ended.finish_reason, ended.stop_reason) == ("stop", stop)
+    asked = {**options, "extra_body": {"stop_token_ids": [stop]}, "stream": True}
+    *_, last = client.completions.create(**asked)
+    assert (last.choices[0].finish_reason, last.choices[0].stop_reason) == ("stop", stop)
+    own = client.completions.create(**options, logit_bias={str(EOS): 100}).choices[0]
+    assert (own.finish_reason, own.stop_reason) == ("stop", None), "nobody asked for this end"
     biased = client.completions.create(**options, logit_bias={"65": 100}).choices[0]
     assert set(biased.text) == {tokenizer.decode([65])}
     kept = client.completions.create(
