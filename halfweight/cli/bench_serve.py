@@ -82,6 +82,7 @@ def serve(
                 kv_cache=kv_cache,
                 max_sequences=max_sequences,
                 speculates=speculate,
+                reads_text=http,
                 **rank_options(tensor_parallel, devices, device),
             )
             targets = stack.enter_context(_targets(engine, http))
@@ -148,8 +149,6 @@ def _server(engine: Engine) -> Iterator[Target]:
             f"serving needs {error.name}, which is not installed",
             hint="pip install 'halfweight[serve]'",
         ) from error
-    if engine.tokenizer is None:
-        raise UsageError("no tokenizer in the model", hint="leave --http out")
     with served(build_app(engine, engine.tokenizer, "model")) as url, _running_server(url) as found:
         yield found
 

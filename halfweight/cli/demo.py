@@ -130,7 +130,7 @@ def _by_engine(model: Any, ids: list[int]) -> tuple[list[int], float]:
     from halfweight.engine.request import Sampling
 
     with Engine(model, max_sequences=1, max_context=CONTEXT) as engine:
-        greedy = {"sampling": Sampling(), "stop_tokens": ()}
+        greedy: dict[str, Any] = {"sampling": Sampling(), "stop_tokens": ()}
         return _timed(lambda n: list(engine.generate(ids, max_new_tokens=n, **greedy).tokens))
 
 

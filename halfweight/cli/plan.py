@@ -83,6 +83,7 @@ def plan(
 
     Reads headers or a config only; FP16 stands beside INT8.
     """
+    from halfweight.memory.commands import commands
     from halfweight.memory.named_model import planned_model
     from halfweight.memory.plan import on_ranks
     from halfweight.memory.plan import plan as make_plan
@@ -93,6 +94,8 @@ def plan(
     scheme, kept = Scheme(size_or_row, scale), tuple(keep or ())
     recipe = Recipe(scheme, kept, group_size is not None, tensor_parallel or 1)
     found = planned_model(model, recipe)
+    if solve == "gpus" and tensor_parallel:
+        raise UsageError("--solve gpus beside --tensor-parallel", hint="give one of them")
     if devices is not None:
         if gpus or tensor_parallel:
             raise UsageError(
@@ -109,16 +112,18 @@ def plan(
         )
     records = _records(target, found)
     work = _workload(context, batch, kv_dtype, ranks, runtime, target, records)
-    if work.runtime == "vllm" and not plugin:
-        found = model_for_vllm(found)
     if solve == "gpus":
         work = replace(work, ranks=1)
     elif runtime is None:
         work = on_ranks(found, work, ranks)
+    if work.runtime == "vllm" and not plugin:
+        found = model_for_vllm(found)
     made = make_plan(found, work, target.budget)
     answer = replace(
         _answer(made, target.gpus, read_bandwidth, price, model),
         records=records,
+        plugin=plugin,
+        commands=commands(model, made, target.gpus.num_bytes, plugin=plugin),
         vllm=vllm_run(made, model, target.gpus, plugin),
     )
     if solve is not None:
@@ -155,6 +160,9 @@ class _Answer:
     solution: dict[str, Any] | None = None
     cells: Sequence[Cell] = ()
     records: Sequence[Record] = ()
+    plugin: bool = False
+    commands: Sequence[str] = ()
+    """That make the file and run it, if it fits."""
     vllm: VllmRun | None = None
 
     @property
@@ -271,7 +279,7 @@ def _write(answer: _Answer, html: Path | None, png: Path | None) -> None:
     if html is not None:
         from halfweight.memory.plan_page import render
 
-        html.write_text(render(answer.plan, answer.gpus))
+        html.write_text(render(answer.plan, answer.gpus, answer.name, plugin=answer.plugin))
     if png is not None:
         from halfweight.memory.plan_figure import draw
 
@@ -300,6 +308,8 @@ def _document(answer: _Answer) -> dict[str, Any]:
         cells=answer.cells,
         calibration=answer.calibration,
     )
+    fits = answer.plan.verdict != "does not fit"
+    found["commands"] = list(answer.commands) if fits else []
     return found | {"vllm": asdict(answer.vllm) if answer.vllm else None}
 
 
@@ -356,8 +366,7 @@ def _units(num_bytes: int | None) -> tuple[str, str]:
 
 
 def _print_verdict(answer: _Answer) -> None:
-    from halfweight.memory.commands import commands
-    from halfweight.memory.plan import legal_ranks
+    from halfweight.memory.plan import sizes_in_words
     from halfweight.memory.what_fits import advice, notes
 
     made, gpus = answer.plan, answer.gpus
@@ -376,10 +385,21 @@ def _print_verdict(answer: _Answer) -> None:
             f"measured here {past['measurements']} times: earlier plans were off by "
             f"{past['mean_absolute_error']:.1%}, at worst {past['worst_error']:.1%}"
         )
-    legal = ", ".join(map(str, legal_ranks(made.model)))
-    stdout.print(f"tensor-parallel sizes: {legal}")
-    for line in commands(answer.name, made) if made.verdict != "does not fit" else ():
+    sizes = f"tensor-parallel sizes: {sizes_in_words(made.model)}"
+    stdout.print(sizes, highlight=False, soft_wrap=True)
+    if made.verdict != "does not fit":
+        _print_commands(answer)
+
+
+def _print_commands(answer: _Answer) -> None:
+    from halfweight.memory.commands import source_words
+
+    for line in answer.commands:
         stdout.print(f"run: {line}", markup=False, highlight=False, soft_wrap=True)
+    model = answer.plan.model
+    words = source_words(answer.name, model.architecture.name) if model.recipe else ""
+    if words and answer.commands:
+        stdout.print(words, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_solution(answer: _Answer) -> None:
@@ -440,8 +460,6 @@ def _print_vllm(found: VllmRun) -> None:
     for reason in found.unread:
         line = f"vLLM needs halfweight's plug-in for this file: {reason}"
         stdout.print(line, markup=False, highlight=False, soft_wrap=True)
-    for command in found.commands:
-        stdout.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _gpus(count: int | None, price: float | None) -> str:

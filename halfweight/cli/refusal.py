@@ -1,11 +1,14 @@
-"""Refuse, before anything is loaded, what the plan says cannot fit on a GPU."""
+"""Refuse, before anything is loaded, what cannot fit on a GPU or cannot read a text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from halfweight.errors import UsageError
 
 Force = Annotated[bool, typer.Option("--force", help="Even if the plan says it cannot fit.")]
 
@@ -42,6 +45,17 @@ def require_room(
     weights = "int8" if quantized_modules(read_headers(folder)) else "16bit"
     work = Workload(context(), batch, kv_cache, count)
     require_fit(planned_model(str(folder)), work, free, weights=weights)  # type: ignore[arg-type]
+
+
+def require_tokenizer(folder: Path) -> None:
+    """Raise UsageError for a model that has none, before its weights are read."""
+    from halfweight.model.tokenizer import has_tokenizer
+
+    if folder.is_dir() and not has_tokenizer(folder):
+        raise UsageError(
+            f"{folder}: found no tokenizer, needed to turn text into tokens",
+            hint="copy tokenizer.json and tokenizer_config.json from the original model",
+        )
 
 
 def longest_prompt(model: str, texts: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ import typer
 from halfweight.cli import app
 from halfweight.cli.output import bytes_bar, print_json, stderr
 from halfweight.cli.ranks import Devices, TensorParallel, follow_if_told, rank_options
-from halfweight.cli.refusal import Force, longest_prompt, require_room
+from halfweight.cli.refusal import Force, longest_prompt, require_room, require_tokenizer
 from halfweight.cli.stages import say_stages
 from halfweight.errors import UsageError
 
@@ -170,11 +170,14 @@ def open_engine(
     dtype: str | None,
     backend: str | None,
     activations: Any,
+    *,
+    reads_text: bool = True,
     **limits: Any,
 ) -> Engine:
     """The engine of a model, with a bar while it loads; `limits` are Engine's.
 
-    Does not return in a rank other than 0.
+    Raises UsageError for a model without a tokenizer, unless it `reads_text` of nobody. Does not
+    return in a rank other than 0.
     """
     import torch
 
@@ -184,6 +187,8 @@ def open_engine(
     follow_if_told()
     folder = resolve(model)
     _refuse_what_does_not_write(folder.name, read_headers(folder).config)
+    if reads_text:
+        require_tokenizer(folder)
     if limits.get("devices") and limits.get("tensor_parallel", 1) == 1:
         say_stages(str(folder), limits["devices"], limits)
     begin = time.perf_counter()

@@ -88,8 +88,6 @@ def serve(
         kv_cache=kv_cache,
         **ranks,
     )
-    if engine.tokenizer is None:
-        raise UsageError(f"{model}: no tokenizer in it", hint="serve needs one beside the weights")
     defaults = ", ".join(f"{key} {value}" for key, value in default_sampling(engine).items())
     stderr.print(f"{engine.description}; requests are sampled by {defaults}", highlight=False)
     application = build_app(

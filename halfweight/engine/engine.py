@@ -38,7 +38,15 @@ import torch
 
 from halfweight.engine.loop import EngineStoppedError, Loop, OnOutput
 from halfweight.engine.parts import Parts, make_parts
-from halfweight.engine.prompts import Message, Prompt, encode, encode_chat, is_one
+from halfweight.engine.prompts import (
+    Message,
+    Prompt,
+    encode,
+    encode_chat,
+    is_one,
+    stop_ids,
+    stop_strings,
+)
 from halfweight.engine.request import Request, Sampling
 from halfweight.engine.runners import describe
 from halfweight.engine.sequence import MakeDrafter
@@ -55,6 +63,8 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 1024
 """Most new tokens of a request that names no number, where the context has room."""
+SAMPLING_HINT = "halfweight.Sampling(temperature=0.7), or its fields by name"
+_OPTIONS = {"max_new_tokens", "stop", "include_stop", "stop_tokens", "prompt_logprobs"}
 _SAMPLING_FIELDS = frozenset(field.name for field in fields_of(Sampling))
 
 
@@ -63,7 +73,8 @@ class Engine:
 
     Options of every call, besides the fields of `Sampling` by name:
 
-    - `sampling`: a `Sampling` in place of the model's defaults; single fields go on top.
+    - `sampling`, also as the second argument: a `Sampling` in place of the model's defaults; single
+      fields go on top.
     - `max_new_tokens`: by default 1,024, or what the context has room for.
     - `stop`: a string or several that end the text; it ends before them.
     - `include_stop`: keep the stop string in the text.
@@ -143,6 +154,7 @@ class Engine:
 
             make_drafter = PromptLookup
         self.tokenizer, self.sampling = parts.tokenizer, parts.sampling
+        self._name = parts.name
         known = (token for token in parts.stop_tokens if 0 <= token < runner.vocab_size)
         self.stop_tokens = frozenset(known)
         """Ids that end a text, of those that the model can generate."""
@@ -198,13 +210,20 @@ class Engine:
         return AsyncStream(self._loop, request, self._detokenizer, self)
 
     @overload
-    def generate(self, prompts: Prompt, **options: Any) -> Completion: ...
+    def generate(
+        self, prompts: Prompt, sampling: Sampling | None = None, **options: Any
+    ) -> Completion: ...
 
     @overload
-    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]: ...
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling | None = None, **options: Any
+    ) -> list[Completion]: ...
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], **options: Any
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: Sampling | None = None,
+        **options: Any,
     ) -> Completion | list[Completion]:
         """What follows one prompt, or each of several.
 
@@ -215,10 +234,12 @@ class Engine:
         cut short is "cancelled". Raises UsageError for a prompt that can never run,
         EngineStoppedError when a step fails, and for what is asked later.
         """
-        found = complete(self._loop, self._requests(prompts, options), self._detokenizer)
+        found = complete(self._loop, self._requests(prompts, sampling, options), self._detokenizer)
         return found[0] if is_one(prompts) else found
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, sampling: Sampling | None = None, **options: Any
+    ) -> Iterator[str]:
         """The text that follows a prompt, in pieces as it is made. Leaving the loop cancels it.
 
         >>> for text in engine.stream("Once upon a time"):
@@ -226,52 +247,69 @@ class Engine:
 
         Raises as `generate`; NanLogitsError; and EngineStoppedError where `close` cuts it short.
         """
-        return _texts(self.open(self.request(prompt, **options)))
+        self._require_tokenizer("streams of text", hint="`open` streams token ids")
+        return _texts(self.open(self.request(prompt, sampling, **options)))
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
+    def chat(
+        self, messages: Sequence[Message], sampling: Sampling | None = None, **options: Any
+    ) -> Completion:
         """The next turn of a conversation, by the model's chat template.
 
         >>> engine.chat([{"role": "user", "content": "Hello!"}], temperature=0.7).text
 
         Only what is new since the last turn is read. Raises as `generate`.
         """
-        return self.generate(self.chat_prompt(messages), **options)
+        return self.generate(self.chat_prompt(messages), sampling, **options)
 
     @overload
-    async def agenerate(self, prompts: Prompt, **options: Any) -> Completion: ...
+    async def agenerate(
+        self, prompts: Prompt, sampling: Sampling | None = None, **options: Any
+    ) -> Completion: ...
 
     @overload
-    async def agenerate(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]: ...
+    async def agenerate(
+        self, prompts: Sequence[Prompt], sampling: Sampling | None = None, **options: Any
+    ) -> list[Completion]: ...
 
     async def agenerate(
-        self, prompts: Prompt | Sequence[Prompt], **options: Any
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: Sampling | None = None,
+        **options: Any,
     ) -> Completion | list[Completion]:
         """As `generate`; cancelling the task cancels what it asked for."""
-        streams = [self.aopen(request) for request in self._requests(prompts, options)]
+        streams = [self.aopen(request) for request in self._requests(prompts, sampling, options)]
         found = await asyncio.gather(*map(_joined, streams))
         return found[0] if is_one(prompts) else list(found)
 
-    async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[str]:
+    async def astream(
+        self, prompt: Prompt, sampling: Sampling | None = None, **options: Any
+    ) -> AsyncIterator[str]:
         """As `stream`.
 
         >>> async for text in engine.astream("Once upon a time"):
         ...     print(text, end="", flush=True)
         """
-        async with aclosing(self.aopen(self.request(prompt, **options)).pieces()) as pieces:
+        self._require_tokenizer("streams of text", hint="`open` streams token ids")
+        async with aclosing(
+            self.aopen(self.request(prompt, sampling, **options)).pieces()
+        ) as pieces:
             async for piece in pieces:
                 text = _text_of(piece)
                 if text:
                     yield text
 
-    async def achat(self, messages: Sequence[Message], **options: Any) -> Completion:
+    async def achat(
+        self, messages: Sequence[Message], sampling: Sampling | None = None, **options: Any
+    ) -> Completion:
         """As `chat`."""
-        return await self.agenerate(self.chat_prompt(messages), **options)
+        return await self.agenerate(self.chat_prompt(messages), sampling, **options)
 
     def request(
         self,
         prompt: Prompt,
-        *,
         sampling: Sampling | None = None,
+        *,
         max_new_tokens: int | None = None,
         stop: str | Collection[str] = (),
         include_stop: bool = False,
@@ -284,19 +322,21 @@ class Engine:
         if unknown:
             raise UsageError(
                 f"unknown option {min(unknown)!r}",
-                hint=f"the fields of Sampling are {', '.join(sorted(_SAMPLING_FIELDS))}",
+                hint=f"options are {', '.join(sorted({'sampling', *_OPTIONS, *_SAMPLING_FIELDS}))}",
             )
+        if not isinstance(sampling, Sampling | None):
+            raise UsageError(f"sampling is {sampling!r}, expected a Sampling", hint=SAMPLING_HINT)
         ids = self.encode(prompt)
-        stops = _stop_strings(stop)
-        if stops and self.tokenizer is None:
-            raise UsageError("stop strings need a tokenizer", hint="use stop_tokens")
+        stops = stop_strings(stop)
+        if stops:
+            self._require_tokenizer("stop strings", hint="use stop_tokens")
         if max_new_tokens is None:
             max_new_tokens = max(1, min(NEW_TOKENS, self._loop.room(len(ids))))
         return Request(
             ids,
             max_new_tokens,
             replace(self.sampling if sampling is None else sampling, **fields),
-            stop_tokens=None if stop_tokens is None else _stop_tokens(stop_tokens),
+            stop_tokens=None if stop_tokens is None else stop_ids(stop_tokens),
             stop_strings=stops,
             include_stop=include_stop,
             prompt_logprobs=prompt_logprobs,
@@ -308,6 +348,7 @@ class Engine:
         `template` goes to the chat template: `tools`, `enable_thinking`, ... Raises UsageError
         where the template refuses, CheckpointError where it is no valid one.
         """
+        self._require_tokenizer("messages", hint="use generate with token ids, or add its files")
         return encode_chat(self.tokenizer, messages, **template)
 
     def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[int, ...]:
@@ -315,39 +356,32 @@ class Engine:
 
         Raises UsageError for a text where there is no tokenizer.
         """
+        if isinstance(prompt, str):
+            self._require_tokenizer("text", hint="give token ids, or add the tokenizer's files")
         return encode(self.tokenizer, prompt, add_special_tokens=add_special_tokens)
 
     def check(self, request: Request) -> None:
         """Raise UsageError for what can never run, before anything does."""
         self._loop.check(request)
 
-    def _requests(self, prompts: Any, options: Mapping[str, Any]) -> list[Request]:
+    def _require_tokenizer(self, what: str, *, hint: str) -> None:
+        if self.tokenizer is None:
+            raise UsageError(f"{self._name}: found no tokenizer, needed for {what}", hint=hint)
+
+    def _requests(
+        self, prompts: Any, sampling: Sampling | None, options: Mapping[str, Any]
+    ) -> list[Request]:
         """Requests of one prompt or of many; then an error says which of them it is about."""
         if is_one(prompts):
-            return [self.request(prompts, **options)]
+            return [self.request(prompts, sampling, **options)]
         requests = []
         for i, prompt in enumerate(prompts):
             try:
-                requests.append(self.request(prompt, **options))
+                requests.append(self.request(prompt, sampling, **options))
                 self._loop.check(requests[-1])
             except UsageError as error:
                 raise UsageError(f"prompt {i}: {error.message}", hint=error.hint) from None
         return requests
-
-
-def _stop_strings(stop: Any) -> tuple[str, ...]:
-    given = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
-    if not all(isinstance(text, str) for text in given):
-        raise UsageError(
-            f"stop is {stop!r}, expected a text or several", hint="stop_tokens takes token ids"
-        )
-    return given
-
-
-def _stop_tokens(tokens: Any) -> frozenset[int]:
-    if not isinstance(tokens, Iterable):
-        raise UsageError(f"stop_tokens is {tokens!r}, expected token ids", hint="give a list")
-    return frozenset(tokens)
 
 
 def _text_of(piece: Piece) -> str:

@@ -33,6 +33,8 @@ class Parts(NamedTuple):
     """None where there is none: prompts and answers are then token ids."""
     stop_tokens: frozenset[int]
     sampling: Sampling
+    name: str = "the model"
+    """As errors call it: what it was loaded from."""
 
 
 def make_parts(
@@ -65,7 +67,8 @@ def make_parts(
     if tokenizer is not None:
         grammars = GrammarCompiler(tokenizer, runner.vocab_size, sorted(stops))
     sampler = Sampler(runner.table, runner.vocab_size, grammars=grammars)
-    return Parts(runner, sampler, tokenizer, stops, default_sampling(generation))
+    name = os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__
+    return Parts(runner, sampler, tokenizer, stops, default_sampling(generation), name)
 
 
 def _start_ranks(

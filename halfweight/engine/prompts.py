@@ -1,8 +1,8 @@
-"""Prompts to token ids: text, ids, or a conversation through the model's chat template."""
+"""What callers give: prompts as text, ids or a conversation, to token ids; what ends a text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Number
 from typing import Any
 
@@ -31,13 +31,11 @@ def _is_number(value: Any) -> bool:
 def encode(tokenizer: Any, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[int, ...]:
     """Token ids of a prompt. A text that begins with the BOS is not given a second one.
 
-    Raises UsageError for a text where there is no tokenizer, or that it cannot read, and for what
-    is neither text nor whole numbers.
+    Raises UsageError for a text that the tokenizer cannot read, and for what is neither text nor
+    whole numbers.
     """
     if not isinstance(prompt, str):
         return token_ids(prompt)
-    if tokenizer is None:
-        raise UsageError("text needs a tokenizer", hint="give token ids, or a tokenizer")
     ids = _ids(tokenizer, prompt, add_special_tokens)
     bos = getattr(tokenizer, "bos_token_id", None)
     return tuple(ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids)
@@ -49,8 +47,6 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], /, **template: Any)
     `template` goes to the tokenizer's `apply_chat_template`. Raises UsageError where there is no
     template, where it refuses, and where the tokenizer cannot read what it made.
     """
-    if tokenizer is None:
-        raise UsageError("messages need a tokenizer", hint="use generate with token ids")
     return _ids(tokenizer, chat_text(tokenizer, messages, **template), add_special_tokens=False)
 
 
@@ -63,3 +59,20 @@ def _ids(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
             f"the tokenizer cannot read the prompt: {message}", hint="give text that is Unicode"
         ) from error
     return ids
+
+
+def stop_strings(stop: Any) -> tuple[str, ...]:
+    """A caller's one or several. Raises UsageError for what is no text."""
+    given = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
+    if not all(isinstance(text, str) for text in given):
+        raise UsageError(
+            f"stop is {stop!r}, expected a text or several", hint="stop_tokens takes token ids"
+        )
+    return given
+
+
+def stop_ids(tokens: Any) -> frozenset[int]:
+    """A caller's token ids. Raises UsageError for a single one."""
+    if not isinstance(tokens, Iterable):
+        raise UsageError(f"stop_tokens is {tokens!r}, expected token ids", hint="give a list")
+    return frozenset(tokens)

@@ -149,7 +149,7 @@ def _generate(model: Any, workload: Workload, tokens: int) -> int:
     new = min(STEPS + reading, context // 2)
     with Engine.over(runner, Sampler(runner.table, runner.vocab_size), None) as engine:
         prompts = random_prompts(model, batch, context - new)
-        options = {"max_new_tokens": new, "sampling": Sampling(), "stop_tokens": ()}
+        options: dict[str, Any] = {"max_new_tokens": new, "sampling": Sampling(), "stop_tokens": ()}
         for answer in engine.generate(prompts, **options):
             if answer.error is not None:
                 raise answer.error

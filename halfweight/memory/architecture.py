@@ -20,6 +20,7 @@ from halfweight.memory.cache_layers import (
     head_dim,
     kv_heads,
     needed,
+    num_heads,
 )
 from halfweight.quantization.scheme import TensorInfo
 
@@ -124,7 +125,7 @@ def architecture(
     """
     text = text_config(config)
     dtype = _dtype(config, text)
-    hidden, heads = needed(text, "hidden"), needed(text, "heads", 1)
+    hidden, heads = needed(text, "hidden"), num_heads(text)
     bare = Architecture(
         name=name or text.get("model_type", "model"),
         hidden=hidden,

@@ -124,23 +124,31 @@ def needed(config: Config, size: str, default: int | None = None) -> int:
     """A size that a plan cannot do without. Raises CheckpointError naming it."""
     value = found(config, size, default)
     if value is None or value < 1:
-        name = NAMES[size][0]
+        name, kind = NAMES[size][0], config.get("model_type")
+        of = f" of model_type {kind!r}" if kind else ""
         raise CheckpointError(
-            f"config.json: {name} is {config.get(name)!r}, expected a positive number",
+            f"config.json{of}: {name} is {config.get(name)!r}, expected a positive number",
             hint="give the config.json of a language model",
         )
     return value
 
 
+def num_heads(config: Config) -> int:
+    """Heads of attention; 1 for a model without any, which keeps states only."""
+    if found(config, "heads") is None and set(_kinds(config)) <= {STATE, NOTHING}:
+        return 1
+    return needed(config, "heads")
+
+
 def head_dim(config: Config) -> int:
     """Numbers in a head of keys."""
-    default = needed(config, "hidden") // needed(config, "heads")
+    default = needed(config, "hidden") // num_heads(config)
     return needed(config, "head_dim", default or None)
 
 
 def kv_heads(config: Config) -> int:
     """Heads of keys and values in the cache."""
-    heads = needed(config, "heads")
+    heads = num_heads(config)
     kind = config.get("model_type")
     if kind in ONE_KEY_VALUE_HEAD:
         alone = config.get("multi_query", True) and not config.get("new_decoder_architecture")

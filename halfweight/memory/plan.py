@@ -151,8 +151,8 @@ class Model:
         return cls(found, tuple(recipe.decide_all(found.tensors)), recipe)
 
     def for_ranks(self, ranks: int) -> Model:
-        """The same as it would be written for so many ranks, if it is to be written for several."""
-        if self.recipe is None or self.recipe.tensor_parallel == 1:
+        """The same as it would be written for so many ranks; one that is written as it is."""
+        if self.recipe is None or self.recipe.tensor_parallel == ranks:
             return self
         return Model.from_recipe(self.architecture, replace(self.recipe, tensor_parallel=ranks))
 
@@ -381,18 +381,34 @@ def _is_sharded(name: str, runtime: Runtime) -> bool:
 
 def legal_ranks(model: Model, most: int = 64) -> list[int]:
     """Tensor-parallel sizes that divide heads, MLP, vocabulary, and rows into whole groups."""
-    return [ranks for ranks in range(1, most + 1) if _why_not(model, ranks) is None]
+    a, decisions = model.architecture, model.decisions
+    return [ranks for ranks in range(1, most + 1) if why_not(a, decisions, ranks) is None]
+
+
+def regrouped_ranks(model: Model, most: int = 64) -> list[int]:
+    """Further sizes, for which `quantize --tensor-parallel` makes groups."""
+    if model.recipe is None:
+        return []
+    rest = sorted(set(range(1, most + 1)) - set(legal_ranks(model, most)))
+    divided = (ranks for ranks in rest if why_not(model.architecture, (), ranks) is None)
+    return [ranks for ranks in divided if _why_not(model.for_ranks(ranks), ranks) is None]
+
+
+def sizes_in_words(model: Model) -> str:
+    """Both, for a reader."""
+    legal, further = (", ".join(map(str, f(model))) for f in (legal_ranks, regrouped_ranks))
+    return legal + (f"; in smaller groups (--tensor-parallel) also {further}" if further else "")
 
 
 def check_ranks(model: Model, ranks: int) -> None:
     """Raise UsageError naming what `ranks` does not divide."""
     if why := _why_not(model, ranks):
-        hint = f"legal tensor-parallel sizes: {', '.join(map(str, legal_ranks(model)))}"
-        hint += regrouping(model.architecture, model.decisions, ranks)
+        alone = model.for_ranks(1)
+        hint = f"legal tensor-parallel sizes: {sizes_in_words(alone)}"
+        hint += regrouping(model.architecture, alone.decisions, ranks)
         raise UsageError(f"{ranks} GPUs {why}", hint=hint)
 
 
 def _why_not(model: Model, ranks: int) -> str | None:
-    a, made = model.architecture, model.for_ranks(ranks)
-    found = why_not(a, made.decisions, ranks)
-    return found or without_groups(model.for_ranks(1).decisions, made.decisions, ranks)
+    found = why_not(model.architecture, model.decisions, ranks)
+    return found or without_groups(model.for_ranks(1).decisions, model.decisions, ranks)

@@ -13,6 +13,31 @@ function runtimeOn(model, ranks) {
   return model.runtime === "halfweight" && ranks > 1 && !model.isShared ? "vllm" : model.runtime;
 }
 
+// What makes the file and runs it; none where no command of ours does, or the file is another.
+function commands(model, work) {
+  const { quantize, folder, madeInGroupsOf, gpuShare } = model.commands;
+  const runtime = runtimeOn(model, work.ranks);
+  if (runtime === "transformers-tp") return [];
+  if (madeInGroupsOf !== null && madeInGroupsOf !== work.groupSize) return [];
+  const made = quantize === null ? [] : [quantize[runtime][work.groupSize]];
+  const serve = runtime === "vllm" ? vllmServe(folder, work, gpuShare) : ownServe(folder, work);
+  return [...made, serve];
+}
+
+function ownServe(folder, { context, batch, ranks, kvDtype }) {
+  const words = [`halfweight serve ${folder} --max-context ${context} --max-sequences ${batch}`];
+  if (ranks > 1) words.push(`--tensor-parallel ${ranks}`);
+  if (kvDtype === "int8") words.push("--kv-cache int8");
+  return words.join(" ");
+}
+
+function vllmServe(folder, { context, batch, ranks, kvDtype }, share) {
+  const words = [`vllm serve ${folder} --tensor-parallel-size ${ranks} --max-model-len ${context}`];
+  words.push(`--max-num-seqs ${batch} --gpu-memory-utilization ${share}`);
+  if (kvDtype === "int8") words.push("--kv-cache-dtype fp8");
+  return words.join(" ");
+}
+
 // Which of the engine's runners takes the model; null where another engine runs it.
 function runnerOf(model, work, weights) {
   if (runtimeOn(model, work.ranks) !== "halfweight") return null;

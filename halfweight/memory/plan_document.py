@@ -8,7 +8,7 @@ from typing import Any
 
 from halfweight.memory.cards import Gpus
 from halfweight.memory.costs import Conversion, Loading, Serving
-from halfweight.memory.plan import Footprint, Plan, legal_ranks
+from halfweight.memory.plan import Footprint, Plan, legal_ranks, regrouped_ranks
 from halfweight.memory.what_fits import Cell, advice, notes
 from halfweight.memory.workload import Verdict
 
@@ -54,6 +54,7 @@ def document(
         "notes": notes(found),
         "advice": advice(found),
         "legal_tensor_parallel": legal_ranks(model),
+        "regrouped_tensor_parallel": regrouped_ranks(model),
         "loading": asdict(loading),
         "conversion": asdict(conversion) if conversion else None,
         "serving": asdict(serving) | {"relative_cost": serving.relative_cost} if serving else None,

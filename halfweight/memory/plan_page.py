@@ -8,6 +8,7 @@ It loads nothing: no network, no fonts, no libraries.
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from dataclasses import asdict, replace
 from importlib.resources import files
@@ -16,6 +17,7 @@ from typing import Any
 from halfweight.memory import engine_memory, transient
 from halfweight.memory.cache_bytes import kind_of_layer
 from halfweight.memory.cards import Gpus
+from halfweight.memory.commands import OUT, gpu_share, quantize_command, source_words
 from halfweight.memory.plan import Model, Plan, legal_ranks, on_ranks
 from halfweight.memory.tensor_parallel import KINDS
 from halfweight.memory.what_fits import grid_axes, with_group_size
@@ -51,11 +53,11 @@ CONSTANTS = {
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
-def render(found: Plan, gpus: Gpus) -> str:
-    """The page's HTML."""
+def render(found: Plan, gpus: Gpus, name: str = "", *, plugin: bool = False) -> str:
+    """The page's HTML; `name` of the model as it was given, `plugin` as for `commands`."""
     folder = files("halfweight.memory")
     page = (folder / "plan_page.html").read_text()
-    data = json.dumps(page_data(found, gpus)).replace("<", "\\u003c")
+    data = json.dumps(page_data(found, gpus, name, plugin=plugin)).replace("<", "\\u003c")
     for mark, text in (
         ("/*ARITHMETIC*/", (folder / "plan_arithmetic.js").read_text()),
         ("/*DATA*/null", data),
@@ -65,12 +67,14 @@ def render(found: Plan, gpus: Gpus) -> str:
     return page
 
 
-def page_data(found: Plan, gpus: Gpus) -> dict[str, Any]:
+def page_data(found: Plan, gpus: Gpus, name: str = "", *, plugin: bool = False) -> dict[str, Any]:
     """All that the page computes from."""
     model, work, a = found.model, found.workload, found.model.architecture
     by_group = _by_group(model)
     runtimes = {w.runtime: w for w in (on_ranks(model, work, 2), replace(work, ranks=1))}
     batches, contexts = grid_axes(model, work)
+    is_made = model.recipe is None
+    name = name or a.name
     return {
         "name": a.name,
         "parameters": a.num_parameters,
@@ -110,6 +114,26 @@ def page_data(found: Plan, gpus: Gpus) -> dict[str, Any]:
             "groupSize": list(by_group),
         },
         "grid": {"batch": batches, "context": contexts},
+        "commands": {
+            "quantize": None if is_made else _quantize_commands(by_group, name, plugin),
+            "source": "" if is_made else source_words(name, a.name),
+            "folder": shlex.quote(name) if is_made else OUT,
+            "madeInGroupsOf": _group_size(model) if is_made else None,
+            "gpuShare": gpu_share(found.budget, gpus.num_bytes),
+        },
+    }
+
+
+def _quantize_commands(
+    by_group: dict[str, Model], name: str, plugin: bool
+) -> dict[str, dict[str, str]]:
+    """For each runtime that has one, what makes the file in groups of each size."""
+    return {
+        runtime: {
+            g: quantize_command(name, m, for_vllm=runtime == "vllm" and not plugin)
+            for g, m in by_group.items()
+        }
+        for runtime in ("halfweight", "vllm")
     }
 
 

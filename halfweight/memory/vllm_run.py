@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, replace
 
 from halfweight.checkpoint.readers import READERS, check_scheme, unread_of, with_kept
 from halfweight.memory.cards import Gpus
-from halfweight.memory.commands import ranks_option
+from halfweight.memory.commands import commands
 from halfweight.memory.plan import Model, Plan
-from halfweight.memory.presets import PRESETS
 
 VLLM = READERS["vllm"]
-OUT = "OUT"
-MOST_OF_A_GPU = 0.95
-"""vLLM's share of a card that a process may use whole: it counts of all that the card has."""
 
 
 @dataclass(frozen=True)
@@ -48,30 +43,4 @@ def vllm_run(plan: Plan, name: str, gpus: Gpus, plugin: bool) -> VllmRun | None:
         return None
     kind, decisions = plan.model.architecture.kind, plan.model.decisions
     unread = [] if plugin else list(unread_of(VLLM, {"model_type": kind}, decisions))
-    return VllmRun(_commands(plan, name, gpus, plugin), unread)
-
-
-def _commands(plan: Plan, name: str, gpus: Gpus, plugin: bool) -> list[str]:
-    recipe = plan.model.recipe
-    if recipe is None:
-        return [_serve(plan, shlex.quote(name), gpus)]
-    scheme = recipe.scheme
-    words = ["halfweight quantize", "MODEL" if name in PRESETS else shlex.quote(name), OUT]
-    words += [] if plugin else [f"--for {VLLM.name}"]
-    words += [] if scheme.group_size == 128 else [f"--group-size {scheme.group_size}"]
-    words += [] if scheme.scale_format == "grid8" else [f"--scale {scheme.scale_format}"]
-    words += [f"--keep {shlex.quote(glob)}" for glob in recipe.keep if "*" in glob]
-    return [" ".join(words) + ranks_option(plan.model), _serve(plan, OUT, gpus)]
-
-
-def _serve(plan: Plan, folder: str, gpus: Gpus) -> str:
-    work = plan.workload
-    share = MOST_OF_A_GPU * (plan.budget or gpus.num_bytes) / gpus.num_bytes
-    words = [
-        f"vllm serve {folder}",
-        f"--tensor-parallel-size {work.ranks}",
-        f"--max-model-len {work.context}",
-        f"--max-num-seqs {work.batch}",
-        f"--gpu-memory-utilization {int(100 * share) / 100:.2f}",
-    ]
-    return " ".join([*words, *(["--kv-cache-dtype fp8"] if work.kv_dtype == "int8" else [])])
+    return VllmRun(commands(name, plan, gpus.num_bytes, plugin=plugin), unread)

@@ -28,6 +28,7 @@ from halfweight.checkpoint.headers import Checkpoint
 from halfweight.checkpoint.shard import StoredTensor
 from halfweight.errors import UsageError
 from halfweight.memory.device_memory import available_bytes
+from halfweight.memory.devices import processor_device
 from halfweight.memory.named_model import planned_model
 from halfweight.memory.plan import Model, check_ranks
 from halfweight.memory.tensor_parallel import KINDS, Share, split_of
@@ -83,6 +84,15 @@ def free_on_all(model: PreTrainedModel) -> int | None:
     """
     free, by = available_bytes(model.device), shared(model)
     return free if free is None or by is None else by.link.least(free)
+
+
+def free_in_memory(model: PreTrainedModel) -> int:
+    """Bytes of this machine's memory that are free for a model on a CPU.
+
+    Several ranks are taken to share one machine, and agree on the fewest.
+    """
+    free, by = processor_device().free_bytes, shared(model)
+    return free if by is None else by.link.least(free // by.share.ranks)
 
 
 def can_be_recorded(model: PreTrainedModel) -> bool:

@@ -293,7 +293,7 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """POST /v1/completions: one prompt or several, as text or as token ids."""
 
-    prompt: str | list[StrictInt] | list[list[StrictInt]] | list[str] = Field(min_length=1)
+    prompt: str | list[StrictInt] | list[list[StrictInt]] | list[str]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
     add_special_tokens: bool = True
@@ -325,11 +325,9 @@ class CompletionRequest(Request):
     @property
     def prompts(self) -> list[str | list[int]]:
         """Each prompt by itself."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+        given: Any = self.prompt
+        is_one = isinstance(given, str) or not given or isinstance(given[0], int)
+        return [given] if is_one else list(given)
 
 
 class Answer:
@@ -356,7 +354,7 @@ class Answer:
     def choice(
         self, index: int, text: str, reason: str, stop: int | str | None, logprobs: Any
     ) -> dict[str, Any]:
-        """One finished choice; `stop` is the token or string that ended it, as vLLM tells it."""
+        """One finished choice; `stop` is what ended it of what was asked for, as vLLM says."""
         shared = {"index": index, "finish_reason": reason, "logprobs": logprobs}
         shared |= {"stop_reason": stop}
         if self.is_chat:

@@ -104,7 +104,8 @@ class Writer:
         if job.echo:
             text = self._prompt_text(job) + text
         logprobs = self._logprobs(job, whole, first=True)
-        return self._answer.choice(job.index, text, str(reason), whole.stop, logprobs)
+        stop = self._stop_reason(whole)
+        return self._answer.choice(job.index, text, str(reason), stop, logprobs)
 
     def _deltas(self, job: Job, piece: Piece, *, first: bool) -> list[dict[str, Any]]:
         """Text if there is some (or the role is due), then the reason by itself."""
@@ -118,8 +119,14 @@ class Writer:
             found.append(delta)
         if piece.finish_reason is not None:
             reason = piece.finish_reason if self._wants_new else "length"
-            found.append(self._answer.delta(job.index, None, reason))
+            last = self._answer.delta(job.index, None, reason)
+            found.append(last | {"stop_reason": self._stop_reason(piece)})
         return found
+
+    def _stop_reason(self, piece: Piece) -> int | str | None:
+        """The string or token that ended a text, of those asked for; not the model's own end."""
+        asked = isinstance(piece.stop, str) or piece.stop in self._body.stop_token_ids
+        return piece.stop if asked else None
 
     def _logprobs(self, job: Job, piece: Piece, *, first: bool) -> dict[str, Any] | None:
         """Those of a piece's tokens, and before the first those of an echoed prompt."""

@@ -207,5 +207,6 @@ def test_quantize_refuses_gpus_that_no_groups_allow(capsys, llama, tmp_path, ran
     code, _, err = run(capsys, *command)
     assert code == 2
     assert words in err
-    assert "legal tensor-parallel sizes: 1, 2" in err
+    hint = "hint: legal tensor-parallel sizes: 1; in smaller groups (--tensor-parallel) also 2\n"
+    assert hint in err
     assert not out.exists()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_a_plan_for_vllm_of_a_folder_says_what_vllm_does_not_read(capsys, int8_f
     code, out, _ = run(capsys, *call)
     assert code == 0
     assert "vLLM needs halfweight's plug-in for this file: tensor model.embed_tokens" in out
-    assert f"  vllm serve {int8_folder} --tensor-parallel-size 1 --max-model-len 64" in out
+    assert f"run: vllm serve {int8_folder} --tensor-parallel-size 1 --max-model-len 64" in out
     assert "needs halfweight's plug-in" not in run(capsys, *call, "--plugin")[1]
 
 
@@ -133,17 +134,76 @@ def test_without_gpus_it_plans_for_this_machine(capsys, monkeypatch):
 def test_the_command_that_runs_a_plan_is_printed(capsys):
     _, out, _ = run(capsys, *SEVENTY, "--gpus", "4x24GB", "--kv-dtype", "int8")
     assert "on each of 4 GPUs (halfweight)" in " ".join(out.split())
-    assert "run: halfweight quantize llama-3-70b OUT\n" in out
+    assert "run: halfweight quantize MODEL OUT\n" in out
+    assert "MODEL: the folder or Hub id of llama-3-70b in 16 bits\n" in out
     limits = "--max-context 8192 --max-sequences 1"
     assert f"run: halfweight serve OUT {limits} --tensor-parallel 4 --kv-cache int8\n" in out
     _, out, _ = run(capsys, *SEVENTY, "--gpus", "4x24GB", "--runtime", "vllm")
-    assert "run: halfweight quantize llama-3-70b OUT --keep '*embed*' --keep 'lm_head*'\n" in out
-    assert "run: vllm serve OUT --max-model-len 8192 --max-num-seqs 1 --tensor-par" in out
+    assert out.count("halfweight quantize MODEL OUT") == out.count("vllm serve OUT") == 1
+    assert "run: halfweight quantize MODEL OUT --for vllm\n" in out
+    assert "run: vllm serve OUT --tensor-parallel-size 4 --max-model-len 8192 --max-num-" in out
     code, out, _ = run(capsys, *SEVENTY, "--gpus", "2x24GB")
     assert code == 3
     assert "run: " not in out
     _, out, _ = run(capsys, "plan", "gemma-3-4b", "--gpus", "2x24GB")
     assert "on each of 2 GPUs (vllm)" in " ".join(out.split())
+    assert "run: halfweight quantize MODEL OUT --for vllm\n" in out
+    assert "plug-in" not in out, "the file that is planned is one that vLLM reads"
+
+
+@pytest.mark.parametrize(
+    ("options", "quantize"),
+    [
+        (("--group-size", "64"), "OUT --group-size 64"),
+        (("--group-size", "128"), "OUT --group-size 128"),
+        (("--scale", "bfloat16", "--keep", "lm_head*"), "OUT --scale bfloat16 --keep 'lm_head*'"),
+        (("--gpus", "32x24GB", "--tensor-parallel", "32"), "OUT --tensor-parallel 32"),
+        (
+            ("--runtime", "vllm", "--keep", "model.layers.0.mlp.up_proj.weight"),
+            "OUT --for vllm --keep model.layers.0.mlp.up_proj.weight",
+        ),
+    ],
+    ids=str,
+)
+def test_the_command_makes_the_file_that_was_planned(capsys, options, quantize):
+    gpus = () if "--gpus" in options else ("--gpus", "80GB")
+    _, out, _ = run(capsys, "plan", "llama-3-8b", *gpus, *options)
+    assert f"run: halfweight quantize MODEL {quantize}\n" in out
+
+
+def test_the_command_names_what_can_be_given(capsys, int8_folder, tmp_path):
+    """A folder as it is, quoted; a config.json only describes a model."""
+    folder = tmp_path / "a model"
+    shutil.copytree(int8_folder, folder)
+    options = ("--gpus", "24GB", "--context", "64")
+    _, out, _ = run(capsys, "plan", str(folder), *options)
+    assert f"run: halfweight serve '{folder}' --max-context 64" in out
+    assert "quantize" not in out
+    bare = json.loads((folder / "config.json").read_text())
+    del bare["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(bare))
+    _, out, _ = run(capsys, "plan", str(folder / "config.json"), *options)
+    assert "run: halfweight quantize MODEL OUT" in out
+    assert "MODEL: the folder or Hub id of a model in 16 bits\n" in out
+    _, found = answer(capsys, "plan", str(folder / "config.json"), *options)
+    assert found["commands"][0].startswith("halfweight quantize MODEL OUT")
+
+
+def test_legal_sizes_are_the_same_in_the_table_and_in_the_error(capsys):
+    words = "1, 2, 4, 8, 16; in smaller groups (--tensor-parallel) also 32"
+    _, out, _ = run(capsys, "plan", "llama-3-8b", "--gpus", "4x24GB")
+    assert f"tensor-parallel sizes: {words}\n" in out
+    for asked in (("--gpus", "7x24GB"), ("--gpus", "7x24GB", "--tensor-parallel", "7")):
+        code, _, err = run(capsys, "plan", "llama-3-8b", *asked)
+        assert (code, f"hint: legal tensor-parallel sizes: {words}\n" in err) == (2, True)
+    _, out, _ = run(capsys, "plan", "llama-3-8b", "--gpus", "32x24GB", "--tensor-parallel", "32")
+    assert "tensor-parallel sizes: 1, 2, 4, 8, 16, 32\n" in out, "those of the file for 32"
+    _, found = answer(capsys, "plan", "llama-3-8b", "--gpus", "24GB")
+    assert found["legal_tensor_parallel"] == [1, 2, 4, 8, 16]
+    assert found["regrouped_tensor_parallel"] == [32]
+    both = ("--solve", "gpus", "--tensor-parallel", "2")
+    code, _, err = run(capsys, "plan", "llama-3-8b", "--gpus", "2x24GB", *both)
+    assert (code, "error: --solve gpus beside --tensor-parallel\n" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """generate and serve refuse what the plan says cannot fit on a GPU, before they load."""
 
+import shutil
+
 import pytest
 from command_line import run
 
@@ -48,3 +50,18 @@ def test_with_room_it_goes_on(full_gpu, capsys, int8_folder, monkeypatch):
         monkeypatch.setattr(device_memory, "available_bytes", lambda device, free=free: free)
         with pytest.raises(AssertionError, match="loaded"):
             run(capsys, "generate", int8_folder, "w5 w6", "--max-new-tokens", "60")
+
+
+@pytest.mark.parametrize(
+    "command", [("generate", "w5"), ("chat",), ("serve",), ("bench", "serve", "--http")], ids=str
+)
+def test_a_model_without_a_tokenizer_is_refused(full_gpu, capsys, int8_folder, tmp_path, command):
+    folder = tmp_path / "bare"
+    shutil.copytree(int8_folder, folder, ignore=shutil.ignore_patterns("*token*"))
+    forced = ("--force",) if command[0] in ("generate", "serve") else ()
+    at = 2 if command[0] == "bench" else 1
+    words = [*command[:at], str(folder), *command[at:], *forced]
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert f"error: {folder}: found no tokenizer, needed to turn text into tokens\n" in err
+    assert "hint: copy tokenizer.json and tokenizer_config.json from the original model\n" in err

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import shutil
 import threading
 import time
 import weakref
@@ -15,6 +16,7 @@ from fake_model import POISON, STOP, VOCAB, FakeRunner, FakeSampler, alone
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import halfweight
 from halfweight.engine.engine import Engine
 from halfweight.engine.loop import EngineStoppedError, NanLogitsError
 from halfweight.engine.request import Request, Sampling
@@ -290,6 +292,7 @@ def test_a_failed_step_reaches_every_form(make_engine):
     ("prompts", "options", "message"),
     [
         ("abc", {"temprature": 1.0}, "unknown option 'temprature'"),
+        ("abc", {"sampling": 20}, "sampling is 20, expected a Sampling"),
         (["abc", "a" * 600], {}, "prompt 1: the prompt has 600 tokens"),
         ([["a"]], {}, "prompt 0: the prompt has token id 'a', expected a whole number"),
         ([1, 1.5], {}, "the prompt has token id 1.5, expected a whole number"),
@@ -340,13 +343,58 @@ def test_without_a_tokenizer_prompts_and_answers_are_ids(make_engine):
     answer = engine.generate([1, 2, 3], max_new_tokens=9)
     assert text_of(answer.tokens) == wanted("abc", 9)[0]
     assert answer.text == ""
-    for call in (
-        lambda: engine.generate("abc"),
-        lambda: engine.generate([1], stop="x"),
-        lambda: engine.chat([{"role": "user", "content": "hi"}]),
+    for call, what in (
+        (lambda: engine.generate("abc"), "text"),
+        (lambda: engine.generate([1], stop="x"), "stop strings"),
+        (lambda: engine.chat([{"role": "user", "content": "hi"}]), "messages"),
+        (lambda: engine.stream([1]), "streams of text"),
     ):
-        with pytest.raises(UsageError, match=r"tokenizer|template"):
+        with pytest.raises(UsageError, match=f"the model: found no tokenizer, needed for {what}"):
             call()
+
+
+def test_a_model_without_a_tokenizer_is_named(int8_folder, tmp_path):
+    folder = tmp_path / "bare-int8"
+    shutil.copytree(int8_folder, folder, ignore=shutil.ignore_patterns("*token*"))
+    with (
+        halfweight.Engine(folder, device="cpu") as engine,
+        pytest.raises(UsageError, match="bare-int8: found no tokenizer, needed for text"),
+    ):
+        engine.generate("w5")
+
+
+def test_sampling_may_be_the_second_argument(make_engine, monkeypatch):
+    """As users of vLLM write it; single fields go on top of it."""
+    engine, asked = make_engine(), []
+    request = engine.request
+
+    def recorded(*arguments, **options):
+        asked.append(request(*arguments, **options))
+        return asked[-1]
+
+    monkeypatch.setattr(engine, "request", recorded)
+    sampling, options = Sampling(seed=5), {"max_new_tokens": 3}
+    messages = [{"role": "user", "content": "hi"}]
+
+    async def pieces():
+        return [piece async for piece in engine.astream("abc", sampling, **options)]
+
+    text = engine.generate("abc", sampling, **options).text
+    engine.generate(["abc", "b"], sampling, **options)
+    engine.chat(messages, sampling, **options)
+    asyncio.run(engine.agenerate("abc", sampling, **options))
+    asyncio.run(engine.achat(messages, sampling, **options))
+    assert "".join(engine.stream("abc", sampling, **options)) == text
+    assert "".join(asyncio.run(pieces())) == text
+    assert [made.sampling for made in asked] == [sampling] * 8
+    assert request("a", sampling, top_k=2).sampling == Sampling(seed=5, top_k=2)
+
+
+def test_an_unknown_option_is_answered_with_all_that_there_are(make_engine):
+    with pytest.raises(UsageError, match="unknown option 'max_tokens'") as caught:
+        make_engine().generate("abc", max_tokens=3)
+    given = caught.value.hint.removeprefix("options are ").split(", ")
+    assert {"max_new_tokens", "stop", "stop_tokens", "temperature", "seed", "sampling"} <= {*given}
 
 
 @pytest.mark.parametrize("message", [5, "hello", {"content": "hello"}], ids=str)

@@ -2,6 +2,7 @@
 beside it, in whatever chunks and pages."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from halfweight.engine.runners.probe import plain_logits
 from halfweight.engine.runners.static import StaticRunner
 from halfweight.engine.runners.transformers_paged import TransformersRunner
 from halfweight.errors import UsageError
+from halfweight.memory.devices import processor_device
 
 PAGED = [
     *("llama", "gemma2", "gemma3_text", "gemma3n_text", "gpt_oss", "mistral", "qwen2_moe"),
@@ -308,3 +310,17 @@ def test_spans_are_read_off_mask_functions():
     assert span_of(chunked_causal_mask_function(1024, none), 5000, cpu) == Span("block", 1024)
     with pytest.raises(UnfitError, match="neither causal"):
         span_of(sliding_window_bidirectional_mask_function(1000), 5000, cpu)
+
+
+def test_pages_on_a_cpu_take_half_of_its_memory_at_most(monkeypatch):
+    """As many as are wanted where there is room; else a text may be no longer than they hold."""
+    model = tiny("gemma2")
+    room = {"max_sequences": 2, "max_context": 256}
+    runner = TransformersRunner(model, **room)
+    assert runner.num_pages == 1 + 2 * 256 // runner.page_tokens
+    token_bytes = runner.cache_bytes // (runner.num_pages * runner.page_tokens)
+    free = 2 * token_bytes * 100
+    here = replace(processor_device(), free_bytes=free)
+    monkeypatch.setattr("halfweight.model.share.processor_device", lambda: here)
+    small = TransformersRunner(model, **room)
+    assert small.num_pages == 1 + -(-100 // small.page_tokens)

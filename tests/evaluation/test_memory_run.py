@@ -63,6 +63,23 @@ def test_a_measurement_agrees_with_the_plan_and_serves_the_next(folder, capsys, 
     assert "measured here 1 times" in out
 
 
+def test_options_may_stand_anywhere(folder, capsys, monkeypatch):
+    """Before the model or after it, in any order, the same workload is run and written down."""
+    monkeypatch.setattr(devices, "local_device", devices.processor_device)
+    asked = []
+
+    def measured(folder, model, work, weights):
+        asked.append((folder, work.context, work.batch, work.kv_dtype, work.device, weights))
+        return record(1000 * MIB)
+
+    monkeypatch.setattr("halfweight.evaluation.memory_run.measure", measured)
+    options = (("--context", "128"), ("--batch", "2"), ("--kv-dtype", "int8"), ("--device", "cpu"))
+    for words in ((*options, (str(folder),)), ((str(folder),), *reversed(options))):
+        code, _, _ = run(capsys, "measure", *(word for pair in words for word in pair))
+        assert code == 0
+    assert asked == [(str(folder), 128, 2, "int8", "cpu", "int8")] * 2
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpus_memory_is_taken_apart(folder, capsys):

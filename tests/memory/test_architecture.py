@@ -64,6 +64,13 @@ def test_faults_are_named():
         architecture({"model_type": "llama"})
     with pytest.raises(CheckpointError, match="model_type 'mamba' has no formula"):
         architecture({**preset("llama-3-8b"), "model_type": "mamba"})
+    states = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128, "state_size": 8}
+    with pytest.raises(CheckpointError, match="model_type 'falcon_mamba' has no formula"):
+        architecture(states | {"model_type": "falcon_mamba"})
+    with pytest.raises(CheckpointError, match="model_type 'rwkv': num_attention_heads is None"):
+        architecture(
+            {k: v for k, v in states.items() if k != "state_size"} | {"model_type": "rwkv"}
+        )
     with pytest.raises(UsageError, match="no preset 'llama-9'"):
         preset("llama-9")
 

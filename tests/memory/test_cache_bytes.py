@@ -32,6 +32,7 @@ LINEAR = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
+NO_HEADS = {"num_attention_heads": None}
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
 GEMMA4 = {
     "head_dim": 16,
@@ -119,9 +120,9 @@ MODELS = {
         "n_groups": 1,
         "head_dim": 16,
     },
-    "mamba": {"state_size": 8},
-    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 8, "n_groups": 1},
-    "falcon_mamba": {"state_size": 8},
+    "mamba": NO_HEADS | {"state_size": 8},
+    "mamba2": NO_HEADS | {"num_heads": 8, "head_dim": 16, "state_size": 8, "n_groups": 1},
+    "falcon_mamba": NO_HEADS | {"state_size": 8},
 }
 
 

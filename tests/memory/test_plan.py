@@ -466,7 +466,8 @@ def test_legal_sizes_are_whole_groups():
         plan.check_ranks(cut, 2)
     command = "`halfweight quantize --tensor-parallel 2 --group-size 128`"
     added = f"{command} of the source makes groups that allow it"
-    assert e.value.hint == f"legal tensor-parallel sizes: 1; {added}"
+    sizes = "1; in smaller groups (--tensor-parallel) also 2"
+    assert e.value.hint == f"legal tensor-parallel sizes: {sizes}; {added}"
     for ranks, what in ((32, "32 GPUs do not divide 14 heads"), (7, "7 GPUs do not divide 4864")):
         with pytest.raises(UsageError, match=what):
             plan.check_ranks(cut, ranks)

@@ -13,6 +13,8 @@ from command_line import run
 
 from halfweight.memory.architecture import architecture
 from halfweight.memory.cards import parse_gpus
+from halfweight.memory.commands import commands
+from halfweight.memory.named_model import planned_model
 from halfweight.memory.plan import Model, footprint, legal_ranks, on_ranks, plan
 from halfweight.memory.plan_page import page_data, render
 from halfweight.memory.presets import preset
@@ -108,6 +110,45 @@ def test_the_arithmetic_is_pythons_in_node(grid_page):
     assert json.loads(done.stdout) == expected()
 
 
+COMMANDS = """
+const found = [];
+for (const [name, model] of Object.entries(MODELS))
+  for (const groupSize of model.stops.groupSize)
+    for (const ranks of model.legalRanks[groupSize].filter((n) => n <= 8))
+      for (const kvDtype of ["16bit", "int8"])
+        found.push(commands(model, { context: 100, batch: 3, ranks, groupSize, kvDtype }));
+"""
+
+
+@needs_node
+def test_the_commands_are_pythons(grid_page):
+    script = re.search(r"<script>(.*?)</script>", grid_page.read_text(), re.DOTALL)[1]
+    program = f"{script}\nconst MODELS = {models_json()};{COMMANDS}"
+    program += "console.log(JSON.stringify(found));"
+    done = subprocess.run([NODE, "-"], input=program, capture_output=True, text=True, check=True)
+    wanted = []
+    for name in MODELS:
+        found = planned(name)
+        for size in page_data(found, CARD)["stops"]["groupSize"]:
+            own = str(found.model.recipe.scheme.group_size) == size
+            model = found.model if own else with_group_size(found.model, int(size))
+            for count, kv_dtype in product(legal_ranks(model, 8), ("16bit", "int8")):
+                work = replace(found.workload, context=100, batch=3, kv_dtype=kv_dtype)
+                made = replace(found, model=model, workload=on_ranks(model, work, count))
+                wanted.append(commands(name, made, CARD.num_bytes))
+    assert json.loads(done.stdout) == wanted
+    assert len({tuple(lines) for lines in wanted}) > 40
+
+
+def test_a_file_that_is_made_is_run_as_it_is(int8_folder):
+    found = plan(planned_model(int8_folder), Workload(64), CARD.num_bytes)
+    data = page_data(found, CARD, int8_folder)["commands"]
+    assert (data["quantize"], data["folder"], data["source"]) == (None, int8_folder, "")
+    assert data["madeInGroupsOf"] == "32"
+    page = render(found, CARD, int8_folder)
+    assert f'"folder": "{int8_folder}"' in page
+
+
 @needs_chromium
 def test_the_arithmetic_is_pythons_in_chromium(grid_page):
     script = f"const MODELS = {models_json()};{SCRIPT}answer = found;"
@@ -128,7 +169,9 @@ const move = (id, value) => {
 const shown = () => document.getElementById("bars").textContent;
 answer = [shown()];
 move("batch", MODEL.stops.batch.indexOf(16)); answer.push(shown());
-move("ranks", 1); answer.push(document.getElementById("bars-title").textContent);
+move("ranks", 1);
+for (const id of ["bars-title", "commands", "source"])
+  answer.push(document.getElementById(id).textContent);
 move("ranks", 0);
 move("groupSize", 0); answer.push(shown());
 move("groupSize", 2);
@@ -138,7 +181,7 @@ document.querySelector('[data-cell="64x8192"]').click();
 answer.push(shown(), document.getElementById("batch-out").value,
   document.activeElement.getAttribute("aria-label"));
 """
-    first, batch, title, groups, int8, cell, value, focused = json.loads(
+    first, batch, title, ran, source, groups, int8, cell, value, focused = json.loads(
         run_in_page(grid_page, script)
     )
     model = planned("llama-3-8b").model
@@ -149,7 +192,11 @@ answer.push(shown(), document.getElementById("batch-out").value,
 
     assert likely(Workload()) in first
     assert likely(Workload(batch=16)) in batch
-    assert "2 GPUs (vllm)" in title
+    assert "2 GPUs (halfweight)" in title
+    limits = "--max-context 4096 --max-sequences 16"
+    assert ran.splitlines()[0] == "halfweight quantize MODEL OUT"
+    assert ran.splitlines()[1] == f"halfweight serve OUT {limits} --tensor-parallel 2"
+    assert "MODEL: the folder or Hub id of llama-3-8b" in source
     assert likely(Workload(batch=16), with_group_size(model, 32)) in groups
     assert likely(Workload(batch=16, kv_dtype="int8")) in int8
     assert likely(Workload(8192, 64, "int8")) in cell

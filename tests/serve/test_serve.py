@@ -216,8 +216,8 @@ TEXT = {"model": "tiny", "prompt": "hello"}
         ("completions", {"prompt": [[[1]]]}, "prompt: expected a text, token ids, or a list of"),
         ("completions", {"prompt": [[1], []]}, "the prompt has no tokens"),
         ("completions", {"stop_token_ids": [True]}, "stop_token_ids.0: "),
-        ("completions", {"prompt": ""}, "prompt: "),
-        ("completions", {"prompt": []}, "prompt"),
+        ("completions", {"prompt": ""}, "the prompt has no tokens"),
+        ("completions", {"prompt": []}, "the prompt has no tokens"),
         ("completions", {"temperature": 3}, "temperature: "),
         ("completions", {"n": 9}, "1 prompts with n=9 are more than 4"),
         ("completions", {"typical_p": 0.9}, "'typical_p' is not supported"),
@@ -362,6 +362,11 @@ def test_fields_of_vllms_clients(client, greedy, tokenizer):
     ended = client.completions.create(**options, extra_body={"stop_token_ids": [stop]}).choices[0]
     assert ended.text == tokenizer.decode(tokens[: tokens.index(stop)])
     assert (ended.finish_reason, ended.stop_reason) == ("stop", stop)
+    asked = {**options, "extra_body": {"stop_token_ids": [stop]}, "stream": True}
+    *_, last = client.completions.create(**asked)
+    assert (last.choices[0].finish_reason, last.choices[0].stop_reason) == ("stop", stop)
+    own = client.completions.create(**options, logit_bias={str(EOS): 100}).choices[0]
+    assert (own.finish_reason, own.stop_reason) == ("stop", None), "nobody asked for this end"
     biased = client.completions.create(**options, logit_bias={"65": 100}).choices[0]
     assert set(biased.text) == {tokenizer.decode([65])}
     kept = client.completions.create(

@@ -176,17 +176,17 @@ class StaticRunner:
 
     def _choose_reading(self) -> Reading:
         """The quickest reading that gives the model's logits."""
-        problem = ""
+        problem, bound = "", limit(self._model.dtype, "16bit")
         for reading in READINGS:
             self.reading = reading
             try:
-                found = deviation(self, self._model)
+                found = deviation(self, self._model, bound)
             except Exception as error:  # whatever a forward raises that we do not know
                 problem = f"{type(error).__name__}: {error}".partition("\n")[0]
                 continue
             finally:
                 self._sequences.clear()
-            if found <= limit(self._model.dtype, "16bit"):
+            if found <= bound:
                 return reading
             problem = f"logits are off by {found:.2g} of their spread"
         raise UsageError(

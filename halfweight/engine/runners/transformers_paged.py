@@ -51,7 +51,7 @@ from halfweight.memory import engine_memory
 from halfweight.memory.device_memory import out_of_memory
 from halfweight.memory.engine_memory import power_of_two
 from halfweight.model.experts import has_experts
-from halfweight.model.share import can_be_recorded, free_on_all
+from halfweight.model.share import can_be_recorded, free_in_memory, free_on_all
 from halfweight.model.stage import leaves
 
 log = logging.getLogger("halfweight")
@@ -60,9 +60,9 @@ PAGE_TOKENS = engine_memory.PAGE_TOKENS["transformers"]
 STEP_TOKENS = engine_memory.STEP_TOKENS["transformers"]
 """Most tokens of a step: bounds the memory of activations."""
 CPU_CACHE_TOKENS = 16384
-"""Tokens of cache where there is no device memory to measure."""
-CACHE_SHARE = 0.8
-"""Part of a GPU's free memory that becomes pages; the rest is for activations."""
+"""Tokens of cache on a CPU, or one text if that is longer, where memory allows."""
+CACHE_SHARE, CPU_CACHE_SHARE = 0.8, 0.5
+"""Part of a GPU's free memory that becomes pages, and the most of a CPU's."""
 
 
 class TransformersRunner:
@@ -179,7 +179,7 @@ class TransformersRunner:
     def _make_pools(self, cache_tokens: int | None, *, int8: bool) -> None:
         size = sum(call.num_bytes(int8=int8) for call in self._calls if call.source is None)
         if cache_tokens is None:
-            room = _room(free_on_all(self._model), size, self.max_context)
+            room = self._room(size)
             cache_tokens = min(room, self.max_sequences * self.max_context)
         self.num_pages = 1 + max(2, -(-cache_tokens // PAGE_TOKENS))
         self.pools: list[PagePool] = []
@@ -191,13 +191,22 @@ class TransformersRunner:
         tensors = {id(t): t for pool in self.pools for t in pool.tensors}
         self.cache_bytes = sum(tensor.nbytes for tensor in tensors.values())
 
+    def _room(self, token_bytes: int) -> int:
+        """Tokens of cache that the device has room for."""
+        free = free_on_all(self._model)
+        if free is not None:
+            return int(free * CACHE_SHARE) // token_bytes
+        wanted = max(CPU_CACHE_TOKENS, self.max_context)
+        return min(wanted, int(free_in_memory(self._model) * CPU_CACHE_SHARE) // token_bytes)
+
     def _pool(self, call: Call, int8: bool) -> PagePool:
         shape = (self.num_pages, PAGE_TOKENS, call.num_heads)
         return PagePool(shape, call.widths, call.dtype, self.device, int8=int8)
 
     def _check(self, kv_cache: KvCache) -> None:
-        found = deviation(self, self._model)
-        if not found <= limit(self._model.dtype, kv_cache):
+        bound = limit(self._model.dtype, kv_cache)
+        found = deviation(self, self._model, bound)
+        if not found <= bound:
             raise UnfitError(f"over pages its logits are off by {found:.2g} of their spread")
 
 
@@ -279,10 +288,3 @@ class _Bucket:
         graph, logits = self._recorded
         graph.replay()
         return logits
-
-
-def _room(free: int | None, token_bytes: int, max_context: int) -> int:
-    """Tokens of cache that the device has room for; on a CPU one sequence at least."""
-    if free is None:
-        return max(CPU_CACHE_TOKENS, max_context)
-    return int(free * CACHE_SHARE) // token_bytes
