@@ -54,7 +54,7 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", **options)
 
     def wait_until_idle(self):
-        limit = time.monotonic() + 10
+        limit = time.monotonic() + 60
         while self.engine.num_requests:
             assert time.monotonic() < limit
             time.sleep(0.01)
