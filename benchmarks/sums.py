@@ -106,12 +106,25 @@ def row(link: GroupLink, ways: dict[str, Sum], size: int, device: torch.device) 
     return found
 
 
-def measure(rank: int, ranks: int, port: int, name: str, out: Path) -> None:
-    """One rank; the first writes the result."""
+def free_port() -> int:
+    """Where ranks of this machine may meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def joined(rank: int, ranks: int, port: int) -> tuple[GroupLink, torch.device]:
+    """A rank's link and GPU."""
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0)
-    link = make_link(store, rank, ranks, device, backend="nccl", is_local=True)
+    return make_link(store, rank, ranks, device, backend="nccl", is_local=True), device
+
+
+def measure(rank: int, ranks: int, port: int, name: str, out: Path) -> None:
+    """One rank; the first writes the result."""
+    link, device = joined(rank, ranks, port)
     near: Any = link._near
     if near is None:
         raise SystemExit("these GPUs have no sums by memory: see the log")
@@ -137,10 +150,7 @@ def main() -> None:
     options = parser.parse_args()
     if torch.cuda.device_count() < options.ranks:
         raise SystemExit(f"needs {options.ranks} GPUs, found {torch.cuda.device_count()}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    given = (options.ranks, port, options.name, options.out)
+    given = (options.ranks, free_port(), options.name, options.out)
     multiprocessing.spawn(measure, given, options.ranks)
 
 

@@ -115,8 +115,8 @@ def logits(running: Running) -> Tensor:
 
 def compared(options: argparse.Namespace, folder: Path, shared: Tensor) -> dict[str, float]:
     """The logits of all ranks beside those of one."""
-    first = options.devices.split(",")[0] if options.devices else None
-    running = opened(argparse.Namespace(**{**vars(options), "ranks": 1, "devices": first}), folder)
+    alone_on = {"ranks": 1, "devices": options.devices and options.devices[:1]}
+    running = opened(argparse.Namespace(**{**vars(options), **alone_on}), folder)
     alone = logits(running)
     running.runner.close()
     difference = float((alone - shared).abs().max())
@@ -131,9 +131,8 @@ def opened(options: argparse.Namespace, folder: Path) -> Running:
     device = None if options.devices else ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
     loading = {"device": device, "dtype": dtype, "backend": None, "activations": "exact"}
-    devices = options.devices.split(",") if options.devices else None
     limit = parse_bytes(options.limit) if options.limit else None
-    return start(folder, options.ranks, devices, loading, limits, limit)
+    return start(folder, options.ranks, options.devices, loading, limits, limit)
 
 
 def rows(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
@@ -160,8 +159,8 @@ def rows(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
 
 def fastest_read(options: argparse.Namespace) -> float:
     """Bytes a second of the first device, measured before there is a model: it takes memory."""
-    places = options.devices.split(",") if options.devices else ["cuda:0"]
-    device = torch.device(places[0] if torch.cuda.is_available() else "cpu")
+    first = options.devices[0] if options.devices else "cuda:0"
+    device = torch.device(first if torch.cuda.is_available() else "cpu")
     found = read_bandwidth(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -186,7 +185,7 @@ def facts(options: argparse.Namespace, folder: Path, running: Running) -> dict[s
         "context": options.context,
         "kv_cache": options.kv_cache,
         "dtype": options.dtype,
-        "devices": options.devices or str(running.runner.device.type),
+        "devices": ",".join(options.devices or [running.runner.device.type]),
         "planned_16bit_bytes": both["16bit"].total.likely if on_gpu else None,
     }
 
@@ -197,11 +196,15 @@ def planned(options: argparse.Namespace, folder: Path) -> dict[str, Footprint]:
     return {weights: footprint(model, work, weights) for weights in ("16bit", "int8")}
 
 
+def _places(devices: str) -> list[str]:
+    return devices.split(",")
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--preset", help="sizes of the model [default: small ones]")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--devices", help="one a rank, separated by commas")
+    parser.add_argument("--devices", type=_places, help="one a rank, separated by commas")
     parser.add_argument("--limit", help="memory that a rank may have, as 24GB")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--prompt", type=int, default=64)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 import time
 
+import sums
 import torch
-from torch import distributed as dist
 from torch import multiprocessing
 
 SIZES = [
@@ -24,10 +23,8 @@ SIZES = [
 
 def on_gpus(function, ranks, *arguments, seconds):
     """Run `function(rank, ranks, port, *arguments)` in so many processes, at most so long."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = multiprocessing.spawn(function, (ranks, port, *arguments), ranks, join=False)
+    given = (ranks, sums.free_port(), *arguments)
+    started = multiprocessing.spawn(function, given, ranks, join=False)
     end = time.monotonic() + seconds
     try:
         while not started.join(timeout=1):
@@ -35,16 +32,6 @@ def on_gpus(function, ranks, *arguments, seconds):
     finally:
         for process in started.processes:
             process.kill()
-
-
-def make(rank, ranks, port):
-    """This rank's link and GPU."""
-    from halfweight.engine.parallel.link import make_link
-
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0)
-    return make_link(store, rank, ranks, device, backend="nccl", is_local=True), device
 
 
 class Case:
@@ -75,7 +62,7 @@ class Case:
 
 def check_sums(rank, ranks, port, replays):
     """Sums in a graph that is replayed, and between, on ranks of which now and then one is late."""
-    link, device = make(rank, ranks, port)
+    link, device = sums.joined(rank, ranks, port)
     near = link._near
     assert near is not None
     count = torch.zeros((), dtype=torch.int64, device=device)
@@ -108,7 +95,7 @@ def check_sums(rank, ranks, port, replays):
 
 def check_giving_up(rank, ranks, port):
     """A rank that makes no call is waited for until the others are told, and never again."""
-    link, device = make(rank, ranks, port)
+    link, device = sums.joined(rank, ranks, port)
     x = torch.ones(8192, dtype=torch.bfloat16, device=device)
     link.sum(x.clone())
     torch.cuda.synchronize()

@@ -64,26 +64,33 @@ def planned(name):
     return plan(model, work, CARD.num_bytes)
 
 
-def expected():
-    """The same grid by memory/plan.py, in the same order."""
-    rows = []
+def in_groups():
+    """Each model's name and plan, with each size of groups that its page offers, in its order."""
     for name in MODELS:
         found = planned(name)
         for size in page_data(found, CARD)["stops"]["groupSize"]:
             own = str(found.model.recipe.scheme.group_size) == size
             model = found.model if own else with_group_size(found.model, int(size))
-            ranks = legal_ranks(model, 8)
-            grid = product(
-                ranks, (1, 100, 2049, 32768), (1, 3, 64, 4096), ("16bit", "int8"), ("16bit", "int8")
-            )
-            for count, context, batch, kv_dtype, weights in grid:
-                work = replace(found.workload, context=context, batch=batch, kv_dtype=kv_dtype)
-                made = footprint(model, on_ranks(model, work, count), weights)
-                parts = [[p.name, p.sharded, p.replicated] for p in made.parts]
-                total = made.total
-                key = [name, size, count, context, batch, kv_dtype, weights]
-                bounds = [total.low, total.likely, total.high]
-                rows.append([*key, parts, *bounds, made.judge(20_000_000_000)])
+            yield name, size, replace(found, model=model)
+
+
+def expected():
+    """The same grid by memory/plan.py, in the same order."""
+    rows = []
+    for name, size, found in in_groups():
+        model = found.model
+        ranks = legal_ranks(model, 8)
+        grid = product(
+            ranks, (1, 100, 2049, 32768), (1, 3, 64, 4096), ("16bit", "int8"), ("16bit", "int8")
+        )
+        for count, context, batch, kv_dtype, weights in grid:
+            work = replace(found.workload, context=context, batch=batch, kv_dtype=kv_dtype)
+            made = footprint(model, on_ranks(model, work, count), weights)
+            parts = [[p.name, p.sharded, p.replicated] for p in made.parts]
+            total = made.total
+            key = [name, size, count, context, batch, kv_dtype, weights]
+            bounds = [total.low, total.likely, total.high]
+            rows.append([*key, parts, *bounds, made.judge(20_000_000_000)])
     return rows
 
 
@@ -98,16 +105,20 @@ def models_json():
     return json.dumps({name: page_data(planned(name), CARD) for name in MODELS})
 
 
+def by_the_page(page, program):
+    """What `program` has found by the page's own script."""
+    script = re.search(r"<script>(.*?)</script>", page.read_text(), re.DOTALL)[1]
+    models = f"const MODELS = {models_json()};"
+    whole = f"{script}\n{models}{program}console.log(JSON.stringify(found));"
+    done = subprocess.run([NODE, "-"], input=whole, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @needs_node
 def test_the_arithmetic_is_pythons_in_node(grid_page):
     """The very script of the page, over batch, context, GPUs, groups and cache of five models."""
-    script = re.search(r"<script>(.*?)</script>", grid_page.read_text(), re.DOTALL)[1]
-    program = (
-        f"{script}\nconst MODELS = {models_json()};{SCRIPT}console.log(JSON.stringify(found));"
-    )
-    done = subprocess.run([NODE, "-"], input=program, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == expected()
+    assert by_the_page(grid_page, SCRIPT) == expected()
 
 
 COMMANDS = """
@@ -122,21 +133,13 @@ for (const [name, model] of Object.entries(MODELS))
 
 @needs_node
 def test_the_commands_are_pythons(grid_page):
-    script = re.search(r"<script>(.*?)</script>", grid_page.read_text(), re.DOTALL)[1]
-    program = f"{script}\nconst MODELS = {models_json()};{COMMANDS}"
-    program += "console.log(JSON.stringify(found));"
-    done = subprocess.run([NODE, "-"], input=program, capture_output=True, text=True, check=True)
     wanted = []
-    for name in MODELS:
-        found = planned(name)
-        for size in page_data(found, CARD)["stops"]["groupSize"]:
-            own = str(found.model.recipe.scheme.group_size) == size
-            model = found.model if own else with_group_size(found.model, int(size))
-            for count, kv_dtype in product(legal_ranks(model, 8), ("16bit", "int8")):
-                work = replace(found.workload, context=100, batch=3, kv_dtype=kv_dtype)
-                made = replace(found, model=model, workload=on_ranks(model, work, count))
-                wanted.append(commands(name, made, CARD.num_bytes))
-    assert json.loads(done.stdout) == wanted
+    for name, _, found in in_groups():
+        for count, kv_dtype in product(legal_ranks(found.model, 8), ("16bit", "int8")):
+            work = replace(found.workload, context=100, batch=3, kv_dtype=kv_dtype)
+            made = replace(found, workload=on_ranks(found.model, work, count))
+            wanted.append(commands(name, made, CARD.num_bytes))
+    assert by_the_page(grid_page, COMMANDS) == wanted
     assert len({tuple(lines) for lines in wanted}) > 40
 
 
