@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -31,6 +32,7 @@ typedef uint64_t u64;
 typedef uint16_t u16;
 typedef uint8_t u8;
 struct uint4 { u32 x, y, z, w; };
+struct uint2 { u32 x, y; };
 struct float4 { float x, y, z, w; };
 struct Index { unsigned x; };
 using std::max;
@@ -43,7 +45,11 @@ struct Meeting { int arrived = 0, size = 0; u64 round = 0; };
 
 struct Copy { u32 to; const void* from; };
 
+// mbarrier: a phase ends when all have arrived and all bytes that were announced are there.
+struct Barrier { int size = 0, missing = 0, bytes = 0, phase = 0; };
+
 struct Block {
+    std::map<u32, Barrier> barriers;
     std::vector<u8> shared;
     Meeting all, named[16];
     std::vector<Meeting> warps;
@@ -114,6 +120,42 @@ inline void deliver(std::mt19937& random) {
 inline void send(uint4* place, const uint4& v) {
     u32* to = (u32*)place;
     letters.insert(letters.end(), {{to, v.x}, {to + 1, v.y}, {to + 2, v.z}, {to + 3, v.w}});
+    ++progress;
+}
+// Bulk copies to shared memory, which arrive in any order, before the barrier hears of them.
+struct Bulk { Block* home; u32 to; const u8* from; u32 size, bar; };
+inline std::vector<Bulk> bulks;
+inline void look_at(Barrier& b) {
+    ++progress;
+    if (b.missing == 0 && b.bytes == 0) b.missing = b.size, b.phase ^= 1;
+}
+inline void deliver_bulks(std::mt19937& random) {
+    std::shuffle(bulks.begin(), bulks.end(), random);
+    for (size_t left = random() % (bulks.size() + 1); bulks.size() > left; bulks.pop_back()) {
+        const Bulk& b = bulks.back();
+        std::memcpy(b.home->shared.data() + b.to, b.from, b.size);
+        b.home->barriers[b.bar].bytes -= b.size;
+        look_at(b.home->barriers[b.bar]);
+    }
+}
+inline void barrier_init(u32 bar, u32 size) {
+    current->home->barriers[bar] = {(int)size, (int)size, 0, 0};
+}
+inline void barriers_are_there() {}
+inline void barrier_arrive(u32 bar) {
+    Barrier& b = current->home->barriers[bar];
+    --b.missing;
+    look_at(b);
+}
+inline void barrier_expect(u32 bar, u32 bytes) {
+    current->home->barriers[bar].bytes += bytes;
+    barrier_arrive(bar);
+}
+inline void barrier_wait(u32 bar, u32 parity) {
+    while (current->home->barriers[bar].phase == (int)parity) pause();
+}
+inline void copy_bytes(u32 to, const void* from, u32 size, u32 bar) {
+    bulks.push_back({current->home, to, (const u8*)from, size, bar});
     ++progress;
 }
 template <class T> T load_fresh(const T* place) {
@@ -211,6 +253,47 @@ inline void mma(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
     }
     meet(warp, 32);
 }
+// mma.m16n8k32 of signed bytes.
+inline void mma_int8(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    Meeting& warp = current->home->warps[threadIdx.x / 32];
+    u32* lanes = current->home->exchange.data() + threadIdx.x / 32 * 32 * 10;
+    int lane = threadIdx.x % 32;
+    u32* mine = lanes + lane * 10;
+    mine[0] = a0, mine[1] = a1, mine[2] = a2, mine[3] = a3, mine[4] = b0, mine[5] = b1;
+    meet(warp, 32);
+    auto byte = [](u32 word, int place) { return (int)(int8_t)(word >> 8 * place); };
+    for (int i = 0; i < 4; ++i) {
+        int row = lane / 4, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 32; ++k) {
+            int quad = k % 16 / 4, high = k / 16;
+            u32 w = lanes[(row * 4 + quad) * 10 + i / 2 + 2 * high];
+            u32 x = lanes[(column * 4 + quad) * 10 + 4 + high];
+            c[i] += byte(w, k % 4) * byte(x, k % 4);
+        }
+    }
+    meet(warp, 32);
+}
+inline u32 largest_of_warp(u32 v) {
+    Meeting& warp = current->home->warps[threadIdx.x / 32];
+    u32* lanes = current->home->exchange.data() + threadIdx.x / 32 * 32 * 10;
+    lanes[threadIdx.x % 32 * 10] = v;
+    meet(warp, 32);
+    for (int lane = 0; lane < 32; ++lane) v = max(v, lanes[lane * 10]);
+    meet(warp, 32);
+    return v;
+}
+inline float reciprocal(float v) { return 1.0f / v; }
+inline uint2 load8(const void* from) {
+    uint2 v;
+    std::memcpy(&v, from, 8);
+    return v;
+}
+inline void store_word(u32 address, u32 word) { std::memcpy(shared_memory() + address, &word, 4); }
+inline float load_float(u32 address) {
+    float v;
+    std::memcpy(&v, shared_memory() + address, 4);
+    return v;
+}
 inline void first_mma(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
     c[0] = c[1] = c[2] = c[3] = 0.0f;
     mma(c, a, b0, b1);
@@ -230,6 +313,7 @@ inline int launch(void (*kernel)(), int blocks, int threads, int shared_bytes, u
     entry = kernel;
     fibers.clear();
     letters.clear();
+    bulks.clear();
     for (int b = 0; b < blocks; ++b) {
         homes[b].shared.resize(shared_bytes);
         for (u8& byte : homes[b].shared) byte = (u8)random();
@@ -254,6 +338,7 @@ inline int launch(void (*kernel)(), int blocks, int threads, int shared_bytes, u
     for (size_t running = fibers.size(); running > 0;) {
         u64 before = progress;
         deliver(random);
+        deliver_bulks(random);
         size_t shift = random() % order.size();
         for (size_t i = 0; i < order.size(); ++i) {
             current = fibers[order[(i + shift) % order.size()]].get();
@@ -261,7 +346,7 @@ inline int launch(void (*kernel)(), int blocks, int threads, int shared_bytes, u
             swapcontext(&scheduler, &current->context);
             running -= current->ended;
         }
-        idle = progress == before && letters.empty() ? idle + 1 : 0;
+        idle = progress == before && letters.empty() && bulks.empty() ? idle + 1 : 0;
         if (idle > 16 && running > 0) return -1;
     }
     return 0;

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from halfweight.kernels.cuda import driver
 from halfweight.kernels.cuda.schedule import Plan
+from halfweight.kernels.hopper import few
 from halfweight.kernels.hopper.tiles import (
     INT8,
     LARGE,
@@ -229,6 +230,9 @@ def linear(
     if exponents is None or not takes(x, packed, scales, exponents):
         return portable.BACKEND.linear(x, packed, scales, exponents, bias)
     rows, y, bias = driver.operands(x, packed, bias)
+    if few.takes(rows, packed, scales):
+        few.launch(rows, packed, scales.contiguous(), exponents, bias, y)
+        return y.reshape(*x.shape[:-1], packed.shape[0])
     group_size = packed.shape[1] // scales.shape[1]
     card = driver.card_of(x.device.index)
     chosen = choose(rows.shape[0], *packed.shape, group_size, card)

@@ -239,7 +239,7 @@ w8a16_small(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
             barrier_init(full + 8 * i, 1);
             barrier_init(empty + 8 * i, CONSUMERS / 32);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_are_there();
     }
     if (threadIdx.x == CONSUMERS) {
         prefetch_map(&w_map);

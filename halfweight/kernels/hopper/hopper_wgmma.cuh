@@ -109,7 +109,7 @@ __device__ __forceinline__ Block begin_block(const Problem& p, u8* raw) {
             barrier_init(place.full(), 1);
             barrier_init(place.empty(), 4 * WGS * CLUSTER);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_are_there();
     }
     let_next_kernel_start();
     __syncthreads();

@@ -1,0 +1,246 @@
+// y[M, N] = x[M, K] dequantize(packed[N, K], codes[N, K/G], exponents[N])^T + bias[N], M <= 16
+//
+// For very few tokens reading the weights must be the whole cost, so there may be few instructions
+// for a weight. A 16-bit product of the tensor core wants each byte converted; an integer one takes
+// the bytes as they are. So x is written as two bytes a number, x = s (h + l / 254), with one step s
+// for 128 columns, which keeps 16 bits of x beside the largest of them; a token is two columns of
+// the product, 254 h.q + l.q is exact in 32 bits, and meets the step and the group's code in float32.
+//
+// A tile is 16 rows of W. Copies are whole pieces of rows, 1,024 columns; eight warps take 128 each.
+// The tensor core's fragment wants, of 32 columns, 4 q..4 q + 3 and 16 more of lane quad q; the lane
+// reads 16 bytes in a row instead, of W as of x, which a sum does not mind.
+//
+//   last warp      producer: 16 rows of a stage, a copy a lane; weights are nobody's output, so it
+//                  does not wait for the kernel ahead
+//   eight warps    consumers; their sums of a tile meet in shared memory
+//
+// Compile-time: NT (4 tokens a tile of the tensor core's), BF16.
+
+struct Operands {
+    const u8* packed;
+    const u16* x;
+    const u8* codes;
+    const signed char* exponents;
+    const u16* bias;
+    u16* y;
+    int num_tokens, out_features, in_features, num_groups, group_shift, num_workers, stages;
+};
+
+constexpr int ROWS = 16, WARPS = 8, CONSUMERS = 32 * WARPS;
+constexpr int UNIT = 128;                // columns that share a step
+constexpr int COLUMNS = WARPS * UNIT;    // of a stage
+constexpr int W_PITCH = COLUMNS + 64;    // so that eight lanes meet all 32 banks
+constexpr int STAGE_BYTES = ROWS * W_PITCH;
+constexpr int TOKENS = 4 * NT;
+constexpr int SUMS = ROWS * TOKENS;      // of a tile
+constexpr int AT_ONCE = 8;
+constexpr u32 FLIP = 0x80808080;         // stored q + 128 -> q
+constexpr float INTEGERS = 12582912.0f;  // 1.5 2^23: adding it leaves an integer in the low bits
+
+// Where things lie in shared memory.
+struct Places {
+    u32 full, empty, steps, zeros, x, ring;
+    float* sums;
+    int units, x_pitch;
+
+    __device__ Places(const Operands& p, u8* base) {
+        units = (p.in_features + COLUMNS - 1) / COLUMNS * WARPS;
+        u32 at = shared_address(base);
+        full = at, empty = full + 8 * p.stages;
+        zeros = at + 16 * p.stages;
+        sums = (float*)(base + 16 * p.stages + 64);
+        steps = zeros + 64 + 2 * WARPS * SUMS * 4;
+        x = steps + units * TOKENS * 4;
+        x_pitch = units * UNIT + 64;
+        ring = x + 2 * p.num_tokens * x_pitch;
+    }
+};
+
+__device__ __forceinline__ void produce(const Operands& p, const Places& s, int lane) {
+    int stage = 0, phase = 0;
+    for (int row = blockIdx.x * ROWS; row < p.out_features; row += p.num_workers * ROWS) {
+        const u8* from = p.packed + (long long)(row + lane % ROWS) * p.in_features;
+        for (int k = 0; k < p.in_features; k += COLUMNS) {
+            int bytes = min(COLUMNS, p.in_features - k);
+            u32 full = s.full + 8 * stage;
+            barrier_wait(s.empty + 8 * stage, phase ^ 1);
+            if (lane == 0) barrier_expect(full, ROWS * bytes);
+            __syncwarp();
+            if (lane < ROWS)
+                copy_bytes(s.ring + stage * STAGE_BYTES + lane * W_PITCH, from + k, bytes, full);
+            if (++stage == p.stages) { stage = 0; phase ^= 1; }
+        }
+    }
+}
+
+// Four numbers of this lane, in a unit of the warp: two words of four bytes each, and the step.
+__device__ __forceinline__ void two_bytes(uint2 four, u32& high, u32& low, float& step) {
+    float v[4] = {to_float((u16)four.x), to_float((u16)(four.x >> 16)), to_float((u16)four.y),
+                  to_float((u16)(four.y >> 16))};
+    u32 most = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) most = max(most, __float_as_uint(v[i]) & 0x7fffffff);
+    float largest = __uint_as_float(largest_of_warp(most));  // or infinite, or not a number
+    float inverse = 127.0f * reciprocal(fmaxf(largest, 1e-30f));
+    step = largest * (1.0f / (127.0f * 254.0f));
+    high = low = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        float h = fmaf(v[i], inverse, INTEGERS);
+        float l = fmaf(fmaf(v[i], inverse, INTEGERS - h), 254.0f, INTEGERS);
+        high |= (__float_as_uint(h) & 255) << 8 * i;
+        low |= (__float_as_uint(l) & 255) << 8 * i;
+    }
+}
+
+// Which token and unit of this warp's comes next.
+struct Place {
+    int token = 0, unit;
+
+    __device__ void advance(int warp, int units) {
+        if ((unit += WARPS) >= units) unit = warp, ++token;
+    }
+};
+
+// x of the columns that this warp multiplies, as bytes; several reads are on their way at once.
+__device__ __forceinline__ void split_x(const Operands& p, const Places& s, int warp, int lane) {
+    Place reading{0, warp}, writing = reading;
+    while (writing.token < p.num_tokens) {
+        uint2 four[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i, reading.advance(warp, s.units)) {
+            int column = reading.unit * UNIT + 4 * lane;
+            bool is_there = reading.token < p.num_tokens && column < p.in_features;
+            const u16* from = p.x + (long long)reading.token * p.in_features + column;
+            four[i] = is_there ? load8(from) : uint2{0, 0};
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i, writing.advance(warp, s.units)) {
+            if (writing.token >= p.num_tokens) break;
+            u32 high, low;
+            float step;
+            two_bytes(four[i], high, low, step);
+            u32 to = s.x + 2 * writing.token * s.x_pitch + writing.unit * UNIT + 4 * lane;
+            store_word(to, high);
+            store_word(to + s.x_pitch, low);
+            u32 place = s.steps + (writing.unit * TOKENS + writing.token) * 4;
+            if (lane == 0) store_word(place, __float_as_uint(step));
+        }
+    }
+    __syncwarp();
+}
+
+struct Codes { u32 code[2]; };
+
+__device__ __forceinline__ Codes load_codes(const Operands& p, int row, int column) {
+    int group = min(column >> p.group_shift, p.num_groups - 1);
+    const u8* from = p.codes + (long long)row * p.num_groups + group;
+    return {__ldg(from), __ldg(from + 8 * p.num_groups)};
+}
+
+// What the sum of a row and token becomes at the end, read before the tile is multiplied.
+struct RowEnd { float scale, offset; };
+
+__device__ __forceinline__ RowEnd load_row_end(const Operands& p, int row) {
+    return {ldexpf(1.0f, p.exponents[row]), p.bias ? to_float(p.bias[row]) : 0.0f};
+}
+
+// Add the product of a unit: this lane's row and the eighth after it.
+__device__ __forceinline__ void multiply(const Places& s, u32 w, const u32 (&x)[NT], const u32 (&x_step)[NT],
+                                         int unit, int quad, const Codes& codes,
+                                         float (&total)[NT][2]) {
+    int sums[NT][4] = {};
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+        u32 upper[4], lower[4];
+        load_words(w + 64 * j, upper);
+        load_words(w + 8 * W_PITCH + 64 * j, lower);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) upper[i] ^= FLIP, lower[i] ^= FLIP;
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+            u32 pair[4];
+            load_words(x[n] + (2 * unit + j) * x_step[n], pair);
+            mma_int8(sums[n], upper[0], lower[0], upper[1], lower[1], pair[0], pair[1]);
+            mma_int8(sums[n], upper[2], lower[2], upper[3], lower[3], pair[2], pair[3]);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        float step = load_float(s.steps + (unit * TOKENS + 4 * n + quad) * 4);
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+            total[n][h] += (float)(254 * sums[n][2 * h] + sums[n][2 * h + 1]) * ((float)codes.code[h] * step);
+    }
+}
+
+// Sum what all warps have of a tile, a thread a row and token, and store it.
+__device__ __forceinline__ void store(const Operands& p, const float* sums, int first_row, RowEnd end) {
+    int token = threadIdx.x / ROWS, row = threadIdx.x % ROWS;
+    if (token >= p.num_tokens) return;
+    float value = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) value += sums[w * SUMS + threadIdx.x];
+    value = value * end.scale + end.offset;
+    p.y[(long long)token * p.out_features + first_row + row] = (u16)pack(value, 0.0f);
+}
+
+__device__ __forceinline__ void consume(const Operands& p, const Places& s, int warp, int lane) {
+    int fragment_row = lane / 4, quad = lane % 4;
+    int row = blockIdx.x * ROWS, skip = p.num_workers * ROWS;
+    Codes next = load_codes(p, min(row, p.out_features - ROWS) + fragment_row, warp * UNIT);
+    wait_for_previous_kernel();
+    split_x(p, s, warp, lane);
+    u32 x[NT], x_step[NT];
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        int part = 8 * n + fragment_row;
+        bool is_there = part < 2 * p.num_tokens;
+        x[n] = (is_there ? s.x + part * s.x_pitch : s.zeros) + 16 * quad;
+        x_step[n] = is_there ? 64 : 0;
+    }
+    int stage = 0, phase = 0, turn = 0;
+    for (; row < p.out_features; row += skip, turn ^= 1) {
+        RowEnd end = load_row_end(p, row + threadIdx.x % ROWS);
+        float total[NT][2] = {};
+        for (int column = warp * UNIT, k = 0; k < p.in_features; column += COLUMNS, k += COLUMNS) {
+            Codes codes = next;
+            bool is_last = k + COLUMNS >= p.in_features;
+            int next_row = is_last ? min(row + skip, p.out_features - ROWS) : row;
+            next = load_codes(p, next_row + fragment_row, is_last ? warp * UNIT : column + COLUMNS);
+            barrier_wait(s.full + 8 * stage, phase);
+            u32 w = s.ring + stage * STAGE_BYTES + fragment_row * W_PITCH + warp * UNIT + 16 * quad;
+            multiply(s, w, x, x_step, column / UNIT, quad, codes, total);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(s.empty + 8 * stage);
+            if (++stage == p.stages) { stage = 0; phase ^= 1; }
+        }
+        float* sums = s.sums + turn * WARPS * SUMS;
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                sums[warp * SUMS + (4 * n + quad) * ROWS + 8 * h + fragment_row] = total[n][h];
+        named_sync<1, CONSUMERS>();
+        if (threadIdx.x < SUMS) store(p, sums, row, end);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 2)
+w8a16_few(const __grid_constant__ Operands p) {
+    u8* base = shared_memory();
+    Places s(p, base);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x < p.stages) {
+        barrier_init(s.full + 8 * threadIdx.x, 1);
+        barrier_init(s.empty + 8 * threadIdx.x, WARPS);
+        barriers_are_there();
+    }
+    if (threadIdx.x < 16) store_word(s.zeros + 4 * threadIdx.x, 0);
+    let_next_kernel_start();
+    __syncthreads();
+    if (warp == WARPS)
+        produce(p, s, lane);
+    else
+        consume(p, s, warp, lane);
+}
