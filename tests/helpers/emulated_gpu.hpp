@@ -289,6 +289,7 @@ inline uint2 load8(const void* from) {
     return v;
 }
 inline void store_word(u32 address, u32 word) { std::memcpy(shared_memory() + address, &word, 4); }
+inline u32 load_byte(u32 address) { return shared_memory()[address]; }
 inline float load_float(u32 address) {
     float v;
     std::memcpy(&v, shared_memory() + address, 4);

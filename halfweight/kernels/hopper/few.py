@@ -40,17 +40,43 @@ class Operands(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("packed", "x", "codes", "exponents", "bias", "y")),
         *((name, ctypes.c_int) for name in ("num_tokens", "out_features", "in_features")),
-        *((name, ctypes.c_int) for name in ("num_groups", "group_shift", "num_workers", "stages")),
+        *((name, ctypes.c_int) for name in ("num_groups", "group_shift", "num_workers")),
+        *((name, ctypes.c_int) for name in ("stages", "code_slots")),
     ]
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a product of some tokens and columns is computed: the compiled form, the ring's stages."""
+    """How products of these sizes are computed: as many stages as the ring has."""
 
-    tiles: int
+    num_tokens: int
+    in_features: int
+    num_groups: int
     stages: int
-    shared_bytes: int
+
+    @property
+    def tiles(self) -> int:
+        """NT of the compiled form."""
+        return next(n for n in TILES if 4 * n >= self.num_tokens)
+
+    @property
+    def pieces(self) -> int:
+        """Stages of a tile."""
+        return -(-self.in_features // COLUMNS)
+
+    @property
+    def code_slots(self) -> int:
+        """Tiles whose codes the ring reaches."""
+        return 1 + -(-(self.stages - 1) // self.pieces)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory, in the order of `Places`."""
+        units, tokens = self.pieces * WARPS, 4 * self.tiles
+        sums, steps = 2 * WARPS * ROWS * tokens * 4, units * tokens * 4
+        x = 2 * self.num_tokens * (units * UNIT + 64)
+        ring = self.stages * (STAGE_BYTES + 16)
+        return ring + 64 + sums + steps + self.code_slots * ROWS * self.num_groups + x
 
 
 def source(tiles: int, dtype: torch.dtype) -> str:
@@ -61,19 +87,15 @@ def source(tiles: int, dtype: torch.dtype) -> str:
 
 
 @lru_cache(maxsize=4096)
-def form_for(num_tokens: int, in_features: int, multiprocessor_bytes: int) -> Form | None:
+def form_for(
+    num_tokens: int, in_features: int, num_groups: int, multiprocessor_bytes: int
+) -> Form | None:
     """The form whose blocks fit a multiprocessor's shared memory twice, else once, or None."""
-    tiles = next((n for n in TILES if 4 * n >= num_tokens), None)
-    if tiles is None:
-        return None
-    units = -(-in_features // COLUMNS) * WARPS
-    fixed = 64 + 2 * WARPS * ROWS * 4 * tiles * 4 + units * 4 * tiles * 4
-    fixed += 2 * num_tokens * (units * UNIT + 64)
     for blocks in (2, 1):
-        room = multiprocessor_bytes // blocks - 1024 - fixed
-        stages = min(STAGES * (3 - blocks), room // (STAGE_BYTES + 16))
-        if stages >= LEAST_STAGES:
-            return Form(tiles, stages, fixed + stages * (STAGE_BYTES + 16))
+        for stages in range(STAGES * (3 - blocks), LEAST_STAGES - 1, -1):
+            form = Form(num_tokens, in_features, num_groups, stages)
+            if blocks * (form.shared_bytes + 1024) <= multiprocessor_bytes:
+                return form
     return None
 
 
@@ -86,12 +108,12 @@ def takes(x: Tensor, packed: Tensor, scales: Tensor) -> bool:
         and columns % 16 == 0
         and (num_groups == 1 or columns // num_groups % UNIT == 0)
         and packed.data_ptr() % 16 == 0
-        and _form(x.numel() // columns, columns, x.device.index) is not None
+        and _form(x.numel() // columns, columns, num_groups, x.device.index) is not None
     )
 
 
-def _form(num_tokens: int, in_features: int, device: int) -> Form | None:
-    return form_for(num_tokens, in_features, driver.card_of(device).shared_bytes)
+def _form(num_tokens: int, in_features: int, num_groups: int, device: int) -> Form | None:
+    return form_for(num_tokens, in_features, num_groups, driver.card_of(device).shared_bytes)
 
 
 @cache
@@ -123,8 +145,8 @@ def operands_of(
     num_groups, columns = scales.shape[1], x.shape[1]
     shift = ONE_SCALE_A_ROW if num_groups == 1 else (columns // num_groups).bit_length() - 1
     tensors = (packed, x, scales, exponents, bias, y)
-    sizes = (len(x), len(packed), columns, num_groups, shift, num_workers, form.stages)
-    return Operands(*map(driver.address, tensors), *sizes)
+    sizes = (len(x), len(packed), columns, num_groups, shift, num_workers)
+    return Operands(*map(driver.address, tensors), *sizes, form.stages, form.code_slots)
 
 
 def launch(
@@ -137,7 +159,7 @@ def launch(
 ) -> None:
     """Fill y [M, N]; for what `takes` says, x in memory that 16-byte copies can read."""
     device = x.device.index
-    form = _form(*x.shape, device)
+    form = _form(*x.shape, scales.shape[1], device)
     assert form is not None
     workers = min(driver.num_multiprocessors(device), len(packed) // ROWS)
     stream = torch.cuda.current_stream(device).cuda_stream

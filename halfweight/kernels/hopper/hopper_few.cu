@@ -23,7 +23,7 @@ struct Operands {
     const signed char* exponents;
     const u16* bias;
     u16* y;
-    int num_tokens, out_features, in_features, num_groups, group_shift, num_workers, stages;
+    int num_tokens, out_features, in_features, num_groups, group_shift, num_workers, stages, code_slots;
 };
 
 constexpr int ROWS = 16, WARPS = 8, CONSUMERS = 32 * WARPS;
@@ -39,8 +39,7 @@ constexpr float INTEGERS = 12582912.0f;  // 1.5 2^23: adding it leaves an intege
 
 // Where things lie in shared memory.
 struct Places {
-    u32 full, empty, steps, zeros, x, ring;
-    float* sums;
+    u32 full, empty, zeros, sums, steps, codes, x, ring;
     int units, x_pitch;
 
     __device__ Places(const Operands& p, u8* base) {
@@ -48,28 +47,35 @@ struct Places {
         u32 at = shared_address(base);
         full = at, empty = full + 8 * p.stages;
         zeros = at + 16 * p.stages;
-        sums = (float*)(base + 16 * p.stages + 64);
-        steps = zeros + 64 + 2 * WARPS * SUMS * 4;
-        x = steps + units * TOKENS * 4;
+        sums = zeros + 64;
+        steps = sums + 2 * WARPS * SUMS * 4;
+        codes = steps + units * TOKENS * 4;
+        x = codes + p.code_slots * ROWS * p.num_groups;
         x_pitch = units * UNIT + 64;
         ring = x + 2 * p.num_tokens * x_pitch;
     }
 };
 
+// A tile's codes come with its first stage. Their slot is free: as many tiles as there are slots
+// before, every warp was done with a stage that has been filled again since.
 __device__ __forceinline__ void produce(const Operands& p, const Places& s, int lane) {
-    int stage = 0, phase = 0;
+    int stage = 0, phase = 0, slot = 0, code_bytes = ROWS * p.num_groups;
     for (int row = blockIdx.x * ROWS; row < p.out_features; row += p.num_workers * ROWS) {
         const u8* from = p.packed + (long long)(row + lane % ROWS) * p.in_features;
         for (int k = 0; k < p.in_features; k += COLUMNS) {
             int bytes = min(COLUMNS, p.in_features - k);
             u32 full = s.full + 8 * stage;
             barrier_wait(s.empty + 8 * stage, phase ^ 1);
-            if (lane == 0) barrier_expect(full, ROWS * bytes);
+            if (lane == 0) barrier_expect(full, ROWS * bytes + (k == 0 ? code_bytes : 0));
             __syncwarp();
+            if (k == 0 && lane == ROWS)
+                copy_bytes(s.codes + slot * code_bytes, p.codes + (long long)row * p.num_groups,
+                           code_bytes, full);
             if (lane < ROWS)
                 copy_bytes(s.ring + stage * STAGE_BYTES + lane * W_PITCH, from + k, bytes, full);
             if (++stage == p.stages) { stage = 0; phase ^= 1; }
         }
+        if (++slot == p.code_slots) slot = 0;
     }
 }
 
@@ -130,25 +136,23 @@ __device__ __forceinline__ void split_x(const Operands& p, const Places& s, int 
     __syncwarp();
 }
 
-struct Codes { u32 code[2]; };
+// What the sum of a row and token becomes at the end; it is read a tile before it is needed.
+struct RowEnd {
+    int exponent;
+    u16 bias;
 
-__device__ __forceinline__ Codes load_codes(const Operands& p, int row, int column) {
-    int group = min(column >> p.group_shift, p.num_groups - 1);
-    const u8* from = p.codes + (long long)row * p.num_groups + group;
-    return {__ldg(from), __ldg(from + 8 * p.num_groups)};
+    __device__ float of(float sum) const { return sum * ldexpf(1.0f, exponent) + to_float(bias); }
+};
+
+__device__ __forceinline__ RowEnd load_row_end(const Operands& p, int first_row) {
+    int row = min(first_row, p.out_features - ROWS) + threadIdx.x % ROWS;
+    return {p.exponents[row], p.bias ? p.bias[row] : (u16)0};
 }
 
-// What the sum of a row and token becomes at the end, read before the tile is multiplied.
-struct RowEnd { float scale, offset; };
-
-__device__ __forceinline__ RowEnd load_row_end(const Operands& p, int row) {
-    return {ldexpf(1.0f, p.exponents[row]), p.bias ? to_float(p.bias[row]) : 0.0f};
-}
-
-// Add the product of a unit: this lane's row and the eighth after it.
-__device__ __forceinline__ void multiply(const Places& s, u32 w, const u32 (&x)[NT], const u32 (&x_step)[NT],
-                                         int unit, int quad, const Codes& codes,
-                                         float (&total)[NT][2]) {
+// Add the product of a unit: this lane's row and the eighth after it, whose codes these are.
+__device__ __forceinline__ void multiply(const Places& s, u32 w, const u32 (&x)[NT],
+                                         const u32 (&x_step)[NT], int unit, int quad, float upper_code,
+                                         float lower_code, float (&total)[NT][2]) {
     int sums[NT][4] = {};
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -168,27 +172,24 @@ __device__ __forceinline__ void multiply(const Places& s, u32 w, const u32 (&x)[
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
         float step = load_float(s.steps + (unit * TOKENS + 4 * n + quad) * 4);
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-            total[n][h] += (float)(254 * sums[n][2 * h] + sums[n][2 * h + 1]) * ((float)codes.code[h] * step);
+        total[n][0] += (float)(254 * sums[n][0] + sums[n][1]) * (upper_code * step);
+        total[n][1] += (float)(254 * sums[n][2] + sums[n][3]) * (lower_code * step);
     }
 }
 
 // Sum what all warps have of a tile, a thread a row and token, and store it.
-__device__ __forceinline__ void store(const Operands& p, const float* sums, int first_row, RowEnd end) {
+__device__ __forceinline__ void store(const Operands& p, u32 sums, int first_row, const RowEnd& end) {
     int token = threadIdx.x / ROWS, row = threadIdx.x % ROWS;
     if (token >= p.num_tokens) return;
     float value = 0.0f;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) value += sums[w * SUMS + threadIdx.x];
-    value = value * end.scale + end.offset;
-    p.y[(long long)token * p.out_features + first_row + row] = (u16)pack(value, 0.0f);
+    for (int w = 0; w < WARPS; ++w) value += load_float(sums + (w * SUMS + threadIdx.x) * 4);
+    p.y[(long long)token * p.out_features + first_row + row] = (u16)pack(end.of(value), 0.0f);
 }
 
 __device__ __forceinline__ void consume(const Operands& p, const Places& s, int warp, int lane) {
     int fragment_row = lane / 4, quad = lane % 4;
-    int row = blockIdx.x * ROWS, skip = p.num_workers * ROWS;
-    Codes next = load_codes(p, min(row, p.out_features - ROWS) + fragment_row, warp * UNIT);
+    RowEnd next_end = load_row_end(p, blockIdx.x * ROWS);
     wait_for_previous_kernel();
     split_x(p, s, warp, lane);
     u32 x[NT], x_step[NT];
@@ -199,30 +200,32 @@ __device__ __forceinline__ void consume(const Operands& p, const Places& s, int 
         x[n] = (is_there ? s.x + part * s.x_pitch : s.zeros) + 16 * quad;
         x_step[n] = is_there ? 64 : 0;
     }
-    int stage = 0, phase = 0, turn = 0;
-    for (; row < p.out_features; row += skip, turn ^= 1) {
-        RowEnd end = load_row_end(p, row + threadIdx.x % ROWS);
+    int stage = 0, phase = 0, turn = 0, slot = 0;
+    for (int row = blockIdx.x * ROWS; row < p.out_features; row += p.num_workers * ROWS, turn ^= 1) {
+        RowEnd end = next_end;
+        next_end = load_row_end(p, row + p.num_workers * ROWS);
+        u32 codes = s.codes + (slot * ROWS + fragment_row) * p.num_groups;
         float total[NT][2] = {};
         for (int column = warp * UNIT, k = 0; k < p.in_features; column += COLUMNS, k += COLUMNS) {
-            Codes codes = next;
-            bool is_last = k + COLUMNS >= p.in_features;
-            int next_row = is_last ? min(row + skip, p.out_features - ROWS) : row;
-            next = load_codes(p, next_row + fragment_row, is_last ? warp * UNIT : column + COLUMNS);
-            barrier_wait(s.full + 8 * stage, phase);
+            u32 code = codes + min(column >> p.group_shift, p.num_groups - 1);
             u32 w = s.ring + stage * STAGE_BYTES + fragment_row * W_PITCH + warp * UNIT + 16 * quad;
-            multiply(s, w, x, x_step, column / UNIT, quad, codes, total);
+            barrier_wait(s.full + 8 * stage, phase);
+            multiply(s, w, x, x_step, column / UNIT, quad, (float)load_byte(code),
+                     (float)load_byte(code + 8 * p.num_groups), total);
             __syncwarp();
             if (lane == 0) barrier_arrive(s.empty + 8 * stage);
             if (++stage == p.stages) { stage = 0; phase ^= 1; }
         }
-        float* sums = s.sums + turn * WARPS * SUMS;
+        u32 sums = s.sums + turn * WARPS * SUMS * 4;
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
             for (int h = 0; h < 2; ++h)
-                sums[warp * SUMS + (4 * n + quad) * ROWS + 8 * h + fragment_row] = total[n][h];
+                store_word(sums + (warp * SUMS + (4 * n + quad) * ROWS + 8 * h + fragment_row) * 4,
+                           __float_as_uint(total[n][h]));
         named_sync<1, CONSUMERS>();
         if (threadIdx.x < SUMS) store(p, sums, row, end);
+        if (++slot == p.code_slots) slot = 0;
     }
 }
 
