@@ -146,16 +146,16 @@ __device__ __forceinline__ void reduce_warps(float* buffer, int wn, int wk, int 
     named_sync<1, CONSUMERS>();
 }
 
-// What the rows' sums are multiplied with and added to at the end, read before the work begins.
-struct RowEnds { float scale[RT][2], offset[RT][2]; };
+// What the rows' sums are multiplied with and added to at the end, as it is in memory.
+struct RowEnds { signed char exponent[RT][2]; u16 bias[RT][2]; };
 
 __device__ __forceinline__ RowEnds load_row_ends(const Problem& p, int row) {
     RowEnds ends;
 #pragma unroll
     for (int i = 0; i < RT * 2; ++i) {
         int n = min(row + 8 * i, p.out_features - 1);
-        ends.scale[i / 2][i % 2] = ldexpf(1.0f, p.exponents[n]);
-        ends.offset[i / 2][i % 2] = p.bias ? to_float(p.bias[n]) : 0.0f;
+        ends.exponent[i / 2][i % 2] = p.exponents[n];
+        ends.bias[i / 2][i % 2] = p.bias ? p.bias[n] : (u16)0;
     }
     return ends;
 }
@@ -168,11 +168,12 @@ __device__ __forceinline__ void store(const Problem& p, int row, int quad, const
         for (int h = 0; h < 2; ++h) {
             int n = row + 16 * t + 8 * h;
             if (n >= p.out_features) continue;
+            float scale = ldexpf(1.0f, ends.exponent[t][h]), offset = to_float(ends.bias[t][h]);
 #pragma unroll
             for (int i = 0; i < NT * 2; ++i) {
                 int token = i / 2 * 8 + 2 * quad + i % 2;
                 float value = total[(t * NT + i / 2) * 4 + 2 * h + i % 2];
-                value = value * ends.scale[t][h] + ends.offset[t][h];
+                value = value * scale + offset;
                 if (token < p.num_tokens)
                     p.y[(long long)token * p.out_features + n] = (u16)pack(value, 0.0f);
             }
@@ -184,20 +185,28 @@ __device__ __forceinline__ void consume(const Problem& p, u32 ring, u32 full, u3
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int wn = warp % WN, wk = warp / WN, fragment_row = lane / 4, quad = lane % 4;
     int row_in_tile = wn * 16 * RT + row_in_eight(fragment_row);
+    auto row_of = [&](const Segment& s) { return s.tile * BN + row_in_tile; };
     Schedule schedule(p, worker);
-    Segment s;
+    Segment s, next;
+    if (!schedule.pop(next)) return;
+    // A run's first codes and its rows' ends are read while the run before is multiplied.
+    u32 codes[CODES][RT][2], next_codes[CODES][RT][2];
+    load_codes(p, row_of(next), next.k_begin, wk, next_codes);
+    RowEnds next_ends = load_row_ends(p, row_of(next));
     int stage = 0, phase = 0;
-    while (schedule.pop(s)) {
-        int row = s.tile * BN + row_in_tile;
-        RowEnds ends = load_row_ends(p, row);
+    for (bool is_last = false; !is_last;) {
+        s = next;
+        is_last = !schedule.pop(next);
+        int row = row_of(s);
+        RowEnds ends = next_ends;
+        next_ends = load_row_ends(p, row_of(next));
         float total[ACC], sums[ACC];
 #pragma unroll
         for (int i = 0; i < ACC; ++i) total[i] = sums[i] = 0.0f;
-        u32 codes[CODES][RT][2], next_codes[CODES][RT][2];
-        load_codes(p, row, s.k_begin, wk, next_codes);
         for (int k = s.k_begin; k < s.k_end; ++k) {
             take(codes, next_codes);
-            if (k + 1 < s.k_end) load_codes(p, row, k + 1, wk, next_codes);
+            bool is_same = k + 1 < s.k_end;
+            load_codes(p, is_same ? row : row_of(next), is_same ? k + 1 : next.k_begin, wk, next_codes);
             barrier_wait(full + 8 * stage, phase);
             u32 w = ring + stage * STAGE_BYTES, x = w + BOXES * W_BOX;
 #pragma unroll
