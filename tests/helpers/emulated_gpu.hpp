@@ -158,6 +158,19 @@ inline void copy_bytes(u32 to, const void* from, u32 size, u32 bar) {
     bulks.push_back({current->home, to, (const u8*)from, size, bar});
     ++progress;
 }
+// A matrix [rows, columns] of bytes; a box is 128 columns of each of `box_rows` rows, so many times.
+struct TensorMap { const u8* from; int rows, columns, box_rows, boxes; };
+inline void copy_weights_box(u32 to, const TensorMap* map, int row, int first, u32 bar) {
+    static const u8 zeros[16] = {};
+    for (int box = 0; box < map->boxes; ++box)
+        for (int r = 0; r < map->box_rows; ++r)
+            for (int chunk = 0; chunk < 8; ++chunk) {
+                int column = (first + box) * 128 + chunk * 16;
+                bool is_there = row + r < map->rows && column < map->columns;
+                const u8* from = is_there ? map->from + (long long)(row + r) * map->columns + column : zeros;
+                copy_bytes(to + (box * map->box_rows + r) * 128 + ((chunk ^ r % 8) << 4), from, 16, bar);
+            }
+}
 template <class T> T load_fresh(const T* place) {
     pause();
     return *place;

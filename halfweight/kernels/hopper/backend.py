@@ -24,6 +24,7 @@ from torch import Tensor
 from halfweight.kernels.cuda import driver
 from halfweight.kernels.cuda.schedule import Plan
 from halfweight.kernels.hopper import few
+from halfweight.kernels.hopper.tensor_map import KINDS, tensor_map
 from halfweight.kernels.hopper.tiles import (
     INT8,
     LARGE,
@@ -53,12 +54,6 @@ REASONS = {
     "hopper_small.cu": "reading the weight is the limit: mma.sync fed by bulk copies",
     "hopper_large.cu": "L2 and the tensor cores are the limit: wgmma",
 }
-
-KINDS = {torch.int8: "uint8", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-"""Activations as a tensor map names them."""
-
-Shape = tuple[int, ...]
-
 
 def source(config: Config, groups: int, dtype: torch.dtype) -> str:
     """The kernel's text: compile-time choices, hopper.cuh, wgmma where used, the kernel."""
@@ -113,40 +108,6 @@ def _kernel(config: Config, groups: int, dtype: torch.dtype, device: int) -> Any
     return driver.load(text, ARCHITECTURE, config.entry, config.shared_bytes, device)
 
 
-@lru_cache(maxsize=16384)
-def _tensor_map(pointer: int, kind: str, sizes: Shape, strides: Shape, box: Shape) -> Any:
-    """Tensor map of bytes or 16-bit values, read in boxes 128 or 64 bytes wide.
-
-    `sizes` and `box` count elements, innermost first; `strides` are bytes, from the second on.
-    """
-    from cuda.bindings import driver as cuda
-
-    types = cuda.CUtensorMapDataType
-    dtype, size = {
-        "uint8": (types.CU_TENSOR_MAP_DATA_TYPE_UINT8, 1),
-        "float16": (types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2),
-        "bfloat16": (types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2),
-    }[kind]
-    swizzles = cuda.CUtensorMapSwizzle
-    wide = box[0] * size == 128
-    return driver.check(
-        cuda.cuTensorMapEncodeTiled(
-            dtype,
-            len(sizes),
-            pointer,
-            [cuda.cuuint64_t(n) for n in sizes],
-            [cuda.cuuint64_t(n) for n in strides],
-            [cuda.cuuint32_t(n) for n in box],
-            [cuda.cuuint32_t(1)] * len(sizes),
-            cuda.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if wide else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
-            cuda.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            cuda.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        ),
-        "tensor map",
-    )
-
-
 def _maps(plan: Plan[Config], packed: Tensor, x: Tensor) -> tuple[Any, Any]:
     """Tensor maps of the weights and the activations as `plan` reads them."""
     config = plan.config
@@ -157,14 +118,14 @@ def _maps(plan: Plan[Config], packed: Tensor, x: Tensor) -> tuple[Any, Any]:
         size = x.element_size()
         x_box = (128 // size, config.tokens // config.cluster)
         return (
-            _tensor_map(w_at, "uint8", w_sizes, (columns,), (config.columns, plan.rows)),
-            _tensor_map(x_at, kind, x_sizes, (columns * size,), x_box),
+            tensor_map(w_at, "uint8", w_sizes, (columns,), (config.columns, plan.rows)),
+            tensor_map(x_at, kind, x_sizes, (columns * size,), x_box),
         )
     boxes = config.k_bytes // 128
     w_sizes3, x_sizes3 = (128, packed.shape[0], columns // 128), (64, x.shape[0], columns // 64)
     return (
-        _tensor_map(w_at, "uint8", w_sizes3, (columns, 128), (128, config.rows, boxes)),
-        _tensor_map(x_at, kind, x_sizes3, (columns * 2, 128), (64, config.tokens, 2 * boxes)),
+        tensor_map(w_at, "uint8", w_sizes3, (columns, 128), (128, config.rows, boxes)),
+        tensor_map(x_at, kind, x_sizes3, (columns * 2, 128), (64, config.tokens, 2 * boxes)),
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from halfweight.kernels.cuda import driver
+from halfweight.kernels.hopper.tensor_map import tensor_map
 
 ARCHITECTURE = "sm_90a"
 FILES = ("cuda/ptx.cuh", "hopper/hopper.cuh", "hopper/hopper_few.cu")
@@ -26,7 +27,7 @@ ROWS, WARPS, UNIT = 16, 8, 128
 """As in hopper_few.cu: rows of W a tile, warps that multiply, columns of each and of a step."""
 COLUMNS = WARPS * UNIT
 THREADS = 32 * (WARPS + 1)
-STAGE_BYTES = ROWS * (COLUMNS + 64)
+STAGE_BYTES = ROWS * COLUMNS
 STAGES = 6
 """Of 16 KB each: what two blocks of a multiprocessor hold of the memory's latency, and more."""
 LEAST_STAGES = 3
@@ -105,7 +106,7 @@ def takes(x: Tensor, packed: Tensor, scales: Tensor) -> bool:
     return (
         x.numel() <= MOST_TOKENS * columns
         and rows % ROWS == 0
-        and columns % 16 == 0
+        and columns % UNIT == 0
         and (num_groups == 1 or columns // num_groups % UNIT == 0)
         and packed.data_ptr() % 16 == 0
         and _form(x.numel() // columns, columns, num_groups, x.device.index) is not None
@@ -149,6 +150,12 @@ def operands_of(
     return Operands(*map(driver.address, tensors), *sizes, form.stages, form.code_slots)
 
 
+def _map(packed: Tensor) -> Any:
+    rows, columns = packed.shape
+    sizes = (UNIT, rows, columns // UNIT)
+    return tensor_map(packed.data_ptr(), "uint8", sizes, (columns, UNIT), (UNIT, ROWS, WARPS))
+
+
 def launch(
     x: Tensor,
     packed: Tensor,
@@ -165,4 +172,4 @@ def launch(
     stream = torch.cuda.current_stream(device).cuda_stream
     start = _start(form, workers, y.dtype, device, stream)
     given = operands_of(form, workers, x, packed, scales, exponents, bias, y)
-    driver.launch(start, ctypes.addressof(given))
+    driver.launch(start, _map(packed).getPtr(), ctypes.addressof(given))

@@ -37,14 +37,28 @@ __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// BYTES (16 at a time) of one row, read once: they leave L2 first.
+// Bytes (16 at a time) that lie one behind the other.
 __device__ __forceinline__ void copy_bytes(u32 dst, const void* from, u32 bytes, u32 bar) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        ::"r"(dst), "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
+__device__ __forceinline__ void copy_weights_tile(u32 dst, const TensorMap* map, int c0, int c1, u32 bar) {
     asm volatile(
         "{\n.reg .b64 policy;\n"
         "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1], %2, [%3], policy;\n}" ::"r"(dst),
-        "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(bar) : "memory");
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3}], [%4], policy;\n}" ::"r"(dst),
+        "l"(map), "r"(c0), "r"(c1), "r"(bar) : "memory");
+}
+// A box of weights, which are read once: they leave L2 first.
+__device__ __forceinline__ void copy_weights_box(u32 dst, const TensorMap* map, int c1, int c2, u32 bar) {
+    asm volatile(
+        "{\n.reg .b64 policy;\n"
+        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3, %4}], [%5], policy;\n}" ::"r"(dst),
+        "l"(map), "r"(0), "r"(c1), "r"(c2), "r"(bar) : "memory");
 }
 // Integers: a has 16 rows of signed bytes, b 8 columns of them, 32 of each at a time.
 __device__ __forceinline__ void mma_int8(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

@@ -6,12 +6,13 @@
 // for 128 columns, which keeps 16 bits of x beside the largest of them; a token is two columns of
 // the product, 254 h.q + l.q is exact in 32 bits, and meets the step and the group's code in float32.
 //
-// A tile is 16 rows of W. Copies are whole pieces of rows, 1,024 columns; eight warps take 128 each.
+// A tile is 16 rows of W, a stage 1,024 columns of it, of which eight warps take 128 each. As in
+// hopper_small.cu these lie together, in the 128-byte swizzle, and rows are taken as 0 4 1 5 2 6 3 7.
 // The tensor core's fragment wants, of 32 columns, 4 q..4 q + 3 and 16 more of lane quad q; the lane
 // reads 16 bytes in a row instead, of W as of x, which a sum does not mind.
 //
-//   last warp      producer: 16 rows of a stage, a copy a lane; weights are nobody's output, so it
-//                  does not wait for the kernel ahead
+//   last warp      producer: a copy a stage; weights are nobody's output, so it does not wait for
+//                  the kernel ahead
 //   eight warps    consumers; their sums of a tile meet in shared memory
 //
 // Compile-time: NT (4 tokens a tile of the tensor core's), BF16.
@@ -29,8 +30,8 @@ struct Operands {
 constexpr int ROWS = 16, WARPS = 8, CONSUMERS = 32 * WARPS;
 constexpr int UNIT = 128;                // columns that share a step
 constexpr int COLUMNS = WARPS * UNIT;    // of a stage
-constexpr int W_PITCH = COLUMNS + 64;    // so that eight lanes meet all 32 banks
-constexpr int STAGE_BYTES = ROWS * W_PITCH;
+constexpr int BOX = ROWS * UNIT;         // bytes, in the 128-byte swizzle
+constexpr int STAGE_BYTES = WARPS * BOX;
 constexpr int TOKENS = 4 * NT;
 constexpr int SUMS = ROWS * TOKENS;      // of a tile
 constexpr int AT_ONCE = 8;
@@ -44,35 +45,30 @@ struct Places {
 
     __device__ Places(const Operands& p, u8* base) {
         units = (p.in_features + COLUMNS - 1) / COLUMNS * WARPS;
-        u32 at = shared_address(base);
-        full = at, empty = full + 8 * p.stages;
-        zeros = at + 16 * p.stages;
+        ring = shared_address(base);
+        full = ring + p.stages * STAGE_BYTES, empty = full + 8 * p.stages;
+        zeros = empty + 8 * p.stages;
         sums = zeros + 64;
         steps = sums + 2 * WARPS * SUMS * 4;
         codes = steps + units * TOKENS * 4;
         x = codes + p.code_slots * ROWS * p.num_groups;
         x_pitch = units * UNIT + 64;
-        ring = x + 2 * p.num_tokens * x_pitch;
     }
 };
 
 // A tile's codes come with its first stage. Their slot is free: as many tiles as there are slots
 // before, every warp was done with a stage that has been filled again since.
-__device__ __forceinline__ void produce(const Operands& p, const Places& s, int lane) {
+__device__ __forceinline__ void produce(const TensorMap* w_map, const Operands& p, const Places& s) {
     int stage = 0, phase = 0, slot = 0, code_bytes = ROWS * p.num_groups;
     for (int row = blockIdx.x * ROWS; row < p.out_features; row += p.num_workers * ROWS) {
-        const u8* from = p.packed + (long long)(row + lane % ROWS) * p.in_features;
         for (int k = 0; k < p.in_features; k += COLUMNS) {
-            int bytes = min(COLUMNS, p.in_features - k);
             u32 full = s.full + 8 * stage;
             barrier_wait(s.empty + 8 * stage, phase ^ 1);
-            if (lane == 0) barrier_expect(full, ROWS * bytes + (k == 0 ? code_bytes : 0));
-            __syncwarp();
-            if (k == 0 && lane == ROWS)
+            barrier_expect(full, STAGE_BYTES + (k == 0 ? code_bytes : 0));
+            copy_weights_box(s.ring + stage * STAGE_BYTES, w_map, row, k / UNIT, full);
+            if (k == 0)
                 copy_bytes(s.codes + slot * code_bytes, p.codes + (long long)row * p.num_groups,
                            code_bytes, full);
-            if (lane < ROWS)
-                copy_bytes(s.ring + stage * STAGE_BYTES + lane * W_PITCH, from + k, bytes, full);
             if (++stage == p.stages) { stage = 0; phase ^= 1; }
         }
         if (++slot == p.code_slots) slot = 0;
@@ -150,15 +146,15 @@ __device__ __forceinline__ RowEnd load_row_end(const Operands& p, int first_row)
 }
 
 // Add the product of a unit: this lane's row and the eighth after it, whose codes these are.
-__device__ __forceinline__ void multiply(const Places& s, u32 w, const u32 (&x)[NT],
+__device__ __forceinline__ void multiply(const Places& s, u32 w, u32 chunk, const u32 (&x)[NT],
                                          const u32 (&x_step)[NT], int unit, int quad, float upper_code,
                                          float lower_code, float (&total)[NT][2]) {
     int sums[NT][4] = {};
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
         u32 upper[4], lower[4];
-        load_words(w + 64 * j, upper);
-        load_words(w + 8 * W_PITCH + 64 * j, lower);
+        load_words(w + (chunk ^ 64 * j), upper);
+        load_words(w + 8 * UNIT + (chunk ^ 64 * j), lower);
 #pragma unroll
         for (int i = 0; i < 4; ++i) upper[i] ^= FLIP, lower[i] ^= FLIP;
 #pragma unroll
@@ -188,14 +184,15 @@ __device__ __forceinline__ void store(const Operands& p, u32 sums, int first_row
 }
 
 __device__ __forceinline__ void consume(const Operands& p, const Places& s, int warp, int lane) {
-    int fragment_row = lane / 4, quad = lane % 4;
+    int quad = lane % 4, row_in_eight = lane / 4 % 2 * 4 + lane / 8;
+    u32 chunk = (quad ^ row_in_eight) << 4;
     RowEnd next_end = load_row_end(p, blockIdx.x * ROWS);
     wait_for_previous_kernel();
     split_x(p, s, warp, lane);
     u32 x[NT], x_step[NT];
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-        int part = 8 * n + fragment_row;
+        int part = 8 * n + lane / 4;
         bool is_there = part < 2 * p.num_tokens;
         x[n] = (is_there ? s.x + part * s.x_pitch : s.zeros) + 16 * quad;
         x_step[n] = is_there ? 64 : 0;
@@ -204,13 +201,13 @@ __device__ __forceinline__ void consume(const Operands& p, const Places& s, int 
     for (int row = blockIdx.x * ROWS; row < p.out_features; row += p.num_workers * ROWS, turn ^= 1) {
         RowEnd end = next_end;
         next_end = load_row_end(p, row + p.num_workers * ROWS);
-        u32 codes = s.codes + (slot * ROWS + fragment_row) * p.num_groups;
+        u32 codes = s.codes + (slot * ROWS + row_in_eight) * p.num_groups;
         float total[NT][2] = {};
         for (int column = warp * UNIT, k = 0; k < p.in_features; column += COLUMNS, k += COLUMNS) {
             u32 code = codes + min(column >> p.group_shift, p.num_groups - 1);
-            u32 w = s.ring + stage * STAGE_BYTES + fragment_row * W_PITCH + warp * UNIT + 16 * quad;
+            u32 w = s.ring + stage * STAGE_BYTES + warp * BOX + row_in_eight * UNIT;
             barrier_wait(s.full + 8 * stage, phase);
-            multiply(s, w, x, x_step, column / UNIT, quad, (float)load_byte(code),
+            multiply(s, w, chunk, x, x_step, column / UNIT, quad, (float)load_byte(code),
                      (float)load_byte(code + 8 * p.num_groups), total);
             __syncwarp();
             if (lane == 0) barrier_arrive(s.empty + 8 * stage);
@@ -221,7 +218,7 @@ __device__ __forceinline__ void consume(const Operands& p, const Places& s, int 
         for (int n = 0; n < NT; ++n)
 #pragma unroll
             for (int h = 0; h < 2; ++h)
-                store_word(sums + (warp * SUMS + (4 * n + quad) * ROWS + 8 * h + fragment_row) * 4,
+                store_word(sums + (warp * SUMS + (4 * n + quad) * ROWS + 8 * h + row_in_eight) * 4,
                            __float_as_uint(total[n][h]));
         named_sync<1, CONSUMERS>();
         if (threadIdx.x < SUMS) store(p, sums, row, end);
@@ -230,7 +227,7 @@ __device__ __forceinline__ void consume(const Operands& p, const Places& s, int 
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 2)
-w8a16_few(const __grid_constant__ Operands p) {
+w8a16_few(const __grid_constant__ TensorMap w_map, const __grid_constant__ Operands p) {
     u8* base = shared_memory();
     Places s(p, base);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -242,8 +239,8 @@ w8a16_few(const __grid_constant__ Operands p) {
     if (threadIdx.x < 16) store_word(s.zeros + 4 * threadIdx.x, 0);
     let_next_kernel_start();
     __syncthreads();
-    if (warp == WARPS)
-        produce(p, s, lane);
-    else
+    if (warp < WARPS)
         consume(p, s, warp, lane);
+    else if (lane == 0)
+        produce(&w_map, p, s);
 }

@@ -38,12 +38,6 @@ static_assert(CHAIN <= 4, "sums must stay below 2^24");
 // A code enters times 2^119, and an integer read as a float is 2^-149 of itself.
 constexpr float CODE_UNIT = 0x1p119f, TOTAL_UNIT = 0x1p-30f;
 
-__device__ __forceinline__ void copy_bytes(u32 dst, const void* source, u32 bytes, u32 bar) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(dst), "l"(source), "r"(bytes), "r"(bar) : "memory");
-}
-
 // The scales of a lane's two rows for the groups of a chain, as the total takes them, and the codes
 // of the chain that comes next.
 struct Scales {

@@ -44,7 +44,7 @@ __device__ __forceinline__ void produce(const TensorMap* w_map, const TensorMap*
                                         int worker) {
     auto copy_weights = [&](int stage, int tile, int k) {
         barrier_expect(full + 8 * stage, STAGE_BYTES);
-        copy_box(ring + stage * STAGE_BYTES, w_map, tile * BN, k * BOXES, full + 8 * stage);
+        copy_weights_box(ring + stage * STAGE_BYTES, w_map, tile * BN, k * BOXES, full + 8 * stage);
     };
     Segment s;
     int early = 0;
