@@ -32,7 +32,6 @@ typedef uint64_t u64;
 typedef uint16_t u16;
 typedef uint8_t u8;
 struct uint4 { u32 x, y, z, w; };
-struct uint2 { u32 x, y; };
 struct float4 { float x, y, z, w; };
 struct Index { unsigned x; };
 using std::max;
@@ -158,19 +157,7 @@ inline void copy_bytes(u32 to, const void* from, u32 size, u32 bar) {
     bulks.push_back({current->home, to, (const u8*)from, size, bar});
     ++progress;
 }
-// A matrix [rows, columns] of bytes; a box is 128 columns of each of `box_rows` rows, so many times.
-struct TensorMap { const u8* from; int rows, columns, box_rows, boxes; };
-inline void copy_weights_box(u32 to, const TensorMap* map, int row, int first, u32 bar) {
-    static const u8 zeros[16] = {};
-    for (int box = 0; box < map->boxes; ++box)
-        for (int r = 0; r < map->box_rows; ++r)
-            for (int chunk = 0; chunk < 8; ++chunk) {
-                int column = (first + box) * 128 + chunk * 16;
-                bool is_there = row + r < map->rows && column < map->columns;
-                const u8* from = is_there ? map->from + (long long)(row + r) * map->columns + column : zeros;
-                copy_bytes(to + (box * map->box_rows + r) * 128 + ((chunk ^ r % 8) << 4), from, 16, bar);
-            }
-}
+inline void copy_weights(u32 to, const void* from, u32 size, u32 bar) { copy_bytes(to, from, size, bar); }
 template <class T> T load_fresh(const T* place) {
     pause();
     return *place;
@@ -202,6 +189,7 @@ inline uint4 load16(u32 address) {
     return v;
 }
 
+inline u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 inline float __uint_as_float(u32 v) {
     float f;
     std::memcpy(&f, &v, 4);
@@ -266,48 +254,24 @@ inline void mma(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
     }
     meet(warp, 32);
 }
-// mma.m16n8k32 of signed bytes.
-inline void mma_int8(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+inline float __shfl_xor_sync(u32, float v, int mask) {
     Meeting& warp = current->home->warps[threadIdx.x / 32];
     u32* lanes = current->home->exchange.data() + threadIdx.x / 32 * 32 * 10;
-    int lane = threadIdx.x % 32;
-    u32* mine = lanes + lane * 10;
-    mine[0] = a0, mine[1] = a1, mine[2] = a2, mine[3] = a3, mine[4] = b0, mine[5] = b1;
+    lanes[threadIdx.x % 32 * 10] = __float_as_uint(v);
     meet(warp, 32);
-    auto byte = [](u32 word, int place) { return (int)(int8_t)(word >> 8 * place); };
-    for (int i = 0; i < 4; ++i) {
-        int row = lane / 4, column = lane % 4 * 2 + i % 2;
-        for (int k = 0; k < 32; ++k) {
-            int quad = k % 16 / 4, high = k / 16;
-            u32 w = lanes[(row * 4 + quad) * 10 + i / 2 + 2 * high];
-            u32 x = lanes[(column * 4 + quad) * 10 + 4 + high];
-            c[i] += byte(w, k % 4) * byte(x, k % 4);
-        }
-    }
+    float other = __uint_as_float(lanes[(threadIdx.x % 32 ^ mask) * 10]);
     meet(warp, 32);
+    return other;
 }
-inline u32 largest_of_warp(u32 v) {
-    Meeting& warp = current->home->warps[threadIdx.x / 32];
-    u32* lanes = current->home->exchange.data() + threadIdx.x / 32 * 32 * 10;
-    lanes[threadIdx.x % 32 * 10] = v;
-    meet(warp, 32);
-    for (int lane = 0; lane < 32; ++lane) v = max(v, lanes[lane * 10]);
-    meet(warp, 32);
-    return v;
-}
+inline float times_power(float v, int e) { return std::ldexp(v, e); }
 inline float reciprocal(float v) { return 1.0f / v; }
-inline uint2 load8(const void* from) {
-    uint2 v;
-    std::memcpy(&v, from, 8);
-    return v;
+inline int dot4(u32 a, u32 b, int sum) {
+    for (int i = 0; i < 4; ++i) sum += (int)(a >> 8 * i & 255) * (int)(int8_t)(b >> 8 * i);
+    return sum;
 }
-inline void store_word(u32 address, u32 word) { std::memcpy(shared_memory() + address, &word, 4); }
+inline void load_pairs(const u16* from, u32 (&pairs)[8]) { std::memcpy(pairs, from, 32); }
 inline u32 load_byte(u32 address) { return shared_memory()[address]; }
-inline float load_float(u32 address) {
-    float v;
-    std::memcpy(&v, shared_memory() + address, 4);
-    return v;
-}
+inline void store_float(u32 address, float v) { std::memcpy(shared_memory() + address, &v, 4); }
 inline void first_mma(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
     c[0] = c[1] = c[2] = c[3] = 0.0f;
     mma(c, a, b0, b1);

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from halfweight.kernels.cuda import driver
 from halfweight.kernels.cuda.schedule import Plan
-from halfweight.kernels.hopper import few
+from halfweight.kernels.hopper import gemv
 from halfweight.kernels.hopper.tensor_map import KINDS, tensor_map
 from halfweight.kernels.hopper.tiles import (
     INT8,
@@ -180,7 +180,7 @@ def takes(x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None) -
         and packed.data_ptr() % 16 == 0
         and _divides_evenly(packed.shape[1] // scales.shape[1], scales.shape[1])
         and x.numel() > 0
-        and (x.numel() > packed.shape[1] or packed.shape[1] > GEMV_COLUMNS)
+        and (x.numel() > packed.shape[1] or packed.shape[1] > GEMV_COLUMNS or GEMV_COLUMNS == 0)
     )
 
 
@@ -191,8 +191,8 @@ def linear(
     if exponents is None or not takes(x, packed, scales, exponents):
         return portable.BACKEND.linear(x, packed, scales, exponents, bias)
     rows, y, bias = driver.operands(x, packed, bias)
-    if few.takes(rows, packed, scales):
-        few.launch(rows, packed, scales.contiguous(), exponents, bias, y)
+    if gemv.takes(rows, packed, scales):
+        gemv.launch(rows, packed, scales.contiguous(), exponents, bias, y)
         return y.reshape(*x.shape[:-1], packed.shape[0])
     group_size = packed.shape[1] // scales.shape[1]
     card = driver.card_of(x.device.index)

@@ -168,12 +168,12 @@ __device__ __forceinline__ void store(const Problem& p, int row, int quad, const
         for (int h = 0; h < 2; ++h) {
             int n = row + 16 * t + 8 * h;
             if (n >= p.out_features) continue;
-            float scale = ldexpf(1.0f, ends.exponent[t][h]), offset = to_float(ends.bias[t][h]);
+            float offset = to_float(ends.bias[t][h]);
 #pragma unroll
             for (int i = 0; i < NT * 2; ++i) {
                 int token = i / 2 * 8 + 2 * quad + i % 2;
                 float value = total[(t * NT + i / 2) * 4 + 2 * h + i % 2];
-                value = value * scale + offset;
+                value = times_power(value, ends.exponent[t][h]) + offset;
                 if (token < p.num_tokens)
                     p.y[(long long)token * p.out_features + n] = (u16)pack(value, 0.0f);
             }
