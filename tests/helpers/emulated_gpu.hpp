@@ -271,6 +271,11 @@ inline int dot4(u32 a, u32 b, int sum) {
 }
 inline void load_pairs(const u16* from, u32 (&pairs)[8]) { std::memcpy(pairs, from, 32); }
 inline u32 load_byte(u32 address) { return shared_memory()[address]; }
+inline u16 load_half(u32 address) {
+    u16 v;
+    std::memcpy(&v, shared_memory() + address, 2);
+    return v;
+}
 inline void store_float(u32 address, float v) { std::memcpy(shared_memory() + address, &v, 4); }
 inline void first_mma(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
     c[0] = c[1] = c[2] = c[3] = 0.0f;

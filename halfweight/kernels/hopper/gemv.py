@@ -7,6 +7,7 @@ or the Triton backend's.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -29,6 +30,8 @@ SEGMENTS = 8
 """Of x, for all tokens, that a thread has registers for."""
 ROWS = (8, 4, 2, 1)
 STAGE_BYTES = 33 << 10
+END_BYTES = 32
+"""Exponents and biases of a stage's rows, in whole 16 bytes."""
 BLOCKS = 3
 """Of a multiprocessor; the next kernel's take the place of those that have ended."""
 MOST_STAGES = 4
@@ -84,12 +87,11 @@ def form_for(
     out_features, in_features = shape
     tokens = next((n for n in TOKENS if n >= num_tokens), None)
     segments = -(-in_features // (SEGMENT * 32 * WARPS))
-    if tokens is None or tokens * segments > SEGMENTS:
+    if tokens is None or tokens * segments > SEGMENTS or out_features % 16:
         return None
     for rows in ROWS:
-        stage_bytes = rows * (in_features + num_groups)
-        fits = stage_bytes <= STAGE_BYTES and rows * num_groups % 16 == 0
-        if fits and out_features % rows == 0:
+        stage_bytes = rows * (in_features + num_groups) + END_BYTES
+        if stage_bytes <= STAGE_BYTES and rows * num_groups % 16 == 0:
             blocks = BLOCKS if tokens * segments <= 4 else 1
             room = multiprocessor_bytes // blocks - 1024 - 2 * rows * tokens * WARPS * 4
             stages = min(MOST_STAGES, room // (stage_bytes + 16))
@@ -104,14 +106,17 @@ def _form(x: Tensor, packed: Tensor, scales: Tensor) -> Form | None:
     return form_for(x.numel() // columns, (rows, columns), scales.shape[1], room)
 
 
-def takes(x: Tensor, packed: Tensor, scales: Tensor) -> bool:
-    """Whether hopper_gemv.cu computes a product that Hopper's kernels take, with grid8 scales."""
+def takes(x: Tensor, packed: Tensor, scales: Tensor, ends: Sequence[Tensor]) -> bool:
+    """Whether hopper_gemv.cu computes a product that Hopper's kernels take, with grid8 scales.
+
+    `ends`: the exponents, and the bias if there is one.
+    """
     columns, num_groups = packed.shape[1], scales.shape[1]
     return (
         x.numel() <= TOKENS[-1] * columns
         and columns % SEGMENT == 0
         and (num_groups == 1 or columns // num_groups % SEGMENT == 0)
-        and packed.data_ptr() % 16 == scales.data_ptr() % 16 == 0
+        and all(tensor.data_ptr() % 16 == 0 for tensor in (packed, scales, *ends))
         and _form(x, packed, scales) is not None
     )
 

@@ -30,24 +30,32 @@ constexpr float INTEGERS = 12582912.0f;  // 1.5 2^23: adding it leaves an intege
 // Where things lie in shared memory.
 struct Places {
     u32 ring, full, empty, sums;
-    int weight_bytes, code_bytes, stage_bytes;
+    int weight_bytes, code_bytes, copied_bytes, stage_bytes;
 
     __device__ Places(const Operands& p, u32 base) {
         weight_bytes = ROWS * p.in_features, code_bytes = ROWS * p.num_groups;
-        stage_bytes = weight_bytes + code_bytes;
+        copied_bytes = weight_bytes + code_bytes + (p.bias ? 32 : 16);
+        stage_bytes = weight_bytes + code_bytes + 32;
         sums = base, full = sums + 2 * SUMS * WARPS * 4, empty = full + 8 * p.stages;
         ring = empty + 8 * p.stages;
     }
 };
 
+// All that a stage's rows need comes by copies: a thread's own read of memory would wait behind the
+// ring's. The ends of rows come in whole 16 bytes, of which the stage has a part.
 __device__ __forceinline__ void produce(const Operands& p, const Places& s) {
     int stage = 0, phase = 0;
     for (int tile = blockIdx.x; tile * ROWS < p.out_features; tile += p.num_workers) {
         u32 full = s.full + 8 * stage, to = s.ring + stage * s.stage_bytes;
+        int row = tile * ROWS;
         barrier_wait(s.empty + 8 * stage, phase ^ 1);
-        barrier_expect(full, s.stage_bytes);
+        barrier_expect(full, s.copied_bytes);
         copy_weights(to, p.packed + (long long)tile * s.weight_bytes, s.weight_bytes, full);
-        copy_bytes(to + s.weight_bytes, p.codes + (long long)tile * s.code_bytes, s.code_bytes, full);
+        to += s.weight_bytes;
+        copy_bytes(to, p.codes + (long long)tile * s.code_bytes, s.code_bytes, full);
+        to += s.code_bytes;
+        copy_bytes(to, p.exponents + (row & ~15), 16, full);
+        if (p.bias) copy_bytes(to + 16, p.bias + (row & ~7), 16, full);
         if (++stage == p.stages) { stage = 0; phase ^= 1; }
     }
 }
@@ -112,24 +120,8 @@ __device__ __forceinline__ void sum_over_warp(float (&v)[SUMS], int lane) {
 __device__ __forceinline__ int which_sum(int lane) { return lane / (32 / SUMS); }
 __device__ __forceinline__ bool holds_sum(int lane) { return lane % (32 / SUMS) == 0; }
 
-// What the sum of a row becomes at the end; it is read a stage before it is needed.
-struct RowEnd {
-    int exponent;
-    u16 bias;
-
-    __device__ __forceinline__ float of(float sum) const {
-        return times_power(sum, exponent) + to_float(bias);
-    }
-};
-
-__device__ __forceinline__ RowEnd load_row_end(const Operands& p, int tile) {
-    int row = min(tile * ROWS + (int)threadIdx.x % ROWS, p.out_features - 1);
-    return {p.exponents[row], p.bias ? p.bias[row] : (u16)0};
-}
-
 __device__ __forceinline__ void consume(const Operands& p, const Places& s) {
-    int thread = threadIdx.x, lane = thread % 32, tile = blockIdx.x;
-    RowEnd next_end = load_row_end(p, tile);
+    int thread = threadIdx.x, lane = thread % 32;
     wait_for_previous_kernel();
     Segment x[SEGMENTS][TOKENS];
     int weight[SEGMENTS], code[SEGMENTS];
@@ -147,9 +139,8 @@ __device__ __forceinline__ void consume(const Operands& p, const Places& s) {
         }
     }
     int stage = 0, phase = 0, turn = 0;
-    for (; tile * ROWS < p.out_features; tile += p.num_workers, turn ^= 1) {
-        RowEnd end = next_end;
-        next_end = load_row_end(p, tile + p.num_workers);
+    for (int tile = blockIdx.x; tile * ROWS < p.out_features; tile += p.num_workers, turn ^= 1) {
+        int row = tile * ROWS + thread % ROWS;
         float sums[SUMS] = {};
         u32 from = s.ring + stage * s.stage_bytes;
         barrier_wait(s.full + 8 * stage, phase);
@@ -163,6 +154,9 @@ __device__ __forceinline__ void consume(const Operands& p, const Places& s) {
                 for (int t = 0; t < TOKENS; ++t)
                     sums[t * ROWS + r] += (float)x[i][t].product(w) * (scale * x[i][t].step);
             }
+        u32 ends = from + s.weight_bytes + s.code_bytes;
+        int exponent = (signed char)load_byte(ends + row % 16);
+        float offset = p.bias ? to_float(load_half(ends + 16 + row % 8 * 2)) : 0.0f;
         __syncwarp();
         if (lane == 0) barrier_arrive(s.empty + 8 * stage);
         if (++stage == p.stages) { stage = 0; phase ^= 1; }
@@ -177,8 +171,9 @@ __device__ __forceinline__ void consume(const Operands& p, const Places& s) {
             uint4 v = load16(meeting + (thread * WARPS + i) * 4);
             whole += __uint_as_float(v.x) + __uint_as_float(v.y) + __uint_as_float(v.z) + __uint_as_float(v.w);
         }
-        int row = tile * ROWS + thread % ROWS, token = thread / ROWS;
-        if (token < p.num_tokens) p.y[(long long)token * p.out_features + row] = (u16)pack(end.of(whole), 0.0f);
+        if (thread / ROWS < p.num_tokens)
+            p.y[(long long)(thread / ROWS) * p.out_features + row] =
+                (u16)pack(times_power(whole, exponent) + offset, 0.0f);
     }
 }
 
