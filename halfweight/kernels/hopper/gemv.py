@@ -32,8 +32,8 @@ ROWS = (8, 4, 2, 1)
 STAGE_BYTES = 33 << 10
 END_BYTES = 32
 """Exponents and biases of a stage's rows, in whole 16 bytes."""
-BLOCKS = 3
-"""Of a multiprocessor; the next kernel's take the place of those that have ended."""
+BLOCKS = ((3, 2), (2, 4), (1, SEGMENTS))
+"""Of a multiprocessor, for so many segments of all tokens at most, which is what registers allow."""
 MOST_STAGES = 4
 LEAST_STAGES = 2
 ONE_SCALE_A_ROW = 31
@@ -92,7 +92,7 @@ def form_for(
     for rows in ROWS:
         stage_bytes = rows * (in_features + num_groups) + END_BYTES
         if stage_bytes <= STAGE_BYTES and rows * num_groups % 16 == 0:
-            blocks = BLOCKS if tokens * segments <= 4 else 1
+            blocks = next(n for n, most in BLOCKS if tokens * segments <= most)
             room = multiprocessor_bytes // blocks - 1024 - 2 * rows * tokens * WARPS * 4
             stages = min(MOST_STAGES, room // (stage_bytes + 16))
             if stages >= LEAST_STAGES:

@@ -177,7 +177,7 @@ __device__ __forceinline__ void consume(const Operands& p, const Places& s) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, TOKENS * SEGMENTS > 4 ? 1 : 2)
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, TOKENS * SEGMENTS > 4 ? 1 : TOKENS * SEGMENTS > 2 ? 2 : 3)
 w8a16_gemv(const __grid_constant__ Operands p) {
     Places s(p, shared_address(shared_memory()));
     if (threadIdx.x < p.stages) {
