@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <random>
@@ -64,6 +65,7 @@ struct Fiber {
     u64 group = 0, call = 0;  // of tests
     u64 steps = 0;
     std::deque<std::vector<Copy>> groups{1};
+    std::vector<Copy> words;  // of copy4
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;
@@ -121,31 +123,26 @@ inline void send(uint4* place, const uint4& v) {
     letters.insert(letters.end(), {{to, v.x}, {to + 1, v.y}, {to + 2, v.z}, {to + 3, v.w}});
     ++progress;
 }
-// Bulk copies to shared memory, which arrive in any order, before the barrier hears of them.
-struct Bulk { Block* home; u32 to; const u8* from; u32 size, bar; };
-inline std::vector<Bulk> bulks;
+// What happens by itself later, in any order: bulk copies, then what their barrier hears of them.
+inline std::vector<std::function<void()>> events;
+inline void let_events_happen(std::mt19937& random) {
+    std::shuffle(events.begin(), events.end(), random);
+    for (size_t left = random() % (events.size() + 1); events.size() > left; events.pop_back())
+        events.back()();
+}
 inline void look_at(Barrier& b) {
     ++progress;
     if (b.missing == 0 && b.bytes == 0) b.missing = b.size, b.phase ^= 1;
-}
-inline void deliver_bulks(std::mt19937& random) {
-    std::shuffle(bulks.begin(), bulks.end(), random);
-    for (size_t left = random() % (bulks.size() + 1); bulks.size() > left; bulks.pop_back()) {
-        const Bulk& b = bulks.back();
-        std::memcpy(b.home->shared.data() + b.to, b.from, b.size);
-        b.home->barriers[b.bar].bytes -= b.size;
-        look_at(b.home->barriers[b.bar]);
-    }
 }
 inline void barrier_init(u32 bar, u32 size) {
     current->home->barriers[bar] = {(int)size, (int)size, 0, 0};
 }
 inline void barriers_are_there() {}
-inline void barrier_arrive(u32 bar) {
-    Barrier& b = current->home->barriers[bar];
+inline void arrive(Barrier& b) {
     --b.missing;
     look_at(b);
 }
+inline void barrier_arrive(u32 bar) { arrive(current->home->barriers[bar]); }
 inline void barrier_expect(u32 bar, u32 bytes) {
     current->home->barriers[bar].bytes += bytes;
     barrier_arrive(bar);
@@ -154,8 +151,26 @@ inline void barrier_wait(u32 bar, u32 parity) {
     while (current->home->barriers[bar].phase == (int)parity) pause();
 }
 inline void copy_bytes(u32 to, const void* from, u32 size, u32 bar) {
-    bulks.push_back({current->home, to, (const u8*)from, size, bar});
+    events.push_back([home = current->home, to, from, size, bar] {
+        std::memcpy(home->shared.data() + to, from, size);
+        home->barriers[bar].bytes -= size;
+        look_at(home->barriers[bar]);
+    });
     ++progress;
+}
+inline void copy4(u32 to, const void* from) { current->words.push_back({to, from}); }
+inline void arrive_when_copied(u32 bar) {
+    events.push_back([home = current->home, words = std::move(current->words), bar] {
+        for (const Copy& c : words) std::memcpy(home->shared.data() + c.to, c.from, 4);
+        arrive(home->barriers[bar]);
+    });
+    current->words.clear();
+    ++progress;
+}
+inline u32 first_byte(const void* from) { return (u32)(u64)from & 3; }
+inline void copy_words(u32 to, const void* from, int bytes, int lane, int lanes) {
+    const u8* first = (const u8*)from - first_byte(from);
+    for (int at = 4 * lane; at < (int)first_byte(from) + bytes; at += 4 * lanes) copy4(to + at, first + at);
 }
 inline void copy_weights(u32 to, const void* from, u32 size, u32 bar) { copy_bytes(to, from, size, bar); }
 template <class T> T load_fresh(const T* place) {
@@ -296,7 +311,7 @@ inline int launch(void (*kernel)(), int blocks, int threads, int shared_bytes, u
     entry = kernel;
     fibers.clear();
     letters.clear();
-    bulks.clear();
+    events.clear();
     for (int b = 0; b < blocks; ++b) {
         homes[b].shared.resize(shared_bytes);
         for (u8& byte : homes[b].shared) byte = (u8)random();
@@ -321,7 +336,7 @@ inline int launch(void (*kernel)(), int blocks, int threads, int shared_bytes, u
     for (size_t running = fibers.size(); running > 0;) {
         u64 before = progress;
         deliver(random);
-        deliver_bulks(random);
+        let_events_happen(random);
         size_t shift = random() % order.size();
         for (size_t i = 0; i < order.size(); ++i) {
             current = fibers[order[(i + shift) % order.size()]].get();
@@ -329,7 +344,7 @@ inline int launch(void (*kernel)(), int blocks, int threads, int shared_bytes, u
             swapcontext(&scheduler, &current->context);
             running -= current->ended;
         }
-        idle = progress == before && letters.empty() && bulks.empty() ? idle + 1 : 0;
+        idle = progress == before && letters.empty() && events.empty() ? idle + 1 : 0;
         if (idle > 16 && running > 0) return -1;
     }
     return 0;

@@ -191,8 +191,7 @@ def linear(
     if exponents is None or not takes(x, packed, scales, exponents):
         return portable.BACKEND.linear(x, packed, scales, exponents, bias)
     rows, y, bias = driver.operands(x, packed, bias)
-    ends = (exponents,) if bias is None else (exponents, bias)
-    if gemv.takes(rows, packed, scales, ends):
+    if gemv.takes(rows, packed, scales):
         gemv.launch(rows, packed, scales.contiguous(), exponents, bias, y)
         return y.reshape(*x.shape[:-1], packed.shape[0])
     group_size = packed.shape[1] // scales.shape[1]

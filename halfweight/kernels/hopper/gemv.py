@@ -7,7 +7,6 @@ or the Triton backend's.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -29,9 +28,7 @@ SEGMENT = 16
 SEGMENTS = 8
 """Of x, for all tokens, that a thread has registers for."""
 ROWS = (8, 4, 2, 1)
-STAGE_BYTES = 33 << 10
-END_BYTES = 32
-"""Exponents and biases of a stage's rows, in whole 16 bytes."""
+STAGE_BYTES = 32 << 10
 BLOCKS = ((3, 2), (2, 4), (1, SEGMENTS))
 """Of a multiprocessor, for so many segments of all tokens at most, which is what registers allow."""
 MOST_STAGES = 4
@@ -57,9 +54,17 @@ class Form:
     tokens: int
     segments: int
     rows: int
-    stage_bytes: int
+    in_features: int
+    num_groups: int
     stages: int
     blocks: int
+
+    @property
+    def stage_bytes(self) -> int:
+        """A stage's rows: weights, and the words that hold codes, exponents and biases."""
+        counts = self.rows * self.num_groups, self.rows, 2 * self.rows
+        words = sum((count + 7) // 4 for count in counts)
+        return -(-(self.rows * self.in_features + 4 * words) // 16) * 16
 
     @property
     def shared_bytes(self) -> int:
@@ -81,42 +86,35 @@ def source(defines: dict[str, int]) -> str:
 
 @lru_cache(maxsize=4096)
 def form_for(
-    num_tokens: int, shape: tuple[int, int], num_groups: int, multiprocessor_bytes: int
+    num_tokens: int, in_features: int, num_groups: int, multiprocessor_bytes: int
 ) -> Form | None:
-    """The form for a weight of this shape, or None."""
-    out_features, in_features = shape
+    """The form for weights with rows of this kind, or None."""
     tokens = next((n for n in TOKENS if n >= num_tokens), None)
     segments = -(-in_features // (SEGMENT * 32 * WARPS))
-    if tokens is None or tokens * segments > SEGMENTS or out_features % 16:
+    if tokens is None or tokens * segments > SEGMENTS:
         return None
-    for rows in ROWS:
-        stage_bytes = rows * (in_features + num_groups) + END_BYTES
-        if stage_bytes <= STAGE_BYTES and rows * num_groups % 16 == 0:
-            blocks = next(n for n, most in BLOCKS if tokens * segments <= most)
-            room = multiprocessor_bytes // blocks - 1024 - 2 * rows * tokens * WARPS * 4
-            stages = min(MOST_STAGES, room // (stage_bytes + 16))
-            if stages >= LEAST_STAGES:
-                return Form(tokens, segments, rows, stage_bytes, stages, blocks)
+    blocks = next(n for n, most in BLOCKS if tokens * segments <= most)
+    rows = next((n for n in ROWS if n * in_features <= STAGE_BYTES), 1)
+    for stages in range(MOST_STAGES, LEAST_STAGES - 1, -1):
+        form = Form(tokens, segments, rows, in_features, num_groups, stages, blocks)
+        if blocks * (form.shared_bytes + 1024) <= multiprocessor_bytes:
+            return form
     return None
 
 
 def _form(x: Tensor, packed: Tensor, scales: Tensor) -> Form | None:
-    room = driver.card_of(x.device.index).shared_bytes
-    rows, columns = packed.shape
-    return form_for(x.numel() // columns, (rows, columns), scales.shape[1], room)
+    room, columns = driver.card_of(x.device.index).shared_bytes, packed.shape[1]
+    return form_for(x.numel() // columns, columns, scales.shape[1], room)
 
 
-def takes(x: Tensor, packed: Tensor, scales: Tensor, ends: Sequence[Tensor]) -> bool:
-    """Whether hopper_gemv.cu computes a product that Hopper's kernels take, with grid8 scales.
-
-    `ends`: the exponents, and the bias if there is one.
-    """
+def takes(x: Tensor, packed: Tensor, scales: Tensor) -> bool:
+    """Whether hopper_gemv.cu computes a product that Hopper's kernels take, with grid8 scales."""
     columns, num_groups = packed.shape[1], scales.shape[1]
     return (
         x.numel() <= TOKENS[-1] * columns
         and columns % SEGMENT == 0
         and (num_groups == 1 or columns // num_groups % SEGMENT == 0)
-        and all(tensor.data_ptr() % 16 == 0 for tensor in (packed, scales, *ends))
+        and packed.data_ptr() % 16 == 0
         and _form(x, packed, scales) is not None
     )
 
@@ -164,7 +162,7 @@ def launch(
     device = x.device.index
     form = _form(x, packed, scales)
     assert form is not None
-    workers = min(form.blocks * driver.num_multiprocessors(device), len(packed) // form.rows)
+    workers = min(form.blocks * driver.num_multiprocessors(device), -(-len(packed) // form.rows))
     stream = torch.cuda.current_stream(device).cuda_stream
     start = _start(form, workers, y.dtype, device, stream)
     given = operands_of(form, workers, x, packed, scales, exponents, bias, y)

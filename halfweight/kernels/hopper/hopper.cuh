@@ -22,6 +22,13 @@ __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
 __device__ __forceinline__ void barrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
+// 4 bytes to shared memory while the thread goes on, and an arrival once all such bytes of it are there.
+__device__ __forceinline__ void copy4(u32 dst, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst), "l"(from) : "memory");
+}
+__device__ __forceinline__ void arrive_when_copied(u32 bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
 __device__ __forceinline__ void copy_tile(u32 dst, const TensorMap* map, int c0, int c1, u32 bar) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
@@ -47,6 +54,14 @@ __device__ __forceinline__ void copy_bytes(u32 dst, const void* from, u32 bytes,
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
             "r"(dst), "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
+// The words that hold `bytes` bytes from `from` on, to `to`, by a warp: the first byte lies at
+// `to + first_byte(from)`. A thread's own read of memory would wait behind all that the ring has asked
+// for; so what belongs to a stage comes to it, and its barrier waits for every lane of the warp.
+__device__ __forceinline__ u32 first_byte(const void* from) { return (u32)(u64)from & 3; }
+__device__ __forceinline__ void copy_words(u32 to, const void* from, int bytes, int lane, int lanes) {
+    const u8* first = (const u8*)from - first_byte(from);
+    for (int at = 4 * lane; at < (int)first_byte(from) + bytes; at += 4 * lanes) copy4(to + at, first + at);
 }
 // Weights are read once: they leave L2 first.
 #define FIRST_OUT "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"

@@ -27,35 +27,51 @@ constexpr int WARPS = 8, CONSUMERS = 32 * WARPS;
 constexpr int SUMS = ROWS * TOKENS;      // of a stage
 constexpr float INTEGERS = 12582912.0f;  // 1.5 2^23: adding it leaves an integer in the low bits
 
-// Where things lie in shared memory.
+// Where things lie in shared memory; of a stage, where its rows' codes and ends begin.
 struct Places {
     u32 ring, full, empty, sums;
-    int weight_bytes, code_bytes, copied_bytes, stage_bytes;
+    int codes_at, exponents_at, biases_at, stage_bytes;
 
     __device__ Places(const Operands& p, u32 base) {
-        weight_bytes = ROWS * p.in_features, code_bytes = ROWS * p.num_groups;
-        copied_bytes = weight_bytes + code_bytes + (p.bias ? 32 : 16);
-        stage_bytes = weight_bytes + code_bytes + 32;
+        codes_at = ROWS * p.in_features;
+        exponents_at = codes_at + (ROWS * p.num_groups + 7) / 4 * 4;
+        biases_at = exponents_at + (ROWS + 7) / 4 * 4;
+        stage_bytes = (biases_at + (2 * ROWS + 7) / 4 * 4 + 15) / 16 * 16;
         sums = base, full = sums + 2 * SUMS * WARPS * 4, empty = full + 8 * p.stages;
         ring = empty + 8 * p.stages;
     }
 };
 
-// All that a stage's rows need comes by copies: a thread's own read of memory would wait behind the
-// ring's. The ends of rows come in whole 16 bytes, of which the stage has a part.
-__device__ __forceinline__ void produce(const Operands& p, const Places& s) {
+// Of the rows of a tile, in memory.
+struct Rows {
+    int first, count;
+    const u8* codes;
+    const signed char* exponents;
+    const u16* biases;
+
+    __device__ Rows(const Operands& p, int tile) {
+        first = tile * ROWS, count = min(ROWS, p.out_features - first);
+        codes = p.codes + (long long)first * p.num_groups;
+        exponents = p.exponents + first, biases = p.bias + (p.bias ? first : 0);
+    }
+};
+
+__device__ __forceinline__ void produce(const Operands& p, const Places& s, int lane) {
     int stage = 0, phase = 0;
     for (int tile = blockIdx.x; tile * ROWS < p.out_features; tile += p.num_workers) {
+        Rows rows(p, tile);
         u32 full = s.full + 8 * stage, to = s.ring + stage * s.stage_bytes;
-        int row = tile * ROWS;
         barrier_wait(s.empty + 8 * stage, phase ^ 1);
-        barrier_expect(full, s.copied_bytes);
-        copy_weights(to, p.packed + (long long)tile * s.weight_bytes, s.weight_bytes, full);
-        to += s.weight_bytes;
-        copy_bytes(to, p.codes + (long long)tile * s.code_bytes, s.code_bytes, full);
-        to += s.code_bytes;
-        copy_bytes(to, p.exponents + (row & ~15), 16, full);
-        if (p.bias) copy_bytes(to + 16, p.bias + (row & ~7), 16, full);
+        if (lane == 0) {
+            int bytes = rows.count * p.in_features;
+            barrier_expect(full, bytes);
+            copy_weights(to, p.packed + (long long)rows.first * p.in_features, bytes, full);
+        }
+        __syncwarp();
+        copy_words(to + s.codes_at, rows.codes, rows.count * p.num_groups, lane, 32);
+        copy_words(to + s.exponents_at, rows.exponents, rows.count, lane, 32);
+        if (p.bias) copy_words(to + s.biases_at, rows.biases, 2 * rows.count, lane, 32);
+        arrive_when_copied(full);
         if (++stage == p.stages) { stage = 0; phase ^= 1; }
     }
 }
@@ -130,7 +146,7 @@ __device__ __forceinline__ void consume(const Operands& p, const Places& s) {
         int column = 16 * (thread + i * CONSUMERS);
         bool is_there = column < p.in_features;
         weight[i] = is_there ? column : 0;
-        code[i] = s.weight_bytes + min(weight[i] >> p.group_shift, p.num_groups - 1);
+        code[i] = s.codes_at + min(weight[i] >> p.group_shift, p.num_groups - 1);
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
             u32 pairs[8] = {};
@@ -140,7 +156,8 @@ __device__ __forceinline__ void consume(const Operands& p, const Places& s) {
     }
     int stage = 0, phase = 0, turn = 0;
     for (int tile = blockIdx.x; tile * ROWS < p.out_features; tile += p.num_workers, turn ^= 1) {
-        int row = tile * ROWS + thread % ROWS;
+        Rows rows(p, tile);
+        u32 codes_from = first_byte(rows.codes);
         float sums[SUMS] = {};
         u32 from = s.ring + stage * s.stage_bytes;
         barrier_wait(s.full + 8 * stage, phase);
@@ -149,14 +166,15 @@ __device__ __forceinline__ void consume(const Operands& p, const Places& s) {
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
                 uint4 w = load16(from + weight[i] + r * p.in_features);
-                float scale = (float)load_byte(from + code[i] + r * p.num_groups);
+                float scale = (float)load_byte(from + code[i] + codes_from + r * p.num_groups);
 #pragma unroll
                 for (int t = 0; t < TOKENS; ++t)
                     sums[t * ROWS + r] += (float)x[i][t].product(w) * (scale * x[i][t].step);
             }
-        u32 ends = from + s.weight_bytes + s.code_bytes;
-        int exponent = (signed char)load_byte(ends + row % 16);
-        float offset = p.bias ? to_float(load_half(ends + 16 + row % 8 * 2)) : 0.0f;
+        int row = thread % ROWS;
+        int exponent = (signed char)load_byte(from + s.exponents_at + first_byte(rows.exponents) + row);
+        u32 bias_at = from + s.biases_at + first_byte(rows.biases) + 2 * row;
+        float bias = p.bias ? to_float(load_half(bias_at)) : 0.0f;
         __syncwarp();
         if (lane == 0) barrier_arrive(s.empty + 8 * stage);
         if (++stage == p.stages) { stage = 0; phase ^= 1; }
@@ -171,9 +189,9 @@ __device__ __forceinline__ void consume(const Operands& p, const Places& s) {
             uint4 v = load16(meeting + (thread * WARPS + i) * 4);
             whole += __uint_as_float(v.x) + __uint_as_float(v.y) + __uint_as_float(v.z) + __uint_as_float(v.w);
         }
-        if (thread / ROWS < p.num_tokens)
-            p.y[(long long)(thread / ROWS) * p.out_features + row] =
-                (u16)pack(times_power(whole, exponent) + offset, 0.0f);
+        if (thread / ROWS < p.num_tokens && row < rows.count)
+            p.y[(long long)(thread / ROWS) * p.out_features + rows.first + row] =
+                (u16)pack(times_power(whole, exponent) + bias, 0.0f);
     }
 }
 
@@ -181,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, TOKENS * SEGMENTS >
 w8a16_gemv(const __grid_constant__ Operands p) {
     Places s(p, shared_address(shared_memory()));
     if (threadIdx.x < p.stages) {
-        barrier_init(s.full + 8 * threadIdx.x, 1);
+        barrier_init(s.full + 8 * threadIdx.x, 1 + 32);
         barrier_init(s.empty + 8 * threadIdx.x, WARPS);
         barriers_are_there();
     }
@@ -189,6 +207,6 @@ w8a16_gemv(const __grid_constant__ Operands p) {
     __syncthreads();
     if (threadIdx.x < CONSUMERS)
         consume(p, s);
-    else if (threadIdx.x == CONSUMERS)
-        produce(p, s);
+    else
+        produce(p, s, threadIdx.x - CONSUMERS);
 }
