@@ -31,6 +31,7 @@ constexpr int CONSUMERS = 32 * WN * WK;
 constexpr int OWNERS = 32 * WN;
 constexpr int ACC = RT * NT * 4;
 constexpr int CODES = UNITS == 1 ? 1 : UNITS / 2 * GROUPS;  // scales a row, for one warp and stage
+constexpr int CODE_PITCH = (KB * GROUPS / 128 + 7) / 4 * 4;   // the words of a row that hold a stage's
 
 // Row of a fragment's row 0..7 inside its eight rows of a tile.
 __device__ __forceinline__ int row_in_eight(int fragment_row) {
@@ -68,26 +69,42 @@ __device__ __forceinline__ void produce(const TensorMap* w_map, const TensorMap*
     }
 }
 
-// Codes of this lane's rows for the columns of K block k that its warp takes.
-__device__ __forceinline__ void load_codes(const Problem& p, int row, int k, int wk,
-                                           u32 (&codes)[CODES][RT][2]) {
-#pragma unroll
-    for (int c = 0; c < CODES; ++c) {
-        int column = k * KB + wk * UNITS * 64 + c * (128 / GROUPS);
-        int group = min(column / p.group_size, p.num_groups - 1);
-#pragma unroll
-        for (int t = 0; t < RT; ++t)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                int n = min(row + 16 * t + 8 * h, p.out_features - 1);
-                codes[c][t][h] = __ldg(p.codes + (long long)n * p.num_groups + group);
-            }
-    }
+// Codes of row n from those of K block k on, in memory; `shift` takes a column to its group.
+__device__ __forceinline__ const u8* row_codes(const Problem& p, int n, int k, int shift) {
+    return p.codes + (long long)min(n, p.out_features - 1) * p.num_groups + (k * KB >> shift);
 }
 
-__device__ __forceinline__ void take(u32 (&codes)[CODES][RT][2], const u32 (&next)[CODES][RT][2]) {
+// A warp brings each stage its rows' codes.
+__device__ __forceinline__ void produce_codes(const Problem& p, u32 area, u32 full, u32 empty, int worker,
+                                              int shift) {
+    int stage = 0, phase = 0;
+    Segment s;
+    for (Schedule schedule(p, worker); schedule.pop(s);)
+        for (int k = s.k_begin; k < s.k_end; ++k) {
+            int count = min(((k + 1) * KB - 1) >> shift, p.num_groups - 1) - (k * KB >> shift) + 1;
+            barrier_wait(empty + 8 * stage, phase ^ 1);
+            for (int row = threadIdx.x % 32; row < BN; row += 32)
+                copy_words(area + (stage * BN + row) * CODE_PITCH, row_codes(p, s.tile * BN + row, k, shift),
+                           count, 0, 1);
+            arrive_when_copied(full + 8 * stage);
+            if (++stage == STAGES) { stage = 0; phase ^= 1; }
+        }
+}
+
+// Codes of this lane's rows for the columns of K block k that its warp takes.
+__device__ __forceinline__ void load_codes(const Problem& p, u32 area, int tile_row, int row, int k,
+                                           int shift, int wk, u32 (&codes)[CODES][RT][2]) {
+    int first = k * KB >> shift;
 #pragma unroll
-    for (int i = 0; i < CODES * RT * 2; ++i) (&codes[0][0][0])[i] = (&next[0][0][0])[i];
+    for (int i = 0; i < RT * 2; ++i) {
+        u32 from = area + (row + 8 * i) * CODE_PITCH +
+                   first_byte(row_codes(p, tile_row + row + 8 * i, k, shift)) - first;
+#pragma unroll
+        for (int c = 0; c < CODES; ++c) {
+            int column = k * KB + wk * UNITS * 64 + c * (128 / GROUPS);
+            codes[c][i / 2][i % 2] = load_byte(from + min(column >> shift, p.num_groups - 1));
+        }
+    }
 }
 
 // Add the product of 64 columns: W rows from `w` (this lane's first row), tokens from `x`.
@@ -180,8 +197,8 @@ __device__ __forceinline__ void store(const Problem& p, int row, int quad, const
         }
 }
 
-__device__ __forceinline__ void consume(const Problem& p, u32 ring, u32 full, u32 empty,
-                                        float* buffer, int worker) {
+__device__ __forceinline__ void consume(const Problem& p, u32 ring, u32 area, u32 full, u32 empty,
+                                        float* buffer, int worker, int shift) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int wn = warp % WN, wk = warp / WN, fragment_row = lane / 4, quad = lane % 4;
     int row_in_tile = wn * 16 * RT + row_in_eight(fragment_row);
@@ -189,9 +206,6 @@ __device__ __forceinline__ void consume(const Problem& p, u32 ring, u32 full, u3
     Schedule schedule(p, worker);
     Segment s, next;
     if (!schedule.pop(next)) return;
-    // A run's first codes and its rows' ends are read while the run before is multiplied.
-    u32 codes[CODES][RT][2], next_codes[CODES][RT][2];
-    load_codes(p, row_of(next), next.k_begin, wk, next_codes);
     RowEnds next_ends = load_row_ends(p, row_of(next));
     int stage = 0, phase = 0;
     for (bool is_last = false; !is_last;) {
@@ -199,16 +213,14 @@ __device__ __forceinline__ void consume(const Problem& p, u32 ring, u32 full, u3
         is_last = !schedule.pop(next);
         int row = row_of(s);
         RowEnds ends = next_ends;
-        next_ends = load_row_ends(p, row_of(next));
+        next_ends = load_row_ends(p, row_of(next));  // while this run is multiplied
         float total[ACC], sums[ACC];
 #pragma unroll
         for (int i = 0; i < ACC; ++i) total[i] = sums[i] = 0.0f;
         for (int k = s.k_begin; k < s.k_end; ++k) {
-            take(codes, next_codes);
-            bool is_same = k + 1 < s.k_end;
-            load_codes(p, is_same ? row : row_of(next), is_same ? k + 1 : next.k_begin, wk, next_codes);
+            u32 codes[CODES][RT][2], w = ring + stage * STAGE_BYTES, x = w + BOXES * W_BOX;
             barrier_wait(full + 8 * stage, phase);
-            u32 w = ring + stage * STAGE_BYTES, x = w + BOXES * W_BOX;
+            load_codes(p, area + stage * BN * CODE_PITCH, s.tile * BN, row_in_tile, k, shift, wk, codes);
 #pragma unroll
             for (int u = 0; u < UNITS; ++u) {
                 int unit = wk * UNITS + u;
@@ -242,10 +254,12 @@ w8a16_small(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
     u32 ring = shared_address(base);
     u8* after = base + STAGES * STAGE_BYTES;
     u32 full = shared_address(after) + (WK - 1) * ACC * OWNERS * 4, empty = full + 8 * STAGES;
+    u32 area = empty + 8 * STAGES;
     int worker = p.num_workers - 1 - (int)blockIdx.x;
+    int shift = p.num_groups == 1 ? 30 : 31 - __clz(p.group_size);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
-            barrier_init(full + 8 * i, 1);
+            barrier_init(full + 8 * i, 1 + 32);
             barrier_init(empty + 8 * i, CONSUMERS / 32);
         }
         barriers_are_there();
@@ -259,8 +273,9 @@ w8a16_small(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
     if (threadIdx.x >= CONSUMERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == CONSUMERS) produce(&w_map, &x_map, p, ring, full, empty, worker);
+        if (threadIdx.x >= CONSUMERS + 96) produce_codes(p, area, full, empty, worker, shift);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        consume(p, ring, full, empty, (float*)after, worker);
+        consume(p, ring, area, full, empty, (float*)after, worker, shift);
     }
 }

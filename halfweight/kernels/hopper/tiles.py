@@ -84,9 +84,11 @@ class Small:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: alignment, ring, sums of the other warps, barriers."""
+        """Dynamic shared memory: alignment, ring, sums of the other warps, barriers, codes."""
         stage = self.k_bytes * (self.rows + 2 * self.tokens)
-        return 1024 + self.stages * (stage + 16) + (self.warps_k - 1) * self.partial_floats * 4
+        codes = self.rows * ((self.k_bytes // 64 + 7) // 4 * 4)
+        sums = (self.warps_k - 1) * self.partial_floats * 4
+        return 1024 + self.stages * (stage + 16 + codes) + sums
 
     def groups(self, group_size: int) -> int:
         """Groups a box of 128 columns, where that makes another program."""
