@@ -64,12 +64,12 @@ class Form:
         """A stage's rows: weights, and the words that hold codes, exponents and biases."""
         counts = self.rows * self.num_groups, self.rows, 2 * self.rows
         words = sum((count + 7) // 4 for count in counts)
-        return -(-(self.rows * self.in_features + 4 * words) // 16) * 16
+        return -(-(self.rows * self.in_features + 4 * words) // 128) * 128
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory, in the order of `Places`."""
-        return 2 * self.rows * self.tokens * WARPS * 4 + self.stages * (16 + self.stage_bytes)
+        return self.stages * (self.stage_bytes + 16) + 2 * self.rows * self.tokens * WARPS * 4
 
     def defines(self, dtype: torch.dtype) -> dict[str, int]:
         """Compile-time names of the source."""

@@ -70,12 +70,6 @@ __device__ __forceinline__ void copy_weights(u32 dst, const void* from, u32 byte
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
         "[%0], [%1], %2, [%3], policy;\n}" ::"r"(dst), "l"(from), "r"(bytes), "r"(bar) : "memory");
 }
-__device__ __forceinline__ void copy_weights_tile(u32 dst, const TensorMap* map, int c0, int c1, u32 bar) {
-    asm volatile(FIRST_OUT
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1, {%2, %3}], [%4], policy;\n}" ::"r"(dst), "l"(map), "r"(c0), "r"(c1), "r"(bar)
-        : "memory");
-}
 __device__ __forceinline__ void copy_weights_box(u32 dst, const TensorMap* map, int c1, int c2, u32 bar) {
     asm volatile(FIRST_OUT
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "

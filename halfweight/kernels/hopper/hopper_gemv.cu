@@ -36,9 +36,9 @@ struct Places {
         codes_at = ROWS * p.in_features;
         exponents_at = codes_at + (ROWS * p.num_groups + 7) / 4 * 4;
         biases_at = exponents_at + (ROWS + 7) / 4 * 4;
-        stage_bytes = (biases_at + (2 * ROWS + 7) / 4 * 4 + 15) / 16 * 16;
-        sums = base, full = sums + 2 * SUMS * WARPS * 4, empty = full + 8 * p.stages;
-        ring = empty + 8 * p.stages;
+        stage_bytes = (biases_at + (2 * ROWS + 7) / 4 * 4 + 127) / 128 * 128;
+        ring = base, full = ring + p.stages * stage_bytes, empty = full + 8 * p.stages;
+        sums = empty + 8 * p.stages;
     }
 };
 

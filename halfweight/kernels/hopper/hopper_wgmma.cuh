@@ -208,7 +208,7 @@ __device__ __forceinline__ void produce(const TensorMap* w_map, const Problem& p
                                         Copy copy_activations) {
     auto copy_weights = [&](const Place<STAGE_BYTES>& place, int n, int k) {
         barrier_expect(place.full(), COPIED_BYTES - (ROWS - p.tile_rows) * COLUMNS);
-        copy_weights_tile(place.stage, w_map, k * COLUMNS, first_row(p, b, n), place.full());
+        copy_tile(place.stage, w_map, k * COLUMNS, first_row(p, b, n), place.full());
     };
     Segment s;
     int m, n, early = 0;
