@@ -100,7 +100,7 @@ def a_gpu(monkeypatch):
             "sm_90",
             ("cuda", "sm80", "triton"),
             "cuda",
-            [(1, "gemv"), (2, "hopper_small.cu"), (33, "hopper_large.cu")],
+            [(1, "hopper_gemv.cu"), (3, "hopper_small.cu"), (33, "hopper_large.cu")],
         ),
         (
             "sm_86",

@@ -19,6 +19,7 @@ from halfweight.kernels.cuda.card import Card
 from halfweight.kernels.cuda.tiles import SHAPES as SM80_SHAPES
 from halfweight.kernels.cuda.tiles import form_on
 from halfweight.kernels.hopper import backend as cuda
+from halfweight.kernels.hopper import gemv
 from halfweight.kernels.hopper.backend import source
 from halfweight.kernels.hopper.tiles import (
     INT8,
@@ -197,7 +198,8 @@ def test_all_forms_are_compiled_ahead_once_each_and_beside_each_other(tmp_path, 
     monkeypatch.setattr(driver, "card_of", lambda index: H100)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     dtype, device = torch.bfloat16, torch.device("cuda", 0)
-    needed = [(source(form, 1, dtype), "sm_90a") for form in (*SMALL, *LARGE)]
+    needed = [(text, "sm_90a") for text in gemv.common_sources(dtype)]
+    needed += [(source(form, 1, dtype), "sm_90a") for form in (*SMALL, *LARGE)]
     fit = [form_on(H100, shape) for shape in SM80_SHAPES]
     needed += [(sm80.source(form, 128, torch.uint8, dtype), "sm_90") for form in fit]
     for backend in (cuda.BACKEND, sm80.BACKEND):

@@ -1,14 +1,14 @@
 """CUDA C++ backend for Hopper (compute capability 9.0).
 
-Three kernels share hopper.cuh: hopper_small.cu for few tokens, where reading the weights is the
-whole cost, hopper_large.cu for more, where L2 and the tensor cores are, and hopper_int8.cu for many
-tokens rounded to int8. All are persistent, fed by bulk copies, and read the weights as the file has
-them. tiles.py chooses between them.
+Four kernels share hopper.cuh: hopper_gemv.cu for one token or two and hopper_small.cu for few,
+where reading the weights is the whole cost, hopper_large.cu for more, where L2 and the tensor cores
+are, and hopper_int8.cu for many tokens rounded to int8. All are persistent, fed by bulk copies, and
+read the weights as the file has them. gemv.py and tiles.py choose between them.
 
 The source is compiled by NVRTC, half a second a form, ahead of need as a model is loaded, and then
 kept in the cache folder; tensor maps are encoded once for each weight and each activation buffer.
-One token is the Triton backend's GEMV where K is short. What neither kernel takes (scales that are
-not grid8, float32 activations, gathers) goes to the Triton backend too, by rule and not by failure.
+What no kernel takes (scales that are not grid8, float32 activations, gathers) goes to the Triton
+backend, by rule and not by failure.
 """
 
 from __future__ import annotations
@@ -40,8 +40,6 @@ from halfweight.kernels.triton import backend as portable
 from halfweight.kernels.triton.tables import COMMON_SHAPE
 
 COMPUTE_CAPABILITY = (9, 0)
-GEMV_COLUMNS = 8192
-"""One token with at most so many columns is the Triton backend's GEMV, which starts sooner."""
 INT8_GROUP = 128
 """Int8 activations meet groups of multiples of this, which hopper_int8.cu sums as integers."""
 ARCHITECTURE = "sm_90a"
@@ -49,11 +47,12 @@ INT8_TOKENS = 512
 """Fewer tokens are multiplied exactly, which is faster as well."""
 
 COMMON_GROUP = 128
-GEMV_REASON = f"reading the weight is the limit; longer rows than {GEMV_COLUMNS}: hopper_small.cu"
 REASONS = {
+    "hopper_gemv.cu": "reading the weight is the limit: whole rows in a copy, integer dot products",
     "hopper_small.cu": "reading the weight is the limit: mma.sync fed by bulk copies",
     "hopper_large.cu": "L2 and the tensor cores are the limit: wgmma",
 }
+
 
 def source(config: Config, groups: int, dtype: torch.dtype) -> str:
     """The kernel's text: compile-time choices, hopper.cuh, wgmma where used, the kernel."""
@@ -180,7 +179,6 @@ def takes(x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None) -
         and packed.data_ptr() % 16 == 0
         and _divides_evenly(packed.shape[1] // scales.shape[1], scales.shape[1])
         and x.numel() > 0
-        and (x.numel() > packed.shape[1] or packed.shape[1] > GEMV_COLUMNS or GEMV_COLUMNS == 0)
     )
 
 
@@ -191,13 +189,13 @@ def linear(
     if exponents is None or not takes(x, packed, scales, exponents):
         return portable.BACKEND.linear(x, packed, scales, exponents, bias)
     rows, y, bias = driver.operands(x, packed, bias)
-    if gemv.takes(rows, packed, scales):
-        gemv.launch(rows, packed, scales.contiguous(), exponents, bias, y)
-        return y.reshape(*x.shape[:-1], packed.shape[0])
-    group_size = packed.shape[1] // scales.shape[1]
-    card = driver.card_of(x.device.index)
-    chosen = choose(rows.shape[0], *packed.shape, group_size, card)
-    _launch(rows, packed, scales.contiguous(), exponents, bias, y, chosen)
+    operands = (rows, packed, scales.contiguous(), exponents, bias, y)
+    form = gemv.form_for(*rows.shape, scales.shape[1])
+    if form is not None:
+        gemv.launch(form, *operands)
+    else:
+        group_size, card = packed.shape[1] // scales.shape[1], driver.card_of(x.device.index)
+        _launch(*operands, choose(rows.shape[0], *packed.shape, group_size, card))
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
 
@@ -248,8 +246,9 @@ def unavailable(device: torch.device) -> str | None:
 
 def ranges(device: torch.device) -> list[TokenRange]:
     """By the model of tiles on this card, for a weight of common size; one token by rule."""
-    card, found = driver.card_of(device.index or 0), [TokenRange(1, "gemv", GEMV_REASON)]
-    for tokens in range(2, 2 + max(config.tokens for config in SMALL)):
+    card, first = driver.card_of(device.index or 0), "hopper_gemv.cu"
+    found = [TokenRange(1, first, REASONS[first])]
+    for tokens in range(1 + gemv.TOKENS[-1], 2 + max(config.tokens for config in SMALL)):
         file = choose(tokens, *COMMON_SHAPE, COMMON_GROUP, card).config.file
         if file != found[-1].kernel:
             found.append(TokenRange(tokens, file, REASONS[file]))
@@ -259,7 +258,8 @@ def ranges(device: torch.device) -> list[TokenRange]:
 def prepare(device: torch.device, group_size: int, dtype: torch.dtype) -> None:
     """All forms but those of int8 activations."""
     if dtype in (torch.float16, torch.bfloat16):
-        texts = [source(form, form.groups(group_size), dtype) for form in (*SMALL, *LARGE)]
+        texts = gemv.common_sources(dtype)
+        texts += [source(form, form.groups(group_size), dtype) for form in (*SMALL, *LARGE)]
         driver.compile_ahead(texts, ARCHITECTURE)
 
 

@@ -1,7 +1,6 @@
-"""hopper_gemv.cu: up to 4 tokens, where reading the weights is the whole cost.
+"""hopper_gemv.cu: one token or two, where reading the weights is the whole cost.
 
-x lies in registers, so rows may be so long and no longer. What it does not take is hopper_small.cu's
-or the Triton backend's.
+x lies in registers, so rows may be so long and no longer; longer ones are hopper_small.cu's.
 """
 
 from __future__ import annotations
@@ -19,22 +18,27 @@ from halfweight.kernels.cuda import driver
 
 ARCHITECTURE = "sm_90a"
 FILES = ("cuda/ptx.cuh", "hopper/hopper.cuh", "hopper/hopper_gemv.cu")
-TOKENS = (1, 2, 4)
-"""Of the compiled forms; 3 are computed as 4."""
+TOKENS = (1, 2)
+"""Of the compiled forms: with four, hopper_small.cu is faster."""
 WARPS = 8
 THREADS = 32 * (WARPS + 1)
 SEGMENT = 16
 """Columns that share a step."""
-SEGMENTS = 8
-"""Of x, for all tokens, that a thread has registers for."""
+COLUMNS = SEGMENT * 32 * WARPS
+"""Of x, of which a thread has a segment."""
+MOST_SEGMENTS = 8
+"""Of a thread, for all tokens: registers."""
 ROWS = (8, 4, 2, 1)
+"""Of a stage: whole ones, one behind the other, in one copy."""
 STAGE_BYTES = 32 << 10
-BLOCKS = ((3, 2), (2, 4), (1, SEGMENTS))
-"""Of a multiprocessor, for so many segments of all tokens at most, which is what registers allow."""
-MOST_STAGES = 4
-LEAST_STAGES = 2
+RING_BYTES = 136 << 10
+"""On an H200 a decode step of Llama-3-8B took 2.30 ms with 98 KB on their way on each multiprocessor,
+2.09 with 132, and 2.14 with 198, which leave less room for other kernels' blocks."""
+MOST_STAGES = 16
 ONE_SCALE_A_ROW = 31
 """Columns are shifted by this to their group."""
+COMMON_SEGMENTS = (1, 2, 4)
+"""A thread's, of rows of up to 4,096, 8,192 and 16,384 columns: compiled ahead."""
 
 
 class Operands(ctypes.Structure):
@@ -42,22 +46,33 @@ class Operands(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("packed", "x", "codes", "exponents", "bias", "y")),
-        *((name, ctypes.c_int) for name in ("num_tokens", "out_features", "in_features")),
-        *((name, ctypes.c_int) for name in ("num_groups", "group_shift", "num_workers", "stages")),
+        *((name, ctypes.c_int) for name in ("out_features", "in_features", "num_groups")),
+        *((name, ctypes.c_int) for name in ("group_shift", "num_workers", "stages")),
     ]
 
 
 @dataclass(frozen=True)
 class Form:
-    """A compiled form, the ring's stages, and how many blocks a multiprocessor has."""
+    """A compiled form for `tokens`, and the ring for rows of this kind."""
 
     tokens: int
-    segments: int
-    rows: int
     in_features: int
     num_groups: int
-    stages: int
-    blocks: int
+
+    @property
+    def segments(self) -> int:
+        """Of 16 columns that a thread has."""
+        return -(-self.in_features // COLUMNS)
+
+    @property
+    def rows(self) -> int:
+        """Of a stage."""
+        return rows_of(self.in_features)
+
+    @property
+    def stages(self) -> int:
+        """Of the ring."""
+        return min(MOST_STAGES, RING_BYTES // (self.stage_bytes + 16))
 
     @property
     def stage_bytes(self) -> int:
@@ -71,57 +86,51 @@ class Form:
         """Dynamic shared memory, in the order of `Places`."""
         return self.stages * (self.stage_bytes + 16) + 2 * self.rows * self.tokens * WARPS * 4
 
-    def defines(self, dtype: torch.dtype) -> dict[str, int]:
+    @property
+    def defines(self) -> dict[str, int]:
         """Compile-time names of the source."""
-        sizes = {"TOKENS": self.tokens, "SEGMENTS": self.segments, "ROWS": self.rows}
-        return sizes | {"BF16": int(dtype == torch.bfloat16)}
+        return defines(self.tokens, self.segments, self.rows)
 
 
-def source(defines: dict[str, int]) -> str:
+def rows_of(in_features: int) -> int:
+    """Rows of a stage."""
+    return next((n for n in ROWS if n * in_features <= STAGE_BYTES), 1)
+
+
+def defines(tokens: int, segments: int, rows: int) -> dict[str, int]:
+    """Compile-time names of a form."""
+    return {"TOKENS": tokens, "SEGMENTS": segments, "ROWS": rows}
+
+
+def source(defines: dict[str, int], dtype: torch.dtype) -> str:
     """The kernel's text: compile-time choices, then FILES."""
     folder = Path(__file__).parents[1]
-    parts = [f"#define {name} {value}" for name, value in defines.items()]
+    chosen = defines | {"BF16": int(dtype == torch.bfloat16)}
+    parts = [f"#define {name} {value}" for name, value in chosen.items()]
     return "\n".join([*parts, *((folder / name).read_text() for name in FILES)])
 
 
+def common_sources(dtype: torch.dtype) -> list[str]:
+    """Of the forms that models' products take."""
+    return [
+        source(defines(tokens, segments, rows_of(segments * COLUMNS)), dtype)
+        for tokens in TOKENS
+        for segments in COMMON_SEGMENTS
+    ]
+
+
 @lru_cache(maxsize=4096)
-def form_for(
-    num_tokens: int, in_features: int, num_groups: int, multiprocessor_bytes: int
-) -> Form | None:
-    """The form for weights with rows of this kind, or None."""
-    tokens = next((n for n in TOKENS if n >= num_tokens), None)
-    segments = -(-in_features // (SEGMENT * 32 * WARPS))
-    if tokens is None or tokens * segments > SEGMENTS:
+def form_for(num_tokens: int, in_features: int, num_groups: int) -> Form | None:
+    """The form for a product that Hopper's kernels take, or None."""
+    if num_tokens not in TOKENS:
         return None
-    blocks = next(n for n, most in BLOCKS if tokens * segments <= most)
-    rows = next((n for n in ROWS if n * in_features <= STAGE_BYTES), 1)
-    for stages in range(MOST_STAGES, LEAST_STAGES - 1, -1):
-        form = Form(tokens, segments, rows, in_features, num_groups, stages, blocks)
-        if blocks * (form.shared_bytes + 1024) <= multiprocessor_bytes:
-            return form
-    return None
-
-
-def _form(x: Tensor, packed: Tensor, scales: Tensor) -> Form | None:
-    room, columns = driver.card_of(x.device.index).shared_bytes, packed.shape[1]
-    return form_for(x.numel() // columns, columns, scales.shape[1], room)
-
-
-def takes(x: Tensor, packed: Tensor, scales: Tensor) -> bool:
-    """Whether hopper_gemv.cu computes a product that Hopper's kernels take, with grid8 scales."""
-    columns, num_groups = packed.shape[1], scales.shape[1]
-    return (
-        x.numel() <= TOKENS[-1] * columns
-        and columns % SEGMENT == 0
-        and (num_groups == 1 or columns // num_groups % SEGMENT == 0)
-        and packed.data_ptr() % 16 == 0
-        and _form(x, packed, scales) is not None
-    )
+    form = Form(num_tokens, in_features, num_groups)
+    return form if num_tokens * form.segments <= MOST_SEGMENTS else None
 
 
 @cache
 def _kernel(form: Form, dtype: torch.dtype, device: int) -> Any:
-    text = source(form.defines(dtype))
+    text = source(form.defines, dtype)
     return driver.load(text, ARCHITECTURE, b"w8a16_gemv", form.shared_bytes, device)
 
 
@@ -146,11 +155,12 @@ def operands_of(
     num_groups, columns = scales.shape[1], x.shape[1]
     shift = ONE_SCALE_A_ROW if num_groups == 1 else (columns // num_groups).bit_length() - 1
     tensors = (packed, x, scales, exponents, bias, y)
-    sizes = (len(x), len(packed), columns, num_groups, shift, num_workers, form.stages)
+    sizes = (len(packed), columns, num_groups, shift, num_workers, form.stages)
     return Operands(*map(driver.address, tensors), *sizes)
 
 
 def launch(
+    form: Form,
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -158,11 +168,9 @@ def launch(
     bias: Tensor | None,
     y: Tensor,
 ) -> None:
-    """Fill y [M, N]; for what `takes` says, x in memory that 16-byte copies can read."""
+    """Fill y [M, N]; x and packed in memory that 16-byte copies can read."""
     device = x.device.index
-    form = _form(x, packed, scales)
-    assert form is not None
-    workers = min(form.blocks * driver.num_multiprocessors(device), -(-len(packed) // form.rows))
+    workers = min(driver.num_multiprocessors(device), -(-len(packed) // form.rows))
     stream = torch.cuda.current_stream(device).cuda_stream
     start = _start(form, workers, y.dtype, device, stream)
     given = operands_of(form, workers, x, packed, scales, exponents, bias, y)

@@ -1,4 +1,4 @@
-// y[M, N] = x[M, K] dequantize(packed[N, K], codes[N, K/G], exponents[N])^T + bias[N], M <= 4
+// y[M, N] = x[M, K] dequantize(packed[N, K], codes[N, K/G], exponents[N])^T + bias[N], M = 1 or 2
 //
 // Reading the weights must be the whole cost, and memory gives most when a copy is many whole rows of
 // W, one behind the other: a stage of the ring is ROWS rows, one copy. No tensor core wants bytes in
@@ -11,7 +11,7 @@
 //   last warp      producer; weights are nobody's output, so it does not wait for the kernel ahead
 //   eight warps    consumers: thread i has the columns 16 (i + 256 s), s < SEGMENTS
 //
-// Compile-time: TOKENS (as many as M or more), SEGMENTS, ROWS, BF16.
+// Compile-time: TOKENS (M), SEGMENTS, ROWS, BF16.
 
 struct Operands {
     const u8* packed;
@@ -20,7 +20,7 @@ struct Operands {
     const signed char* exponents;
     const u16* bias;
     u16* y;
-    int num_tokens, out_features, in_features, num_groups, group_shift, num_workers, stages;
+    int out_features, in_features, num_groups, group_shift, num_workers, stages;
 };
 
 constexpr int WARPS = 8, CONSUMERS = 32 * WARPS;
@@ -150,7 +150,7 @@ __device__ __forceinline__ void consume(const Operands& p, const Places& s) {
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
             u32 pairs[8] = {};
-            if (is_there && t < p.num_tokens) load_pairs(p.x + (long long)t * p.in_features + column, pairs);
+            if (is_there) load_pairs(p.x + (long long)t * p.in_features + column, pairs);
             x[i][t].split(pairs);
         }
     }
@@ -189,12 +189,13 @@ __device__ __forceinline__ void consume(const Operands& p, const Places& s) {
             uint4 v = load16(meeting + (thread * WARPS + i) * 4);
             whole += __uint_as_float(v.x) + __uint_as_float(v.y) + __uint_as_float(v.z) + __uint_as_float(v.w);
         }
-        if (thread / ROWS < p.num_tokens && row < rows.count)
+        if (row < rows.count)
             p.y[(long long)(thread / ROWS) * p.out_features + rows.first + row] =
                 (u16)pack(times_power(whole, exponent) + bias, 0.0f);
     }
 }
 
+// A block a multiprocessor; registers are left for the small kernels that come next.
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, TOKENS * SEGMENTS > 4 ? 1 : TOKENS * SEGMENTS > 2 ? 2 : 3)
 w8a16_gemv(const __grid_constant__ Operands p) {
     Places s(p, shared_address(shared_memory()));
