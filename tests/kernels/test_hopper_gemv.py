@@ -99,7 +99,7 @@ def test_the_product_is_the_exact_one_rounded(emulated, sizes, group_size, worke
 
 @needs_gxx
 def test_numbers_of_very_different_size_keep_their_products(emulated):
-    """Sixteen columns share a step: a number a million times the others blinds its own sixteen only."""
+    """Sixteen columns share a step: a number a million times the others blinds no other sixteen."""
     x, packed, scales, exponents, _, _ = operands((1, 16, 4096), 128, F16)
     x = x * 1e-3
     x[0, 1000] = 1000.0
