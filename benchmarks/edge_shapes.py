@@ -27,9 +27,10 @@ from halfweight.kernels.cuda import backend as sm80
 from halfweight.kernels.cuda import driver, schedule
 from halfweight.kernels.cuda import tiles as sm80_tiles
 from halfweight.kernels.cuda.card import Card
+from halfweight.kernels.cuda.schedule import Plan
 from halfweight.kernels.hopper import backend as cuda
 from halfweight.kernels.hopper import tiles
-from halfweight.kernels.hopper.tiles import Config, Int8, Plan, Small
+from halfweight.kernels.hopper.tiles import Config, Int8, Small
 from halfweight.quantization.numerics import QuantizedTensor, dequantize, quantize
 from halfweight.quantization.scheme import Scheme
 
