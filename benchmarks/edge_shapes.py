@@ -1,69 +1,145 @@
-"""Every tile of the Hopper kernels on a shape that no tile divides, for compute-sanitizer.
+"""Every form of the CUDA kernels on a shape that no tile divides, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python benchmarks/edge_shapes.py
-    compute-sanitizer --tool racecheck python benchmarks/edge_shapes.py
+    python benchmarks/edge_shapes.py                       # first: compiles all, in parallel
+    compute-sanitizer --tool memcheck python benchmarks/edge_shapes.py --only w8a16.cu
+    compute-sanitizer --tool racecheck python benchmarks/edge_shapes.py --only hopper_small.cu
 
-Each configuration runs with its first and its last schedule (whole tiles, and shared ones where it
-has them). Results are compared with the float64 product; tests do that at length, this is so that
-a tool's silence is not that of kernels that did nothing.
+Each configuration of Hopper's kernels runs with its first and its last schedule (whole tiles, and
+shared ones where it has them), in float16; each form of w8a16.cu with its last, in float16 and
+bfloat16, with scales of one byte and, where it takes them, of float16. Results are compared with
+the float64 product; tests do that at length, this is so that a tool's silence is not that of
+kernels that did nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from halfweight.kernels.cuda import driver
+from halfweight.kernels.cuda import backend as sm80
+from halfweight.kernels.cuda import driver, schedule
+from halfweight.kernels.cuda import tiles as sm80_tiles
+from halfweight.kernels.cuda.card import Card
+from halfweight.kernels.cuda.schedule import Plan
 from halfweight.kernels.hopper import backend as cuda
 from halfweight.kernels.hopper import tiles
-from halfweight.kernels.hopper.tiles import Config, Int8, Plan, Small
+from halfweight.kernels.hopper.tiles import Config, Int8, Small
 from halfweight.quantization.numerics import QuantizedTensor, dequantize, quantize
 from halfweight.quantization.scheme import Scheme
 
 DEVICE = torch.device("cuda")
 OUT_FEATURES, IN_FEATURES, GROUP_SIZE = 333, 1536, 128
-MOST_ERROR = 1e-3
+MOST_ERROR = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
+
+Fill = Callable[[Tensor, QuantizedTensor, Tensor], Tensor]
+"""(x [M, K], weight, y [M, N]) -> float64 x as it is multiplied, y filled."""
 
 
-def num_tokens(config: Config) -> int:
-    """One more than a tile has, or as many where there is but one tile."""
-    return config.tokens if isinstance(config, Small) else config.tokens + 1
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a form of a kernel; `text` is what is compiled for it, and for which device."""
+
+    name: str
+    tokens: int
+    text: tuple[str, str]
+    fill: Fill
+    dtype: torch.dtype = torch.float16
+    scale_format: str = "grid8"
+    out_features: int = OUT_FEATURES
+    """The weight's first rows, where a kernel does not take any number."""
 
 
-def error(plan: Plan, tensor: QuantizedTensor, exact: Tensor) -> float:
-    """Relative error of one launch, on fresh input and a poisoned result."""
-    config = plan.config
-    x = torch.randn(num_tokens(config), IN_FEATURES, device=DEVICE).half()
-    operand, steps, values = x, None, x.double()
+def hopper(card: Card) -> Iterator[Launch]:
+    """hopper_small.cu, hopper_large.cu, hopper_int8.cu."""
+    for config in (*tiles.SMALL, *tiles.LARGE, *tiles.INT8):
+        tokens = config.tokens if isinstance(config, Small) else config.tokens + 1
+        text = cuda.source(config, config.groups(GROUP_SIZE), torch.float16), cuda.ARCHITECTURE
+        found = tiles.plans(config, tokens, OUT_FEATURES, IN_FEATURES, card)
+        for plan in (found[0], found[-1]):
+            name = f"{config.file} {config} {plan.whole_waves}x{plan.num_workers}"
+            yield Launch(name, tokens, text, partial(fill_on_hopper, plan))
+
+
+def fill_on_hopper(plan: Plan[Config], x: Tensor, weight: QuantizedTensor, y: Tensor) -> Tensor:
+    """By a plan of Hopper's kernels."""
+    config, operand, steps, values = plan.config, x, None, x.double()
     if isinstance(config, Int8):
         operand, steps = cuda.rounded_for(config, x)
         by_column = steps[1, :, : len(x)].double().T.repeat_interleave(config.k_bytes, dim=1)
         values = operand.double() * by_column[:, :IN_FEATURES]
-    y = torch.full((len(x), OUT_FEATURES), torch.nan, device=DEVICE).half()
-    cuda._launch(operand, tensor.packed, tensor.scales, tensor.exponents, None, y, plan, steps)
-    expected = values @ exact.T
+    parts = (weight.packed, weight.scales, weight.exponents, None)
+    cuda._launch(operand, *parts, y, plan, steps)
+    return values
+
+
+def ampere(card: Card) -> Iterator[Launch]:
+    """w8a16.cu; a tile's tokens and one more, so that there are two, one almost empty."""
+    run = sm80_tiles.run_of(GROUP_SIZE, IN_FEATURES // GROUP_SIZE)
+    architecture = sm80._architecture(0)
+    for shape in sm80_tiles.SHAPES:
+        form = sm80_tiles.form_on(card, shape)
+        plan = schedule.plans(form, shape.tokens + 1, OUT_FEATURES, IN_FEATURES, card)[-1]
+        for dtype in MOST_ERROR:
+            for scale_format, scales in (("grid8", torch.uint8), ("float16", torch.float16)):
+                if shape.scaled and not sm80_tiles.may_scale(run, scale_format == "grid8"):
+                    continue
+                text = sm80.source(form, run, scales, dtype), architecture
+                name = f"w8a16.cu {shape.name} {dtype} {scale_format}"
+                fill = partial(fill_on_ampere, plan)
+                yield Launch(name, shape.tokens + 1, text, fill, dtype, scale_format)
+
+
+def fill_on_ampere(
+    plan: Plan[sm80_tiles.Form], x: Tensor, weight: QuantizedTensor, y: Tensor
+) -> Tensor:
+    """By a plan of w8a16.cu."""
+    sm80.launch(x, weight.packed, weight.scales, weight.exponents, None, y, plan)
+    return x.double()
+
+
+FAMILIES = (hopper, ampere)
+
+
+def error(launch: Launch, weight: QuantizedTensor) -> float:
+    """Relative error of a launch, on fresh input and a poisoned result."""
+    rows, exponents = launch.out_features, weight.exponents
+    exponents = None if exponents is None else exponents[:rows]
+    weight = QuantizedTensor(weight.packed[:rows], weight.scales[:rows], exponents)
+    x = torch.randn(launch.tokens, IN_FEATURES, device=DEVICE).to(launch.dtype)
+    y = torch.full((launch.tokens, rows), torch.nan, device=DEVICE, dtype=launch.dtype)
+    expected = launch.fill(x, weight, y) @ dequantize(weight).double().T
     return float((y.double() - expected).norm() / expected.norm())
+
+
+def compile_all(launches: Sequence[Launch]) -> None:
+    """Machine code of all into the cache folder, where it is not there."""
+    texts = {launch.text for launch in launches}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda text: driver.cubin(*text), texts))
+    print(f"{len(texts)} forms compiled", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="configurations whose names contain this")
+    parser.add_argument("--only", default="", help="launches whose names contain this")
     options = parser.parse_args()
-    scheme = Scheme(GROUP_SIZE, "grid8")
-    tensor = quantize(torch.randn(OUT_FEATURES, IN_FEATURES, device=DEVICE), scheme)
-    exact = dequantize(tensor).double()
     card = driver.card_of(0)
-    for config in (*tiles.SMALL, *tiles.LARGE, *tiles.INT8):
-        if options.only not in str(config):
-            continue
-        sizes = num_tokens(config), OUT_FEATURES, IN_FEATURES, card
-        found = tiles.plans(config, *sizes)
-        for plan in (found[0], found[-1]):
-            result = error(plan, tensor, exact)
-            print(f"{config} {plan.whole_waves}x{plan.num_workers}: {result:.1e}", flush=True)
-            assert result < MOST_ERROR, plan
+    launches = [each for family in FAMILIES for each in family(card) if options.only in each.name]
+    compile_all(launches)
+    dense = torch.randn(OUT_FEATURES, IN_FEATURES, device=DEVICE)
+    formats = {launch.scale_format for launch in launches}
+    weights = {name: quantize(dense, Scheme(GROUP_SIZE, name)) for name in formats}
+    for launch in launches:
+        result = error(launch, weights[launch.scale_format])
+        print(f"{launch.name}: {result:.1e}", flush=True)
+        assert result < MOST_ERROR[launch.dtype], launch.name
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import export
 import export_greedy
-from readme_tables import results
+from readme_tables import between, results
 
 PAGE = Path(__file__).parent.parent / "docs" / "export.md"
 
@@ -17,13 +17,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "export.md"
 def page() -> str:
     """The page with its figures."""
     text = PAGE.read_text()
-    text = _between(text, "greedy", export_greedy.markdown(results("export_greedy")["results"]))
-    return _between(text, "figures", export.markdown(results("export")["results"]))
-
-
-def _between(text: str, name: str, table: str) -> str:
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    return f"{text.split(begin)[0]}{begin}\n\n{table}\n\n{end}{text.split(end)[1]}"
+    text = between(text, "greedy", export_greedy.markdown(results("export_greedy")["results"]))
+    return between(text, "figures", export.markdown(results("export")["results"]))
 
 
 if __name__ == "__main__":

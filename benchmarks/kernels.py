@@ -1,12 +1,15 @@
 """Matrix products of quantized weights against the vendor's 16-bit one, and against peers.
 
-    python benchmarks/kernels.py --peers
+    python benchmarks/kernels.py --peers --kernels 'halfweight cuda' 'Marlin g128'
     python benchmarks/kernels.py --shapes gate_up --batches 1 16 --limit-seconds 60
     python benchmarks/kernels.py --markdown benchmarks/results/kernels.json
 
 Times are medians over replays of a CUDA graph in which copies of the weight rotate, so that no
-cache serves them; all rivals of one shape and batch are replayed in turn. Peers quantize weights
-of their own with their own tools. A rival that fails is recorded with its error.
+cache serves them; all rivals of one shape and batch are replayed in turn. A rival that fails, or
+whose product is wrong (kernel_rivals.py), is recorded with its error.
+
+Several rivals compile their kernels when first called, and keep them on disk. Where the GPU's time
+is short, run with --repeats 1 first, a process for each such rival, all at the same time.
 """
 
 from __future__ import annotations
@@ -14,16 +17,17 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from envelope import RESULTS, envelope, write_result
+from kernel_rivals import DEVICE, FLOAT16_BYTES, VENDOR, Product, Rival, products, rivals
 from torch import Tensor
 
-from halfweight.kernels import operations, timing
+from halfweight.kernels import timing
 
 SHAPES = {
     "gate_up": (28672, 4096),
@@ -33,147 +37,58 @@ SHAPES = {
 }
 """[N, K] of Llama-3-8B's layers, and of Llama-3-70B's widest."""
 BATCHES = (1, 4, 16, 64, 128, 256, 1024, 4096)
-GROUP_SIZE = 128
-FLOAT16_BYTES = 2
-VENDOR = "float16"
-DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
-Product = Callable[[Tensor], Tensor]
+
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Rival:
-    """`make(shape)` gives the product with a new random weight; `weight_bytes` what it reads."""
+class Run:
+    """What is measured and until when, a time of time.monotonic; bytes a second of a plain read."""
 
-    make: Callable[[tuple[int, int]], Product]
-    bytes_per_weight: float
-    int8_activations: bool = False
-
-
-def vendor(shape: tuple[int, int]) -> Product:
-    weight = torch.randn(shape, device=DEVICE, dtype=torch.float16)
-    return lambda x: torch.nn.functional.linear(x, weight)
+    competitors: dict[str, Rival]
+    batches: list[int]
+    repeats: int
+    peak: float
+    deadline: float
 
 
-def ours(backend: str, int8: bool = False) -> Callable[[tuple[int, int]], Product]:
-    found = operations.backend(backend)
-    function = found.linear_int8 if int8 else found.linear
-    assert function is not None
-
-    def make(shape: tuple[int, int]) -> Product:
-        weight = timing.random_weight(shape, DEVICE, GROUP_SIZE)
-        parts = (weight.packed, weight.scales, weight.exponents)
-        return lambda x: function(x, *parts, None)
-
-    return make
-
-
-def humming(shape: tuple[int, int]) -> Product:
-    from humming.layer import HummingLayer
-
-    config = {"dtype": "int8", "group_size": GROUP_SIZE, "scale_dtype": "float16"}
-    layer: Any = HummingLayer(
-        shape_n=shape[0], shape_k=shape[1], weight_config=config, torch_dtype=torch.float16
-    ).to(DEVICE)
-    layer.load_from_unquantized(torch.randn(shape, device=DEVICE, dtype=torch.float16))
-    layer.transform()
-    return lambda x: layer(x)
-
-
-def gemlite(group_size: int | None) -> Callable[[tuple[int, int]], Product]:
-    def make(shape: tuple[int, int]) -> Product:
-        from gemlite import helper
-
-        if group_size is None:
-            weight = torch.randn(shape, device=DEVICE, dtype=torch.float16)
-            return helper.A16W8_INT8(device=str(DEVICE), dtype=torch.float16).from_weights(weight)
-        q = torch.randint(0, 256, shape, device=DEVICE, dtype=torch.uint8)
-        groups = (shape[0] * shape[1] // group_size, 1)
-        scales = torch.rand(groups, device=DEVICE, dtype=torch.float16) * 1e-3
-        zeros = torch.full(groups, 128, device=DEVICE, dtype=torch.float16)
-        processor = helper.A16Wn(device=str(DEVICE), dtype=torch.float16)
-        return processor.from_weights(q, scales, zeros, 8, group_size)
-
-    return make
-
-
-def gemlite_int8(shape: tuple[int, int]) -> Product:
-    from gemlite import helper
-
-    weight = torch.randn(shape, device=DEVICE, dtype=torch.float16)
-    return helper.A8W8_int8_dynamic(device=str(DEVICE), dtype=torch.float16).from_weights(weight)
-
-
-def torchao(group_size: int | None) -> Callable[[tuple[int, int]], Product]:
-    def make(shape: tuple[int, int]) -> Product:
-        from torchao.quantization import Int8WeightOnlyConfig, PerGroup, PerRow, quantize_
-
-        layer = torch.nn.Linear(shape[1], shape[0], bias=False, device=DEVICE, dtype=torch.float16)
-        granularity = PerRow() if group_size is None else PerGroup(group_size)
-        quantize_(layer, Int8WeightOnlyConfig(granularity=granularity))
-        return torch.compile(layer)
-
-    return make
-
-
-def rivals(with_peers: bool) -> dict[str, Rival]:
-    """Name -> rival: the vendor, our backends that run here, peers that are installed."""
-    scales = 1 / GROUP_SIZE
-    found = {VENDOR: Rival(vendor, FLOAT16_BYTES)}
-    for name in ("cuda", "sm80", "triton", "cpu"):
-        if operations.backend(name).unavailable(DEVICE) is not None:
-            continue
-        found[f"halfweight {name}"] = Rival(ours(name), 1 + scales)
-        if operations.backend(name).linear_int8 is not None and name != "sm80":  # triton's
-            found[f"halfweight {name} int8"] = Rival(ours(name, True), 1 + scales, True)
-    if with_peers:
-        found |= {
-            "humming g128": Rival(humming, 1 + 2 * scales),
-            "gemlite row": Rival(gemlite(None), 1),
-            "gemlite g128": Rival(gemlite(GROUP_SIZE), 1 + 4 * scales),
-            "gemlite int8 row": Rival(gemlite_int8, 1, True),
-            "torchao row": Rival(torchao(None), 1),
-            "torchao g128": Rival(torchao(GROUP_SIZE), 1 + 2 * scales),
-        }
-    return found
-
-
-def measure_shape(
-    name: str,
-    competitors: dict[str, Rival],
-    batches: list[int],
-    peak: float,
-    deadline: float,
-    save: Callable[[list[dict[str, Any]]], None],
-) -> None:
+def measure_shape(name: str, run: Run, save: Callable[[Rows], None]) -> None:
     """Every rival on one shape, a row a rival and batch, handed to `save` batch by batch."""
     shape = SHAPES[name]
-    products: dict[str, list[Product]] = {}
-    failed: dict[str, str] = {}
-    for rival, competitor in competitors.items():
-        copies = timing.num_copies(int(shape[0] * shape[1] * competitor.bytes_per_weight))
-        try:
-            products[rival] = [competitor.make(shape) for _ in range(copies)]
-        except Exception as error:
-            failed[rival] = _one_line(error)
-    for tokens in batches:
-        if time.monotonic() > deadline:
+    heading = {"shape": name, "out_features": shape[0], "in_features": shape[1]}
+    found, failed = make(name, run)
+    for tokens in run.batches:
+        if time.monotonic() > run.deadline:
             return
         x = torch.randn(tokens, shape[1], device=DEVICE, dtype=torch.float16)
         rounds, errors = {}, dict(failed)
-        for rival, copies in products.items():
+        for rival, copies in found.items():
+            if run.competitors[rival].skips(name, tokens):
+                continue
             try:
                 rounds[rival] = timing.Round([_bind(f, x) for f in copies], x.device)
             except Exception as error:
                 errors[rival] = _one_line(error)
-        times = timing.interleaved(rounds)
-        heading = {"shape": name, "out_features": shape[0], "in_features": shape[1]}
-        save(
-            [
-                heading | {"tokens": tokens, "kernel": rival} | row
-                for rival, row in _rows(times, errors, competitors, shape, tokens, peak).items()
-            ]
-        )
+        times = timing.interleaved(rounds, run.repeats)
+        rows = _rows(times, errors, run, shape, tokens)
+        save([heading | {"tokens": tokens, "kernel": rival} | row for rival, row in rows.items()])
+
+
+def make(name: str, run: Run) -> tuple[dict[str, list[Product]], dict[str, str]]:
+    """Each rival with as many weights of a shape as no cache holds; the errors of those that
+    cannot be made or whose product is wrong.
+    """
+    shape, found, failed = SHAPES[name], {}, {}
+    for rival, competitor in run.competitors.items():
+        if all(competitor.skips(name, tokens) for tokens in run.batches):
+            continue
+        copies = timing.num_copies(int(shape[0] * shape[1] * competitor.bytes_per_weight))
+        try:
+            found[rival] = products(competitor, shape, copies)
+        except Exception as error:
+            failed[rival] = _one_line(error)
+    return found, failed
 
 
 def _bind(product: Product, x: Tensor) -> timing.Call:
@@ -185,23 +100,23 @@ def _one_line(error: Exception) -> str:
 
 
 def _rows(
-    times: dict[str, float],
-    errors: dict[str, str],
-    competitors: dict[str, Rival],
-    shape: tuple[int, int],
-    tokens: int,
-    peak: float,
+    times: dict[str, float], errors: dict[str, str], run: Run, shape: tuple[int, int], tokens: int
 ) -> dict[str, dict[str, Any]]:
     out_features, in_features = shape
     activations = tokens * (out_features + in_features) * FLOAT16_BYTES
-    rows: dict[str, dict[str, Any]] = {name: {"error": text} for name, text in errors.items()}
-    for name, microseconds in times.items():
-        num_bytes = out_features * in_features * competitors[name].bytes_per_weight + activations
+    rows: dict[str, dict[str, Any]] = {}
+    for name, competitor in run.competitors.items():
+        if name in errors:
+            rows[name] = {"error": errors[name]}
+        if name not in times:
+            continue
+        microseconds = times[name]
+        num_bytes = out_features * in_features * competitor.bytes_per_weight + activations
         rate = num_bytes / microseconds * 1e6
         rows[name] = {
             "microseconds": round(microseconds, 2),
             "gigabytes_per_second": round(rate / 1e9, 1),
-            "fraction_of_read_bandwidth": round(rate / peak, 4),
+            "fraction_of_read_bandwidth": round(rate / run.peak, 4),
             "teraflops": round(2e-6 * tokens * out_features * in_features / microseconds, 1),
             "speedup_over_float16": round(times[VENDOR] / microseconds, 3),
         }
@@ -233,12 +148,23 @@ def _cell(row: dict[str, Any]) -> str:
     return f"{row['speedup_over_float16']:.2f}"
 
 
+def selected(names: Sequence[str] | None, with_peers: bool) -> dict[str, Rival]:
+    """The vendor and the rivals of these names, else all. Raises ValueError for another name."""
+    found = rivals(with_peers)
+    unknown = [name for name in names or () if name not in found]
+    if unknown:
+        raise ValueError(f"no rival is called {unknown[0]!r}; here there are {', '.join(found)}")
+    return {name: found[name] for name in found if not names or name in (VENDOR, *names)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peers", action="store_true", help="also humming, gemlite and torchao")
+    peers = "also Marlin and Machete of vLLM, humming and gemlite"
+    parser.add_argument("--peers", action="store_true", help=peers)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
-    parser.add_argument("--kernels", nargs="+", help="only rivals whose names contain one of these")
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these beside float16")
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--limit-seconds", type=float, default=3600)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", default="kernels", help="name of the result")
@@ -248,24 +174,25 @@ def main() -> None:
         print(markdown(json.loads(options.markdown.read_text())["results"]))
         return
     deadline = time.monotonic() + options.limit_seconds
+    try:
+        competitors = selected(options.kernels, options.peers)
+    except ValueError as error:
+        parser.error(str(error))
     peak = timing.read_bandwidth(DEVICE)
     facts = envelope(DEVICE, {"read_bytes_per_second": peak})
-    competitors = {
-        name: rival
-        for name, rival in rivals(options.peers).items()
-        if name == VENDOR or not options.kernels or any(part in name for part in options.kernels)
-    }
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
 
-    def save(new: list[dict[str, Any]]) -> None:
+    def save(new: Rows) -> None:
         rows.extend(new)
         write_result(options.name, facts, rows, out=options.out)
         cells = [f"{row['kernel']} {_cell(row)}" for row in new]
-        print(f"{new[0]['shape']} M={new[0]['tokens']}: " + ", ".join(cells), flush=True)
+        told = f"{new[0]['shape']} M={new[0]['tokens']}: " + ", ".join(cells)
+        print(f"{deadline - time.monotonic():.0f} s left. {told}", flush=True)
 
     print(f"read bandwidth {peak / 1e9:.0f} GB/s", flush=True)
+    run = Run(competitors, options.batches, options.repeats, peak, deadline)
     for name in options.shapes:
-        measure_shape(name, competitors, options.batches, peak, deadline, save)
+        measure_shape(name, run, save)
     print(markdown(rows))
 
 

@@ -67,6 +67,12 @@ def results(name: str) -> dict[str, Any]:
     return content
 
 
+def between(text: str, name: str, part: str) -> str:
+    """A page with `part` between the markers of a name."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    return f"{text.split(begin)[0]}{begin}\n\n{part}\n\n{end}{text.split(end)[1]}"
+
+
 def decode_lines(rows: list[dict[str, Any]]) -> list[str]:
     """A line a batch size at which both models were timed, each by its fastest step."""
     rates: dict[int, dict[str, float]] = {}

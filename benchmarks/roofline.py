@@ -22,7 +22,8 @@ STYLES = {
     "halfweight triton": ("#2a9d8f", "^", "halfweight, Triton"),
     "humming g128": ("#b5838d", "x", "humming"),
     "gemlite row": ("#6d6875", "+", "gemlite, one scale a row"),
-    "torchao row": ("#457b9d", "d", "torchao"),
+    "Marlin g128": ("#457b9d", "d", "Marlin"),
+    "Machete g128": ("#e9c46a", "v", "Machete"),
 }
 
 
