@@ -29,7 +29,7 @@ from halfweight.kernels.cuda import tiles as sm80_tiles
 from halfweight.kernels.cuda.card import Card
 from halfweight.kernels.cuda.schedule import Plan
 from halfweight.kernels.hopper import backend as cuda
-from halfweight.kernels.hopper import tiles
+from halfweight.kernels.hopper import gemv, tiles
 from halfweight.kernels.hopper.tiles import Config, Int8, Small
 from halfweight.quantization.numerics import QuantizedTensor, dequantize, quantize
 from halfweight.quantization.scheme import Scheme
@@ -65,6 +65,23 @@ def hopper(card: Card) -> Iterator[Launch]:
         for plan in (found[0], found[-1]):
             name = f"{config.file} {config} {plan.whole_waves}x{plan.num_workers}"
             yield Launch(name, tokens, text, partial(fill_on_hopper, plan))
+
+
+def one_or_two(_: Card) -> Iterator[Launch]:
+    """hopper_gemv.cu."""
+    for tokens in gemv.TOKENS:
+        form = gemv.Form(tokens, IN_FEATURES, IN_FEATURES // GROUP_SIZE)
+        for dtype in MOST_ERROR:
+            text = gemv.source(form.defines, dtype), gemv.ARCHITECTURE
+            name = f"hopper_gemv.cu {form} {dtype}"
+            yield Launch(name, tokens, text, partial(fill_by_gemv, form), dtype)
+
+
+def fill_by_gemv(form: gemv.Form, x: Tensor, weight: QuantizedTensor, y: Tensor) -> Tensor:
+    """By hopper_gemv.cu."""
+    assert weight.exponents is not None
+    gemv.launch(form, x, weight.packed, weight.scales, weight.exponents, None, y)
+    return x.double()
 
 
 def fill_on_hopper(plan: Plan[Config], x: Tensor, weight: QuantizedTensor, y: Tensor) -> Tensor:
@@ -104,7 +121,7 @@ def fill_on_ampere(
     return x.double()
 
 
-FAMILIES = (hopper, ampere)
+FAMILIES = (hopper, one_or_two, ampere)
 
 
 def error(launch: Launch, weight: QuantizedTensor) -> float:
