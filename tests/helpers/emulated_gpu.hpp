@@ -128,7 +128,6 @@ inline int thread_index() { return threadIdx.x; }
 inline void copy16(u32 to, const void* from, bool is_there) {
     current->groups.back().push_back({to, is_there ? from : nullptr});
 }
-inline void prefetch(const void*) {}
 inline void end_copy_group() { current->groups.emplace_back(); }
 template <int PENDING> void wait_for_copies() {
     auto& groups = current->groups;  // the last is open

@@ -20,7 +20,6 @@ constexpr int ACC = RT * NT * 4;
 constexpr int SPAN = GROUP == 32 || RT > 2 ? 32 : 64;
 constexpr int RUN = GROUP < 64 * UNITS ? GROUP : 64 * UNITS;  // columns between two scales
 constexpr int RUNS = 64 * UNITS / RUN;
-constexpr int SCALE_BYTES = SCALES == 0 ? 1 : SCALES == 3 ? 4 : 2;
 
 static_assert(STAGES >= 2 && KB % 128 == 0, "a ring, of whole boxes");
 static_assert(STAGE_BYTES >= BN * MT * 2, "a tile's results fit a stage of the ring");
@@ -104,7 +103,6 @@ struct Copier {
     __device__ __forceinline__ void copy_first(u32 stage) {
         more = begin();
         w.copy(stage, more, 0, 1);
-        prefetch_rows();
         wait_for_previous_kernel();
         x.copy(stage + BOXES * W_BOX, more, 0, 1);
         done();
@@ -115,9 +113,7 @@ struct Copier {
         done();
     }
     __device__ __forceinline__ void next() {
-        if (s.k_begin < s.k_end) return;
-        more = begin();
-        prefetch_rows();
+        if (s.k_begin >= s.k_end) more = begin();
     }
     __device__ __forceinline__ void copy(u32 stage, int part, int parts) const {
         w.copy(stage, more, part, parts);
@@ -135,15 +131,5 @@ struct Copier {
         w.aim(o.packed, p.out_features, p.in_features, row, s.k_begin * KB);
         x.aim(o.x, p.num_tokens, p.in_features, token, s.k_begin * KB);
         return true;
-    }
-    // Ask for what the rows of a tile need beside their weights: scales, exponents, bias.
-    __device__ __forceinline__ void prefetch_rows() const {
-        const Problem& p = o.p;
-        int row = schedule.row_tile(s) * BN, group = group_of(p, s.k_begin * KB, 1.0f / p.group_size);
-        for (int n = row + thread_index(); n < min(row + BN, p.out_features); n += THREADS) {
-            prefetch(p.codes + ((u32)n * p.num_groups + group) * SCALE_BYTES);
-            if (p.exponents) prefetch(p.exponents + n);
-            if (p.bias) prefetch(p.bias + n);
-        }
     }
 };
