@@ -19,6 +19,21 @@ struct Problem {
     int share, spare;  // blocks of K that each worker has of shared tiles, and what is left over
 };
 
+// What the sums of a lane's rows are multiplied with and added to at a tile's end: of `row`, of
+// `row` + 8, and so on. Scales of grid8 have exponents, others do not.
+template <int COUNT, bool HAS_EXPONENTS = true> struct RowEnds {
+    float scale[COUNT], offset[COUNT];
+
+    __device__ RowEnds(const Problem& p, int row) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            int n = min(row + 8 * i, p.out_features - 1);
+            scale[i] = HAS_EXPONENTS ? ldexpf(1.0f, p.exponents[n]) : 1.0f;
+            offset[i] = p.bias ? to_float(p.bias[n]) : 0.0f;
+        }
+    }
+};
+
 // One run of K blocks [k_begin, k_end) of a tile.
 struct Segment { int tile, k_begin, k_end; };
 

@@ -164,19 +164,7 @@ __device__ __forceinline__ void reduce_warps(float* buffer, float (&total)[ACC])
     __syncthreads();
 }
 
-// What the sums of a lane's rows are multiplied with and added to at a tile's end.
-struct RowEnds {
-    float scale[RT * 2], offset[RT * 2];
-
-    __device__ RowEnds(const Problem& p, int row) {
-#pragma unroll
-        for (int i = 0; i < RT * 2; ++i) {
-            int n = min(row + 8 * i, p.out_features - 1);
-            scale[i] = p.exponents ? ldexpf(1.0f, p.exponents[n]) : 1.0f;
-            offset[i] = p.bias ? to_float(p.bias[n]) : 0.0f;
-        }
-    }
-};
+typedef RowEnds<RT * 2, SCALES == 0> Ends;
 
 // A tile's results in shared memory, a line of BN for each token. Chunks of 16 bytes are permuted so
 // that the tokens that lanes write together lie in different banks.
@@ -185,7 +173,7 @@ __device__ __forceinline__ int result_chunk(int token, int chunk) {
     return token * LINE_CHUNKS + (chunk ^ ((token ^ token >> 1) & 3));
 }
 __device__ __forceinline__ void lay_out(u16* results, int row, int token, int quad,
-                                        const RowEnds& ends, const float (&total)[ACC]) {
+                                        const Ends& ends, const float (&total)[ACC]) {
 #pragma unroll
     for (int i = 0; i < RT * 2; ++i)
 #pragma unroll
@@ -286,7 +274,7 @@ w8a16(const __grid_constant__ Operands o) {
             }
             free = stage, stage = next;
         }
-        RowEnds ends(p, n + first_row);
+        Ends ends(p, n + first_row);
         if (s.k_begin == 0 && s.k_end < p.k_blocks) {
             int end = schedule.last_sharer(s);
             wait_for_partials<1, THREADS>(p, worker + 1, end, 1, 0, threadIdx.x);

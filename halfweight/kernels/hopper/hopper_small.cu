@@ -146,22 +146,8 @@ __device__ __forceinline__ void reduce_warps(float* buffer, int wn, int wk, int 
     named_sync<1, CONSUMERS>();
 }
 
-// What the rows' sums are multiplied with and added to at the end, read before the work begins.
-struct RowEnds { float scale[RT][2], offset[RT][2]; };
-
-__device__ __forceinline__ RowEnds load_row_ends(const Problem& p, int row) {
-    RowEnds ends;
-#pragma unroll
-    for (int i = 0; i < RT * 2; ++i) {
-        int n = min(row + 8 * i, p.out_features - 1);
-        ends.scale[i / 2][i % 2] = ldexpf(1.0f, p.exponents[n]);
-        ends.offset[i / 2][i % 2] = p.bias ? to_float(p.bias[n]) : 0.0f;
-    }
-    return ends;
-}
-
-__device__ __forceinline__ void store(const Problem& p, int row, int quad, const RowEnds& ends,
-                                      const float (&total)[ACC]) {
+__device__ __forceinline__ void store(const Problem& p, int row, int quad,
+                                      const RowEnds<RT * 2>& ends, const float (&total)[ACC]) {
 #pragma unroll
     for (int t = 0; t < RT; ++t)
 #pragma unroll
@@ -172,7 +158,7 @@ __device__ __forceinline__ void store(const Problem& p, int row, int quad, const
             for (int i = 0; i < NT * 2; ++i) {
                 int token = i / 2 * 8 + 2 * quad + i % 2;
                 float value = total[(t * NT + i / 2) * 4 + 2 * h + i % 2];
-                value = value * ends.scale[t][h] + ends.offset[t][h];
+                value = value * ends.scale[2 * t + h] + ends.offset[2 * t + h];
                 if (token < p.num_tokens)
                     p.y[(long long)token * p.out_features + n] = (u16)pack(value, 0.0f);
             }
@@ -189,7 +175,7 @@ __device__ __forceinline__ void consume(const Problem& p, u32 ring, u32 full, u3
     int stage = 0, phase = 0;
     while (schedule.pop(s)) {
         int row = s.tile * BN + row_in_tile;
-        RowEnds ends = load_row_ends(p, row);
+        RowEnds<RT * 2> ends(p, row);  // read before the work begins
         float total[ACC], sums[ACC];
 #pragma unroll
         for (int i = 0; i < ACC; ++i) total[i] = sums[i] = 0.0f;
