@@ -235,8 +235,8 @@ w8a16(const __grid_constant__ Operands o) {
         fragments.w = stage + w, fragments.x = stage + x;
         fragments.load(0);
     };
-    // Where a stage lies: the one that is multiplied, the one that copies go to. Carried along, since
-    // what the compiler can work out from a stage's number it does again for each copy.
+    // Addresses of the stage that is multiplied and of the one that copies go to. They are carried
+    // along: what the compiler can work out from a stage's number it works out again for each copy.
     u32 last = ring + (STAGES - 1) * STAGE_BYTES, stage = ring, free = last;
     Segment s;
     Schedule schedule(p, worker);
