@@ -185,7 +185,6 @@ inline int thread_index() { return threadIdx.x; }
 inline void copy16(u32 to, const void* from, bool is_there) {
     current->groups.back().push_back({to, is_there ? from : nullptr});
 }
-inline void prefetch(const void*) {}
 inline void end_copy_group() { current->groups.emplace_back(); }
 template <int PENDING> void wait_for_copies() {
     auto& groups = current->groups;  // the last is open
@@ -278,7 +277,7 @@ inline float __shfl_xor_sync(u32, float v, int mask) {
     meet(warp, 32);
     return other;
 }
-inline float times_power(float v, int e) { return std::ldexp(v, e); }
+inline float power_of_two(int e) { return std::ldexp(1.0f, e); }
 inline float reciprocal(float v) { return 1.0f / v; }
 inline int dot4(u32 a, u32 b, int sum) {
     for (int i = 0; i < 4; ++i) sum += (int)(a >> 8 * i & 255) * (int)(int8_t)(b >> 8 * i);

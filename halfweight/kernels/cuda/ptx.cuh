@@ -14,16 +14,11 @@ __device__ __forceinline__ u8* shared_memory() {
     extern __shared__ __align__(1024) u8 bytes[];
     return bytes;
 }
-// threadIdx.x, read where it stands: what follows from it takes no registers from a loop before. For
-// compute capability 10 the compiler does better without.
+// threadIdx.x, read where it stands: what follows from it takes no registers from a loop before.
 __device__ __forceinline__ int thread_index() {
-#if __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
-    return threadIdx.x;
-#else
     int thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     return thread;
-#endif
 }
 // 16 bytes to shared memory, while the thread goes on; zeros where there is nothing to read.
 __device__ __forceinline__ void copy16(u32 to, const void* from, bool is_there) {
@@ -36,10 +31,6 @@ __device__ __forceinline__ void end_copy_group() {
 // Until at most PENDING groups of this thread's copies are on their way.
 template <int PENDING> __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-// Into L2, of what is read soon.
-__device__ __forceinline__ void prefetch(const void* from) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
 }
 template <int ID, int THREADS> __device__ __forceinline__ void named_sync() {
     asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
@@ -132,6 +123,10 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
 #endif
     return r;
+}
+// 2^e, of any e that a byte holds: below -126 it is no normal number.
+__device__ __forceinline__ float power_of_two(int e) {
+    return __uint_as_float(e > -127 ? (u32)(e + 127) << 23 : 0x00400000u >> (-127 - e));
 }
 __device__ __forceinline__ float half_to_float(u16 v) {
     float f;

@@ -19,6 +19,34 @@ struct Problem {
     int share, spare;  // blocks of K that each worker has of shared tiles, and what is left over
 };
 
+// What the sums of a lane's rows are multiplied with and added to at a tile's end: of `row`, of
+// `row` + 8, and so on; first as they are in memory. Scales of grid8 have exponents, others do not.
+template <int COUNT, bool HAS_EXPONENTS = true> struct StoredRowEnds {
+    int exponent[COUNT];
+    u16 bias[COUNT];
+
+    __device__ StoredRowEnds(const Problem& p, int row) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            int n = min(row + 8 * i, p.out_features - 1);
+            exponent[i] = HAS_EXPONENTS ? p.exponents[n] : 0;
+            bias[i] = p.bias ? p.bias[n] : (u16)0;
+        }
+    }
+};
+template <int COUNT, bool HAS_EXPONENTS = true> struct RowEnds {
+    float scale[COUNT], offset[COUNT];
+
+    __device__ RowEnds(const StoredRowEnds<COUNT, HAS_EXPONENTS>& stored) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            scale[i] = HAS_EXPONENTS ? power_of_two(stored.exponent[i]) : 1.0f;
+            offset[i] = to_float(stored.bias[i]);
+        }
+    }
+    __device__ RowEnds(const Problem& p, int row) : RowEnds(StoredRowEnds<COUNT, HAS_EXPONENTS>(p, row)) {}
+};
+
 // One run of K blocks [k_begin, k_end) of a tile.
 struct Segment { int tile, k_begin, k_end; };
 

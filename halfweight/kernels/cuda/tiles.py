@@ -134,7 +134,7 @@ SHAPES = (
     Shape(2, 2, 2, 1, 4, 1, blocks=2, factor=1.15),
     Shape(2, 2, 4, 1, 1, 2, blocks=3, factor=0.94),
     Shape(1, 4, 2, 1, 4, 1, factor=0.77),
-    Shape(2, 4, 2, 1, 4, 1, factor=0.77),
+    Shape(2, 4, 2, 1, 4, 1, factor=0.81),
     Shape(2, 4, 4, 1, 1, 2, blocks=2, factor=0.79),
     Shape(2, 6, 4, 1, 1, 2, blocks=2, factor=0.92),
     Shape(2, 6, 4, 2, 1, 2, factor=0.85),

@@ -16,16 +16,19 @@
 // (32, 64 or 128: the largest that divides a group), SCALES (0 grid8, 1 float16, 2 bfloat16,
 // 3 float32), SCALED, BF16.
 
-__device__ __forceinline__ float scale_at(const Problem& p, u32 i) {
+__device__ __forceinline__ u32 stored_scale(const Problem& p, u32 i) {
 #if SCALES == 0
-    return (float)__ldg(p.codes + i);
-#elif SCALES == 1
-    return half_to_float(__ldg((const u16*)p.codes + i));
-#elif SCALES == 2
-    return __uint_as_float((u32)__ldg((const u16*)p.codes + i) << 16);
+    return __ldg(p.codes + i);
+#elif SCALES == 3
+    return __ldg((const u32*)p.codes + i);
 #else
-    return __ldg((const float*)p.codes + i);
+    return __ldg((const u16*)p.codes + i);
 #endif
+}
+__device__ __forceinline__ float scale_of(u32 stored) {
+    if (SCALES == 0) return (float)stored;
+    if (SCALES == 1) return half_to_float((u16)stored);
+    return __uint_as_float(SCALES == 2 ? stored << 16 : stored);
 }
 
 #if SCALED
@@ -36,24 +39,32 @@ typedef float Scale;
 __device__ __forceinline__ Scale as_factor(float scale) { return scale; }
 #endif
 
-// Scales of a lane's rows, and where in K they are.
+// Scales of a lane's rows, and where in K they are. They are loaded a stage ahead, as they are stored:
+// what is made of them waits for them.
 struct Scales {
     const Problem& p;
     int row;
     float groups;  // a column
+    u32 stored[RUNS][RT][2];
 
     __device__ Scales(const Problem& problem, int first)
         : p(problem), row(first), groups(1.0f / problem.group_size) {}
     // For the columns from `column` on, or the last of a row.
-    __device__ __forceinline__ void load(int column, Scale (&scales)[RUNS][RT][2]) const {
+    __device__ __forceinline__ void load(int column) {
 #pragma unroll
         for (int c = 0; c < RUNS; ++c) {
             int last = p.out_features - 1;
             int group = group_of(p, column + c * RUN, groups);
 #pragma unroll
             for (int i = 0; i < RT * 2; ++i)
-                scales[c][i / 2][i % 2] = as_factor(scale_at(p, (u32)min(row + 8 * i, last) * p.num_groups + group));
+                stored[c][i / 2][i % 2] =
+                    stored_scale(p, (u32)min(row + 8 * i, last) * p.num_groups + group);
         }
+    }
+    __device__ __forceinline__ void take(Scale (&scales)[RUNS][RT][2]) const {
+#pragma unroll
+        for (int i = 0; i < RUNS * RT * 2; ++i)
+            (&scales[0][0][0])[i] = as_factor(scale_of((&stored[0][0][0])[i]));
     }
 };
 
@@ -63,26 +74,28 @@ constexpr int NB = NT % 2 == 0 ? 2 : 1;
 constexpr int PAIRS = NT / NB;
 constexpr int ITEMS = 2 * UNITS * PAIRS;
 constexpr int STEPS = SPAN / 16;
+// Copies go between every so many items: in bursts where that was measured to be faster (H200).
+constexpr int COPY_EVERY = NT > 4 && SCALED != (BLOCKS == 1) ? 1 : 4;
 
 struct Fragments {
     u32 w, x;  // this lane's first row and first token in the stage
-    int row, token, quad, column;
+    u32 row, token, quad, column;
     u32 offsets;  // OFFSETS in a register, so that what takes them has room for other constants
     u32 upper[RT][STEPS], lower[RT][STEPS], a[RT][2][4], b[2][NB][4];
 
     // W of SPAN columns, and x of an item.
     __device__ __forceinline__ void load(int item) {
-        int at = column + item / PAIRS * 32, span = at / SPAN * SPAN;
+        u32 at = column + item / PAIRS * 32, span = at / SPAN * SPAN;
         if (item % (PAIRS * STEPS / 2) == 0)
 #pragma unroll
             for (int t = 0; t < RT; ++t) {
-                int chunk = span % 128 / 16 + quad * STEPS / 4;
+                u32 chunk = span % 128 / 16 + quad * STEPS / 4;
                 u32 words = w + span / 128 * W_BOX + t * 2048 + ((chunk ^ row) << 4) +
                             (STEPS == 2 ? (quad & 1) * 8 : 0);
                 load_words(words, upper[t]);
                 load_words(words + 1024, lower[t]);
             }
-        int chunk = 2 * (span % 64 / 16) + quad * STEPS / 2 + at % SPAN / 32;
+        u32 chunk = 2 * (span % 64 / 16) + quad * STEPS / 2 + at % SPAN / 32;
 #pragma unroll
         for (int n = 0; n < NB; ++n) {
             uint4 v = load16(x + span / 64 * X_BOX + (item % PAIRS * NB + n) * 1024 +
@@ -153,19 +166,7 @@ __device__ __forceinline__ void reduce_warps(float* buffer, float (&total)[ACC])
     __syncthreads();
 }
 
-// What the sums of a lane's rows are multiplied with and added to at a tile's end.
-struct RowEnds {
-    float scale[RT * 2], offset[RT * 2];
-
-    __device__ RowEnds(const Problem& p, int row) {
-#pragma unroll
-        for (int i = 0; i < RT * 2; ++i) {
-            int n = min(row + 8 * i, p.out_features - 1);
-            scale[i] = p.exponents ? ldexpf(1.0f, p.exponents[n]) : 1.0f;
-            offset[i] = p.bias ? to_float(p.bias[n]) : 0.0f;
-        }
-    }
-};
+typedef RowEnds<RT * 2, SCALES == 0> Ends;
 
 // A tile's results in shared memory, a line of BN for each token. Chunks of 16 bytes are permuted so
 // that the tokens that lanes write together lie in different banks.
@@ -174,7 +175,7 @@ __device__ __forceinline__ int result_chunk(int token, int chunk) {
     return token * LINE_CHUNKS + (chunk ^ ((token ^ token >> 1) & 3));
 }
 __device__ __forceinline__ void lay_out(u16* results, int row, int token, int quad,
-                                        const RowEnds& ends, const float (&total)[ACC]) {
+                                        const Ends& ends, const float (&total)[ACC]) {
 #pragma unroll
     for (int i = 0; i < RT * 2; ++i)
 #pragma unroll
@@ -216,7 +217,7 @@ w8a16(const __grid_constant__ Operands o) {
     float* buffer = (float*)(memory + STAGES * STAGE_BYTES);
     int worker = p.num_workers - 1 - (int)blockIdx.x;
     int warp = threadIdx.x / 32, fragment_row = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
-    int wn = warp % WN, wm = warp / WN % WM, wk = warp / (WN * WM);
+    int wn = warp % WN, wm = warp / WN % WM, wk = WK == 1 ? 0 : warp / (WN * WM);
     int row = row_in_eight(fragment_row), token = token_in_eight(fragment_row);
     int first_row = wn * 16 * RT + row, first_token = wm * 8 * NT;
 
@@ -228,43 +229,44 @@ w8a16(const __grid_constant__ Operands o) {
     fragments.row = row, fragments.token = token, fragments.quad = quad;
     fragments.column = wk * UNITS * 64;
     fragments.offsets = OFFSETS + (p.num_tokens < 0);
-    u32 w = ring + first_row * 128, x = ring + BOXES * W_BOX + (first_token + token) * 128;
+    u32 w = first_row * 128, x = BOXES * W_BOX + (first_token + token) * 128;
     // The first item of a stage, when the copies of the whole block are there.
-    auto begin_stage = [&](int stage) {
+    auto begin_stage = [&](u32 stage) {
         wait_for_copies<STAGES - 2>();
         __syncthreads();
-        fragments.w = w + stage * STAGE_BYTES, fragments.x = x + stage * STAGE_BYTES;
+        fragments.w = stage + w, fragments.x = stage + x;
         fragments.load(0);
     };
-    int stage = 0;
+    // Addresses of the stage that is multiplied and of the one that copies go to. They are carried
+    // along: what the compiler can work out from a stage's number it works out again for each copy.
+    u32 last = ring + (STAGES - 1) * STAGE_BYTES, stage = ring, free = last;
     Segment s;
     Schedule schedule(p, worker);
     for (bool is_first = true; schedule.pop(s); is_first = false) {
         int n = schedule.row_tile(s) * BN, m = schedule.token_tile(s) * MT;
         float total[ACC], sums[SCALED ? 1 : ACC];
-        Scale scales[RUNS][RT][2], next_scales[RUNS][RT][2];
+        Scale scales[RUNS][RT][2];
 #pragma unroll
         for (int i = 0; i < ACC; ++i) total[i] = 0.0f;
         Scales of_rows(p, n + first_row);
-        of_rows.load(s.k_begin * KB + fragments.column, next_scales);
-        if (is_first) begin_stage(0);
+        of_rows.load(s.k_begin * KB + fragments.column);
+        if (is_first) begin_stage(stage);
         for (int k = s.k_begin; k < s.k_end; ++k) {
-#pragma unroll
-            for (int i = 0; i < RUNS * RT * 2; ++i) (&scales[0][0][0])[i] = (&next_scales[0][0][0])[i];
-            of_rows.load((k + 1) * KB + fragments.column, next_scales);
+            of_rows.take(scales);
+            of_rows.load((k + 1) * KB + fragments.column);
             copier.next();
-            u32 free = ring + (stage + STAGES - 1) % STAGES * STAGE_BYTES;
-            stage = stage + 1 == STAGES ? 0 : stage + 1;
+            u32 next = stage == last ? ring : stage + STAGE_BYTES;
 #pragma unroll
             for (int item = 0; item < ITEMS; ++item) {
                 int columns = item / PAIRS * 32;
                 if (item % PAIRS == 0) fragments.convert(item, scales[columns / RUN]);
                 if (item + 1 < ITEMS) {
                     fragments.load(item + 1);
-                    copier.copy(free, item, ITEMS - 1);
+                    if (item % COPY_EVERY == 0)
+                        copier.copy(free, item / COPY_EVERY, (ITEMS - 2) / COPY_EVERY + 1);
                 } else {  // all that this stage holds is read: the next stage's copies may replace it
                     copier.done();
-                    begin_stage(stage);
+                    begin_stage(next);
                 }
 #if SCALED
                 fragments.multiply(item, total);
@@ -273,19 +275,20 @@ w8a16(const __grid_constant__ Operands o) {
                 if ((columns + 32) % RUN == 0) promote(item, scales[columns / RUN], sums, total);
 #endif
             }
+            free = stage, stage = next;
         }
-        RowEnds ends(p, n + first_row);
+        Ends ends(p, n + first_row);
         if (s.k_begin == 0 && s.k_end < p.k_blocks) {
-            int last = schedule.last_sharer(s);
-            wait_for_partials<1, THREADS>(p, worker + 1, last, 1, 0, threadIdx.x);
-            add_slots<OWNERS, AT_ONCE>(p, worker + 1 + wk, last, WK, threadIdx.x % OWNERS, total);
+            int end = schedule.last_sharer(s);
+            wait_for_partials<1, THREADS>(p, worker + 1, end, 1, 0, threadIdx.x);
+            add_slots<OWNERS, AT_ONCE>(p, worker + 1 + wk, end, WK, threadIdx.x % OWNERS, total);
         }
         reduce_warps(buffer, total);
         if (s.k_begin > 0) {
             if (wk == 0) leave_partial<1, OWNERS>(p, worker, threadIdx.x, total);
             continue;
         }
-        u16* results = (u16*)(memory + (stage + STAGES - 1) % STAGES * STAGE_BYTES);  // the stage just read
+        u16* results = (u16*)(memory + (free - ring));  // the stage just read
         if (wk == 0) lay_out(results, first_row, first_token, quad, ends, total);
         __syncthreads();
         store(p, n, m, results);

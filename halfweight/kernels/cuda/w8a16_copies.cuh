@@ -20,7 +20,6 @@ constexpr int ACC = RT * NT * 4;
 constexpr int SPAN = GROUP == 32 || RT > 2 ? 32 : 64;
 constexpr int RUN = GROUP < 64 * UNITS ? GROUP : 64 * UNITS;  // columns between two scales
 constexpr int RUNS = 64 * UNITS / RUN;
-constexpr int SCALE_BYTES = SCALES == 0 ? 1 : SCALES == 3 ? 4 : 2;
 
 static_assert(STAGES >= 2 && KB % 128 == 0, "a ring, of whole boxes");
 static_assert(STAGE_BYTES >= BN * MT * 2, "a tile's results fit a stage of the ring");
@@ -66,15 +65,16 @@ template <int SIZE, int LINES> struct Share {
         columns = width - column;
     }
     // Part `part` of `parts`.
-    __device__ __forceinline__ void copy(u32 box, bool more, int part, int parts) const {
+    __device__ __forceinline__ void copy(u32 box, int part, int parts) const {
         bool inside = columns > 0;
-        int wanted = more && (SIZE == 2 || inside) ? lines : 0;
+        int wanted = SIZE == 2 || inside ? lines : 0;
 #pragma unroll
         for (int j = COPIES * part / parts; j < COPIES * (part + 1) / parts; ++j)
             if (j < wanted)
                 copy16(box + (to ^ ((j * STEP & 7) << 4)) + j * STEP * 128,
                        from + (u64)stride * j, SIZE == 1 || inside);
     }
+    __device__ __forceinline__ void end() { lines = 0; }
     __device__ __forceinline__ void advance() {
         from += KB * SIZE;
         columns -= KB;
@@ -93,20 +93,18 @@ __device__ __forceinline__ int group_of(const Problem& p, int column, float grou
 struct Copier {
     const Operands& o;
     Schedule schedule;
-    Segment s;
+    int left;  // blocks of a segment
     Share<1, BN> w;
     Share<2, MT> x;
-    bool more;
 
     __device__ Copier(const Operands& operands, int worker)
-        : o(operands), schedule(operands.p, worker), s{0, 0, 0}, more(true) {}
+        : o(operands), schedule(operands.p, worker), left(0) {}
     // The first stage.
     __device__ __forceinline__ void copy_first(u32 stage) {
-        more = begin();
-        w.copy(stage, more, 0, 1);
-        prefetch_rows();
+        begin();
+        w.copy(stage, 0, 1);
         wait_for_previous_kernel();
-        x.copy(stage + BOXES * W_BOX, more, 0, 1);
+        x.copy(stage + BOXES * W_BOX, 0, 1);
         done();
     }
     __device__ __forceinline__ void copy_whole(u32 stage) {
@@ -115,35 +113,27 @@ struct Copier {
         done();
     }
     __device__ __forceinline__ void next() {
-        if (s.k_begin < s.k_end) return;
-        more = begin();
-        prefetch_rows();
+        if (left <= 0) begin();
     }
     __device__ __forceinline__ void copy(u32 stage, int part, int parts) const {
-        w.copy(stage, more, part, parts);
-        x.copy(stage + BOXES * W_BOX, more, part, parts);
+        w.copy(stage, part, parts);
+        x.copy(stage + BOXES * W_BOX, part, parts);
     }
     __device__ __forceinline__ void done() {
         w.advance(), x.advance();
-        s.k_begin += more;
+        --left;
         end_copy_group();
     }
-    __device__ __forceinline__ bool begin() {
+    __device__ __forceinline__ void begin() {
         const Problem& p = o.p;
-        if (!schedule.pop(s)) return false;
+        Segment s;
+        if (!schedule.pop(s)) {
+            w.end(), x.end();
+            return;
+        }
         int row = schedule.row_tile(s) * BN, token = schedule.token_tile(s) * MT;
         w.aim(o.packed, p.out_features, p.in_features, row, s.k_begin * KB);
         x.aim(o.x, p.num_tokens, p.in_features, token, s.k_begin * KB);
-        return true;
-    }
-    // Ask for what the rows of a tile need beside their weights: scales, exponents, bias.
-    __device__ __forceinline__ void prefetch_rows() const {
-        const Problem& p = o.p;
-        int row = schedule.row_tile(s) * BN, group = group_of(p, s.k_begin * KB, 1.0f / p.group_size);
-        for (int n = row + thread_index(); n < min(row + BN, p.out_features); n += THREADS) {
-            prefetch(p.codes + ((u32)n * p.num_groups + group) * SCALE_BYTES);
-            if (p.exponents) prefetch(p.exponents + n);
-            if (p.bias) prefetch(p.bias + n);
-        }
+        left = s.k_end - s.k_begin;
     }
 };

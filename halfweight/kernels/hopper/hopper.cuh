@@ -44,11 +44,6 @@ __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// v 2^e, of any e that a byte holds: a power that is no normal number is multiplied in two steps.
-__device__ __forceinline__ float times_power(float v, int e) {
-    int half = e >> 1;
-    return v * __uint_as_float((u32)(half + 127) << 23) * __uint_as_float((u32)(e - half + 127) << 23);
-}
 // Bytes (16 at a time) that lie one behind the other.
 __device__ __forceinline__ void copy_bytes(u32 dst, const void* from, u32 bytes, u32 bar) {
     asm volatile(

@@ -191,7 +191,7 @@ __device__ __forceinline__ void consume(const Operands& p, const Places& s) {
         }
         if (row < rows.count)
             p.y[(long long)(thread / ROWS) * p.out_features + rows.first + row] =
-                (u16)pack(times_power(whole, exponent) + bias, 0.0f);
+                (u16)pack(whole * power_of_two(exponent) + bias, 0.0f);
     }
 }
 

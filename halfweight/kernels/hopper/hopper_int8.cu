@@ -177,7 +177,7 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
         apply_steps(p, s, m * TOKENS, lane, total);
         bool whole = finish_shared(p, b, schedule, s, thread, total);
         if (!whole || warp * 16 >= p.tile_rows) continue;
-        RowEnds ends = load_row_ends(p, tile_row + row_in_tile);
+        RowEnds<2> ends(p, tile_row + row_in_tile);
         u16* buffer = b.buffers + warp * (STORE_BYTES / 2);
         store_rows(p, m * TOKENS, tile_row + warp * 16, lane, ends, buffer, total);
     }

@@ -207,8 +207,8 @@ __device__ __forceinline__ void meet_collectors() {
 // tile, or made whole; and stored.
 __device__ __forceinline__ void finish_run(const Problem& p, const Block& b,
                                            const Schedule& schedule, const Segment& s, int m,
-                                           int warp_row, int thread, int lane, const RowEnds& ends,
-                                           float (&sums)[ACC]) {
+                                           int warp_row, int thread, int lane,
+                                           const RowEnds<2>& ends, float (&sums)[ACC]) {
     u16* buffer = b.buffers + thread / 32 * (STORE_BYTES / 2);
     bool has_rows = thread / 32 * 16 < p.tile_rows;
 #if SPLIT > 1
@@ -266,7 +266,7 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
         }
         queue_products(acc, second, c.x<SUBS - 1, 1>());
         c.leave_stage();
-        RowEnds ends = load_row_ends(p, tile_row + row_in_tile);
+        RowEnds<2> ends(p, tile_row + row_in_tile);
         wgmma_wait<0>();
         c.release();
         finish_run(p, b, schedule, s, m, tile_row + warp * 16, thread, lane, ends, acc);

@@ -163,21 +163,7 @@ __device__ __forceinline__ void reduce_warps(float* buffer, int wn, int wk, int 
     named_sync<1, CONSUMERS>();
 }
 
-// What the rows' sums are multiplied with and added to at the end, as it is in memory.
-struct RowEnds { signed char exponent[RT][2]; u16 bias[RT][2]; };
-
-__device__ __forceinline__ RowEnds load_row_ends(const Problem& p, int row) {
-    RowEnds ends;
-#pragma unroll
-    for (int i = 0; i < RT * 2; ++i) {
-        int n = min(row + 8 * i, p.out_features - 1);
-        ends.exponent[i / 2][i % 2] = p.exponents[n];
-        ends.bias[i / 2][i % 2] = p.bias ? p.bias[n] : (u16)0;
-    }
-    return ends;
-}
-
-__device__ __forceinline__ void store(const Problem& p, int row, int quad, const RowEnds& ends,
+__device__ __forceinline__ void store(const Problem& p, int row, int quad, const RowEnds<RT * 2>& ends,
                                       const float (&total)[ACC]) {
 #pragma unroll
     for (int t = 0; t < RT; ++t)
@@ -185,12 +171,11 @@ __device__ __forceinline__ void store(const Problem& p, int row, int quad, const
         for (int h = 0; h < 2; ++h) {
             int n = row + 16 * t + 8 * h;
             if (n >= p.out_features) continue;
-            float offset = to_float(ends.bias[t][h]);
 #pragma unroll
             for (int i = 0; i < NT * 2; ++i) {
                 int token = i / 2 * 8 + 2 * quad + i % 2;
                 float value = total[(t * NT + i / 2) * 4 + 2 * h + i % 2];
-                value = times_power(value, ends.exponent[t][h]) + offset;
+                value = value * ends.scale[2 * t + h] + ends.offset[2 * t + h];
                 if (token < p.num_tokens)
                     p.y[(long long)token * p.out_features + n] = (u16)pack(value, 0.0f);
             }
@@ -206,14 +191,14 @@ __device__ __forceinline__ void consume(const Problem& p, u32 ring, u32 area, u3
     Schedule schedule(p, worker);
     Segment s, next;
     if (!schedule.pop(next)) return;
-    RowEnds next_ends = load_row_ends(p, row_of(next));
+    StoredRowEnds<RT * 2> next_ends(p, row_of(next));
     int stage = 0, phase = 0;
     for (bool is_last = false; !is_last;) {
         s = next;
         is_last = !schedule.pop(next);
         int row = row_of(s);
-        RowEnds ends = next_ends;
-        next_ends = load_row_ends(p, row_of(next));  // while this run is multiplied
+        StoredRowEnds<RT * 2> ends = next_ends;
+        next_ends = StoredRowEnds<RT * 2>(p, row_of(next));  // while this run is multiplied
         float total[ACC], sums[ACC];
 #pragma unroll
         for (int i = 0; i < ACC; ++i) total[i] = sums[i] = 0.0f;

@@ -147,24 +147,10 @@ __device__ __forceinline__ bool finish_shared(const Problem& p, const Block& b,
     return true;
 }
 
-// What two rows' sums are multiplied with and added to at the end.
-struct RowEnds { float scale[2], offset[2]; };
-
-__device__ __forceinline__ RowEnds load_row_ends(const Problem& p, int row) {
-    RowEnds ends;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        int n = min(row + 8 * r, p.out_features - 1);
-        ends.scale[r] = ldexpf(1.0f, p.exponents[n]);
-        ends.offset[r] = p.bias ? to_float(p.bias[n]) : 0.0f;
-    }
-    return ends;
-}
-
 // Rows `row` to row + 15 of COUNT * 2 tokens, turned to rows of y in the warp's buffer.
 template <int COUNT>
 __device__ __forceinline__ void store_rows(const Problem& p, int first_token, int row, int lane,
-                                           const RowEnds& ends, u16* buffer,
+                                           const RowEnds<2>& ends, u16* buffer,
                                            const float (&sums)[COUNT]) {
     constexpr int CHUNK = COUNT < 16 ? COUNT * 2 : COUNT % 16 ? 16 : 32;
     bool whole = p.out_features % 8 == 0;
