@@ -58,7 +58,7 @@ KERNELS = ("vllm", "halfweight")
 PROMPT_TOKENS, NEW_TOKENS = 512, 128
 LEAST_FREE = 0.3
 """Part of a GPU that must be free for vLLM to start where others have the rest."""
-MOST_TAKEN = 0.7
+MOST_TAKEN = 0.65
 """Part of a GPU that vLLM may take where it chooses: room for another kernel's server is left."""
 LARGEST_BLOCK = 128
 """Tokens of a block of vLLM's cache, on a CPU."""
