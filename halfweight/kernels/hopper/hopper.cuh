@@ -44,10 +44,6 @@ __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Into L2, of what is read soon.
-__device__ __forceinline__ void prefetch(const void* from) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-}
 // Bytes (16 at a time) that lie one behind the other.
 __device__ __forceinline__ void copy_bytes(u32 dst, const void* from, u32 bytes, u32 bar) {
     asm volatile(
