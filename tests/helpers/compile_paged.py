@@ -15,7 +15,7 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from halfweight.kernels.triton import between_products, paged, pages
+from halfweight.kernels.triton import between_products, paged, pages, parts
 
 SIZES = {"HEADS": 32, "KV_HEADS": 8, "HEAD_SIZE": 128, "PAGE": 64, "SMALLEST": 6e-5, "ASM": True}
 DECODE = {"ROWS": 16, "IS_NEW": True, "IS_LONG": False, "num_warps": 4, "num_stages": 3}
@@ -45,7 +45,7 @@ TYPES = {
 
 def compiled(kernel, capability, dtype):
     name = kernel.split()[0]
-    files = (between_products, pages, paged)
+    files = (between_products, pages, paged, parts)
     function = next(getattr(file, name) for file in files if hasattr(file, name))
     options = {"num_warps": 4, "num_stages": 2} | KERNELS[kernel]
     constants = {"INT8": False, "HAS_NORM": False, "PDL": capability >= 90} | SIZES | options

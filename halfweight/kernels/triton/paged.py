@@ -10,7 +10,7 @@ Attention is a list of work, int32 [items, FIELDS], which the host writes for ea
 A program takes one item and one key head, with the query heads of that key head and the queries of
 the item as the rows of its products. Long sequences are several items, so a recorded CUDA graph has
 a fixed grid and yet balanced work: the host cuts to measure, and items that are left over end at
-once. Parts are added by `merge_parts`, always in the same order.
+once. Parts are added by parts.py, always in the same order.
 
 Bytes become numbers without conversion instructions, which a GPU has few units for (they were the
 limit of an earlier INT8 kernel), and without single bytes crossing threads: a tile is loaded as
@@ -35,8 +35,6 @@ from halfweight.kernels.triton.pages import angles, rotated_heads, store_new_tok
 
 FIELDS: tl.constexpr = tl.constexpr(7)
 """Numbers of a work item."""
-ROW_FIELDS: tl.constexpr = tl.constexpr(3)
-"""Of a token that is merged: its first part, how many there are, its place among the queries."""
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -319,50 +317,3 @@ def attend_pages(
         store_rows(parts, at_part, done, real)
         tl.store(stats + at_part * 2, top * unit, mask=real)
         tl.store(stats + at_part * 2 + 1, total, mask=real)
-
-
-@triton.jit(do_not_specialize=["T"])
-def merge_parts(
-    T, parts, stats, row_parts, out,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """out [T, HEADS, HEAD_SIZE] of tokens that `attend_pages` left in parts, BLOCK at a time.
-
-    row_parts int32 [T, ROW_FIELDS]; a token of fewer than two parts is left alone.
-    """
-    if PDL:
-        cuda.gdc_launch_dependents()
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    first = tl.load(row_parts + token * ROW_FIELDS).to(tl.int64)
-    count = tl.load(row_parts + token * ROW_FIELDS + 1)
-    query = tl.load(row_parts + token * ROW_FIELDS + 2)
-    if PDL:
-        cuda.gdc_wait()
-    if count < 2:
-        return
-    row = query * GROUP + head % GROUP
-    d = tl.arange(0, HEAD_SIZE)
-    top = float("-inf")
-    total = 0.0
-    acc = tl.zeros((HEAD_SIZE,), tl.float32)
-    for begin in range(0, count, BLOCK):
-        part = begin + tl.arange(0, BLOCK)
-        inside = part < count
-        at = ((first + part) * KV_HEADS + head // GROUP) * ROWS + row
-        tops = tl.load(stats + at * 2, mask=inside, other=float("-inf"))
-        totals = tl.load(stats + at * 2 + 1, mask=inside, other=0)
-        sums = tl.load(parts + at[:, None] * HEAD_SIZE + d[None, :], mask=inside[:, None], other=0)
-        higher = tl.maximum(top, tl.max(tops, axis=0))
-        factor = tl.exp2(tops - higher)
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(totals * factor, axis=0)
-        acc = acc * shrink + tl.sum(sums * factor[:, None], axis=0)
-        top = higher
-    tl.store(out + (token * HEADS + head) * HEAD_SIZE + d, acc / total)
