@@ -32,6 +32,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from halfweight.kernels.triton.pages import angles, rotated_heads, store_new_token
+from halfweight.kernels.triton.parts import ROW_FIELDS, merge_if_last
 
 FIELDS: tl.constexpr = tl.constexpr(7)
 """Numbers of a work item."""
@@ -207,7 +208,7 @@ def store_rows(to, place, rows, real):
 @triton.jit(do_not_specialize=["B"])
 def attend_pages(
     B, qkv, q_norm, k_norm, keys, values, steps, cos_table, sin_table, page_table, work,
-    out, parts, stats, scaling, epsilon,
+    out, parts, stats, row_parts, arrived, scaling, epsilon,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -215,6 +216,7 @@ def attend_pages(
     ROWS: tl.constexpr,
     IS_NEW: tl.constexpr,
     IS_LONG: tl.constexpr,
+    MERGED: tl.constexpr,
     HAS_NORM: tl.constexpr,
     INT8: tl.constexpr,
     SMALLEST: tl.constexpr,
@@ -229,7 +231,9 @@ def attend_pages(
     and their keys and values in pages. IS_LONG: most pages are seen by all queries of an item.
 
     Results go to out [T, HEADS, HEAD_SIZE], or to float32 parts [part, KV_HEADS, ROWS, HEAD_SIZE]
-    and stats [part, KV_HEADS, ROWS, 2] (maximum as a power of two, sum).
+    and stats [part, KV_HEADS, ROWS, 2] (maximum as a power of two, sum). With MERGED > 0, of new
+    tokens alone, the last program of a token adds its parts, so many at a time (parts.py);
+    `arrived` int32 [T, KV_HEADS] is zero before and after.
     """
     if PDL:
         cuda.gdc_launch_dependents()
@@ -317,3 +321,10 @@ def attend_pages(
         store_rows(parts, at_part, done, real)
         tl.store(stats + at_part * 2, top * unit, mask=real)
         tl.store(stats + at_part * 2 + 1, total, mask=real)
+        if MERGED > 0:
+            own = row_parts + first * ROW_FIELDS
+            merge_if_last(
+                *(parts, stats, arrived + first * KV_HEADS + kv_head, tl.load(own).to(tl.int64)),
+                *(tl.load(own + 1), out + first * HEADS * HEAD_SIZE, kv_head),
+                *(GROUP, KV_HEADS, HEAD_SIZE, ROWS, MERGED),
+            )
