@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from halfweight.kernels.triton.pages import angles, rotated_heads, store_new_token
+from halfweight.kernels.triton.pages import angles, ask_for_page, rotated_heads, store_new_token
 from halfweight.kernels.triton.parts import ROW_FIELDS, merge_if_last
 
 FIELDS: tl.constexpr = tl.constexpr(7)
@@ -267,6 +267,8 @@ def attend_pages(
         cos, sin = angles(cos_table, sin_table, one + position, HEAD_SIZE)
         page = tl.load(table + position // PAGE).to(tl.int64)
         if PDL:
+            ahead = tl.load(table + begin).to(tl.int64) * KV_HEADS + kv_head
+            ask_for_page(keys, values, steps, ahead * PAGE, HEAD_SIZE, PAGE, INT8)
             cuda.gdc_wait()
         mine = qkv + first * (HEADS + 2 * KV_HEADS) * HEAD_SIZE
         q = rotated_heads(
