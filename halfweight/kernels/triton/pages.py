@@ -1,4 +1,5 @@
-"""Device code of pages of KV cache: tokens rotated into them, read out of them, the page table.
+"""Device code of pages of KV cache: tokens rotated into them, read out of them, asked for ahead;
+and the page table.
 
 A page holds PAGE tokens of one layer: keys and values [KV_HEADS, PAGE, HEAD_SIZE], so that a tile
 of a key head is one piece of memory. In INT8 they are bytes q + 128, as weights are, with the steps
