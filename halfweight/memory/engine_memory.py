@@ -149,12 +149,20 @@ def _tile_sums(sizes: Sizes, limits: Limits) -> int:
     return 4 * (sizes.head_dim + 2) * 2 * limits.num_processors * TILE_ROWS
 
 
+def decode_counters(max_sequences: int, kv_heads: int) -> int:
+    """Programs of decode's attention count how many of them are done: int32, of each key head of
+    each sequence of the largest recorded step.
+    """
+    return bucket(max_sequences) * kv_heads
+
+
 def _decode_sums(sizes: Sizes, limits: Limits) -> int:
-    """The same of decoding sequences."""
+    """The same of decoding sequences, and the counters of who has left such sums."""
     programs = DECODE_PROGRAMS[limits.kv_cache] * limits.num_processors
     group = sizes.heads // sizes.kv_heads
     items = bucket(limits.max_sequences) * sizes.kv_heads + programs
-    return 4 * (sizes.head_dim + 2) * items * max(MIN_DOT_ROWS, power_of_two(group))
+    sums = (sizes.head_dim + 2) * items * max(MIN_DOT_ROWS, power_of_two(group))
+    return 4 * (sums + decode_counters(limits.max_sequences, sizes.kv_heads))
 
 
 def cpu_parts(sizes: Sizes, max_sequences: int, max_context: int) -> dict[str, int]:

@@ -140,6 +140,22 @@ class Case:
         scores = torch.einsum("hd,thd->ht", q, k) * self.head_size**-0.5
         return torch.einsum("ht,thd->hd", scores.softmax(dim=1), v)
 
+    def new_token_work(self, at_once):
+        """Work of decoding each sequence's last token."""
+        rows, starts = array(range(len(self.lengths))), array(self.lengths) - 1
+        ones = np.ones_like(rows)
+        queries = Queries(rows, ones, starts, rows * MAX_PAGES, pages_of(starts))
+        return cut(queries, len(rows), at_once)
+
+    def check_new_tokens(self, qkv, found):
+        """Attention [B, heads head_size] of each sequence's last token, and what the pages hold."""
+        starts = [length - 1 for length in self.lengths]
+        q, k, v = self.split(qkv, starts)
+        for row, start in enumerate(starts):
+            keys, values = self.with_held(row, start, k[row : row + 1], v[row : row + 1])
+            expected = self.expected(q[row], keys, values, start)
+            assert error(found[row].view_as(expected), expected) < TOLERANCE[self.dtype]
+
     def work(self, work):
         items, rows = (
             torch.from_numpy(a.reshape(-1)).to(DEVICE) for a in (work.items, work.row_parts)
@@ -219,16 +235,49 @@ ATTENTION = [
 def test_a_new_token_of_each_sequence(lengths, heads, head_size, dtype, kv_cache, norms, at_once):
     skip_what_is_not_interpreted(dtype)
     case = Case(lengths, heads, head_size, dtype, kv_cache, norms, new=1)
-    starts = array(lengths) - 1
     qkv = case.qkv(len(lengths))
-    q, k, v = case.split(qkv, starts.tolist())
-    rows = array(range(len(lengths)))
-    queries = Queries(rows, array([1] * len(rows)), starts, rows * MAX_PAGES, pages_of(starts))
-    work = case.work(cut(queries, len(rows), at_once))
-    found = case.attention.decode(case.layer, qkv, work).view(len(rows), heads[0], head_size)
-    for row, start in enumerate(starts.tolist()):
-        keys, values = case.with_held(row, start, k[row : row + 1], v[row : row + 1])
-        assert error(found[row], case.expected(q[row], keys, values, start)) < TOLERANCE[dtype]
+    work = case.work(case.new_token_work(at_once))
+    case.check_new_tokens(qkv, case.attention.decode(case.layer, qkv, work))
+
+
+MERGED = [
+    # heads, head size, dtype, kv_cache, norms
+    ((6, 2), 128, torch.float32, "16bit", True),
+    ((8, 2), 64, torch.float16, "int8", False),
+    ((8, 1), 128, torch.bfloat16, "16bit", False),
+    ((4, 4), 64, torch.bfloat16, "int8", False),
+]
+
+
+@pytest.mark.parametrize("least", [4, 5])
+@pytest.mark.parametrize(("heads", "head_size", "dtype", "kv_cache", "norms"), MERGED)
+def test_the_last_program_of_a_sequence_merges_its_parts_each_time(
+    heads, head_size, dtype, kv_cache, norms, least, monkeypatch
+):
+    skip_what_is_not_interpreted(dtype)
+    monkeypatch.setattr(gpu_attention, "LEAST_MERGED_AT_ONCE", least)
+    case = Case((1, 200, 1100, 70), heads, head_size, dtype, kv_cache, norms, new=1)
+    work, qkv = case.new_token_work(20), case.qkv(4)
+    assert work.row_parts[:, 1].tolist() == [1, 2, 9, 2]
+    launched = launches(monkeypatch)
+    found = [case.attention.decode(case.layer, qkv, case.work(work)) for _ in range(3)]
+    assert launched == 3 * (["attend_pages"] + ["merge_parts"] * (least > 4))
+    case.check_new_tokens(qkv, found[0])
+    assert torch.equal(found[1], found[0])
+    assert torch.equal(found[2], found[0])
+    assert not case.attention._arrived.any()
+
+
+def launches(monkeypatch):
+    """Names of the kernels of attention that are launched from now on."""
+    found, launch = [], gpu_attention.launch
+
+    def recorded(kernel, *operands, **meta):
+        found.append(kernel)
+        launch(kernel, *operands, **meta)
+
+    monkeypatch.setattr(gpu_attention, "launch", recorded)
+    return found
 
 
 @pytest.mark.parametrize("kind", ["few", "tiles"])
@@ -349,6 +398,22 @@ def test_the_runner_equals_the_models_forward(tmp_path, family, kv_cache):
         assert error(found, expected) < (5e-6 if kv_cache == "16bit" else 3e-2)
 
 
+def test_recorded_steps_whose_parts_are_merged_at_once_equal_the_models_forward(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(gpu_attention, "LEAST_MERGED_AT_ONCE", 2)
+    monkeypatch.setattr(PagedAttention, "num_decoding_at_once", 8)
+    texts = Texts(quantized(tmp_path, MODELS["llama-bias"], torch.float32), [90, 10, 72])
+    for chunk in ((0, 80, 0), (1, 2, 0), (2, 66, 0)):
+        texts.step(chunk)
+    everyone = [(0, 1, 1), (1, 1, 1), (2, 1, 1)]
+    for chunks in (everyone, everyone, [(2, 1, 1), (0, 1, 1)], [(1, 3, 3)], everyone):
+        found, expected = texts.step(*chunks)
+        assert error(found, expected) < 5e-6
+        assert not texts.runner._parts.attention._arrived.any()
+    assert texts.runner._few(3, 1)._last[1].num_parts > 0
+
+
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_a_padded_read_equals_the_models_forward_and_the_mixed_step(
     tmp_path, in_parts, monkeypatch
@@ -458,6 +523,19 @@ def test_recorded_and_mixed_steps(tmp_path, batch, dtype, kv_cache):
     for chunks in steps:
         found, expected = texts.step(*chunks)
         assert error(found, expected) < WHOLE[dtype] + 2e-2 * (kv_cache == "int8")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_cache", ["16bit", "int8"])
+def test_parts_merged_at_once_are_the_same_in_many_launches(kv_cache):
+    lengths = tuple(2500 - 101 * i for i in range(24))
+    case = Case(lengths, (32, 8), 128, torch.float16, kv_cache, new=1)
+    assert len(lengths) >= gpu_attention.LEAST_MERGED_AT_ONCE
+    work, qkv = case.work(case.new_token_work(100)), case.qkv(len(lengths))
+    found = [case.attention.decode(case.layer, qkv, work) for _ in range(300)]
+    case.check_new_tokens(qkv, found[0])
+    assert all(torch.equal(again, found[0]) for again in found)
+    assert not case.attention._arrived.any()
 
 
 @pytest.mark.gpu

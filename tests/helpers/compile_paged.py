@@ -15,16 +15,19 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from halfweight.kernels.triton import between_products, paged, pages
+from halfweight.kernels.triton import between_products, paged, pages, parts
 
 SIZES = {"HEADS": 32, "KV_HEADS": 8, "HEAD_SIZE": 128, "PAGE": 64, "SMALLEST": 6e-5, "ASM": True}
 DECODE = {"ROWS": 16, "IS_NEW": True, "IS_LONG": False, "num_warps": 4, "num_stages": 3}
+DRAFTS = DECODE | {"ROWS": 32, "IS_NEW": False}
 TILES = {"ROWS": 128, "IS_NEW": False, "IS_LONG": True, "num_warps": 8, "num_stages": 2}
 KERNELS = {
     "attend_pages": DECODE | {"HAS_NORM": True},
     "attend_pages int8": DECODE | {"INT8": True},
-    "attend_pages drafts": DECODE | {"ROWS": 32, "IS_NEW": False},
-    "attend_pages drafts int8": DECODE | {"ROWS": 32, "IS_NEW": False, "INT8": True},
+    "attend_pages merged": DECODE | {"HAS_NORM": True, "MERGED": 8},
+    "attend_pages merged int8": DECODE | {"INT8": True, "MERGED": 8},
+    "attend_pages drafts": DRAFTS,
+    "attend_pages drafts int8": DRAFTS | {"INT8": True},
     "attend_pages tiles": TILES,
     "rotate_into_pages": {"Q_ROWS": 32, "KV_ROWS": 8, "HAS_NORM": True},
     "rotate_into_pages int8": {"Q_ROWS": 32, "KV_ROWS": 8, "INT8": True},
@@ -39,16 +42,17 @@ TYPES = {
     **dict.fromkeys(("scaling", "epsilon"), "fp32"),
     **dict.fromkeys(("cos_table", "sin_table", "parts", "stats"), "*fp32"),
     **dict.fromkeys(("work", "page_table", "tables", "positions", "row_parts"), "*i32"),
-    **dict.fromkeys(("sources", "updates"), "*i32"),
+    **dict.fromkeys(("sources", "updates", "arrived"), "*i32"),
 }
 
 
 def compiled(kernel, capability, dtype):
     name = kernel.split()[0]
-    files = (between_products, pages, paged)
+    files = (between_products, pages, paged, parts)
     function = next(getattr(file, name) for file in files if hasattr(file, name))
     options = {"num_warps": 4, "num_stages": 2} | KERNELS[kernel]
-    constants = {"INT8": False, "HAS_NORM": False, "PDL": capability >= 90} | SIZES | options
+    constants = {"INT8": False, "HAS_NORM": False, "MERGED": 0}
+    constants |= {"PDL": capability >= 90} | SIZES | options
     absent = ["steps"] if "int8" not in kernel else []
     absent += ["q_norm", "k_norm"] if not constants["HAS_NORM"] else []
     constants = {n: constants.get(n) for n in function.arg_names if n in absent or n in constants}

@@ -28,13 +28,17 @@ from halfweight.memory.engine_memory import (
     DECODE_PROGRAMS,
     MIN_DOT_ROWS,
     TILE_ROWS,
+    decode_counters,
     power_of_two,
 )
 
 PAGE_TOKENS = engine_memory.PAGE_TOKENS["gpu"]
 """Tokens a page, which is what a program loads at a time."""
-MERGE_BLOCK = 32
-"""Parts that are loaded together to be merged."""
+MERGED_NUMBERS = 4096
+"""Of parts, that a program loads together to merge them."""
+LEAST_MERGED_AT_ONCE = 8
+"""Sequences of a recorded step from which on the last program of each merges its parts; of fewer a
+kernel of its own, whose programs are as many as the heads."""
 DECODE_WARPS = 4
 DECODE_STAGES = 3
 TILE_WARPS = 8
@@ -152,7 +156,9 @@ class PagedAttention:
         max_context: int,
         scratch: Scratch | None,
     ) -> None:
-        """`page_table` int32 [slots, max_pages]; INT8 pages need a `scratch` to read prompts."""
+        """`page_table` int32 [max_sequences + 1, max_pages]; INT8 pages need a `scratch` to read
+        prompts.
+        """
         self.shape, self._pool, self._scratch = Shape.of(model), pool, scratch
         self._page_table, self._device = page_table, page_table.device
         self._epsilon = float(model.model.norm.variance_epsilon)
@@ -162,6 +168,8 @@ class PagedAttention:
         self._cos, self._sin = (t[0, :, :half].float().contiguous() for t in tables)
         self._is_int8 = pool.steps is not None
         self._no_parts = torch.empty(1, dtype=torch.float32, device=self._device)
+        counters = decode_counters(len(page_table) - 1, self.shape.kv_heads)
+        self._arrived = torch.zeros(counters, dtype=torch.int32, device=self._device)
         self._meta = {
             "HEADS": self.shape.heads,
             "KV_HEADS": self.shape.kv_heads,
@@ -273,24 +281,27 @@ class PagedAttention:
         page_table: Tensor,
         **meta: Any,
     ) -> None:
-        """attend_pages, and merge_parts if there are any."""
+        """attend_pages, and merge_parts if there are any that it does not merge itself."""
         parts, stats = self._parts(work.num_parts, meta["ROWS"])
+        is_merged = meta["IS_NEW"] and work.num_parts > 0 and len(qkv) >= LEAST_MERGED_AT_ONCE
         launch(
             "attend_pages",
             (work.num_items, self.shape.kv_heads),
             len(qkv),
             (
                 *(qkv, layer.q_norm, layer.k_norm, *pages, self._cos, self._sin, page_table),
-                *(work.items, out, parts, stats, self.shape.scaling, self._epsilon),
+                *(work.items, out, parts, stats, work.row_parts, self._arrived),
+                *(self.shape.scaling, self._epsilon),
             ),
             **self._meta,
+            MERGED=self._merged_together(self.shape.group) if is_merged else 0,
             HAS_NORM=meta["IS_NEW"] and layer.q_norm is not None,
             INT8=pages[2] is not None,
             SMALLEST=self._smallest,
             ASM=device_info(self._device).is_nvidia,
             **meta,
         )
-        if work.num_parts > 0:
+        if work.num_parts > 0 and not is_merged:
             sizes = {name: size for name, size in self._meta.items() if name != "PAGE"}
             launch(
                 "merge_parts",
@@ -299,8 +310,12 @@ class PagedAttention:
                 (parts, stats, work.row_parts, out),
                 **sizes,
                 ROWS=meta["ROWS"],
-                BLOCK=MERGE_BLOCK,
+                BLOCK=self._merged_together(1),
             )
+
+    def _merged_together(self, heads: int) -> int:
+        """Parts that a program which merges those of so many heads loads together."""
+        return max(1, MERGED_NUMBERS // (power_of_two(heads) * self.shape.head_size))
 
     def _parts(self, num_parts: int, rows: int) -> tuple[Tensor, Tensor]:
         if num_parts == 0:

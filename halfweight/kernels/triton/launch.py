@@ -92,7 +92,7 @@ def _compile_and_launch(
 
 
 def _function(kernel: str) -> Any:
-    from halfweight.kernels.triton import between_products, gemv, paged, pages, tiled
+    from halfweight.kernels.triton import between_products, gemv, paged, pages, parts, tiled
 
-    files = (tiled, gemv, between_products, pages, paged)
+    files = (tiled, gemv, between_products, pages, paged, parts)
     return next(getattr(file, kernel) for file in files if hasattr(file, kernel))

@@ -10,7 +10,7 @@ Attention is a list of work, int32 [items, FIELDS], which the host writes for ea
 A program takes one item and one key head, with the query heads of that key head and the queries of
 the item as the rows of its products. Long sequences are several items, so a recorded CUDA graph has
 a fixed grid and yet balanced work: the host cuts to measure, and items that are left over end at
-once. Parts are added by `merge_parts`, always in the same order.
+once. Parts are added by parts.py, always in the same order.
 
 Bytes become numbers without conversion instructions, which a GPU has few units for (they were the
 limit of an earlier INT8 kernel), and without single bytes crossing threads: a tile is loaded as
@@ -31,12 +31,11 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from halfweight.kernels.triton.pages import angles, rotated_heads, store_new_token
+from halfweight.kernels.triton.pages import angles, ask_for_page, rotated_heads, store_new_token
+from halfweight.kernels.triton.parts import ROW_FIELDS, merge_if_last
 
 FIELDS: tl.constexpr = tl.constexpr(7)
 """Numbers of a work item."""
-ROW_FIELDS: tl.constexpr = tl.constexpr(3)
-"""Of a token that is merged: its first part, how many there are, its place among the queries."""
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -209,7 +208,7 @@ def store_rows(to, place, rows, real):
 @triton.jit(do_not_specialize=["B"])
 def attend_pages(
     B, qkv, q_norm, k_norm, keys, values, steps, cos_table, sin_table, page_table, work,
-    out, parts, stats, scaling, epsilon,
+    out, parts, stats, row_parts, arrived, scaling, epsilon,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -217,6 +216,7 @@ def attend_pages(
     ROWS: tl.constexpr,
     IS_NEW: tl.constexpr,
     IS_LONG: tl.constexpr,
+    MERGED: tl.constexpr,
     HAS_NORM: tl.constexpr,
     INT8: tl.constexpr,
     SMALLEST: tl.constexpr,
@@ -231,7 +231,9 @@ def attend_pages(
     and their keys and values in pages. IS_LONG: most pages are seen by all queries of an item.
 
     Results go to out [T, HEADS, HEAD_SIZE], or to float32 parts [part, KV_HEADS, ROWS, HEAD_SIZE]
-    and stats [part, KV_HEADS, ROWS, 2] (maximum as a power of two, sum).
+    and stats [part, KV_HEADS, ROWS, 2] (maximum as a power of two, sum). With MERGED > 0, of new
+    tokens alone, the last program of a token adds its parts, so many at a time (parts.py);
+    `arrived` int32 [T, KV_HEADS] is zero before and after.
     """
     if PDL:
         cuda.gdc_launch_dependents()
@@ -265,6 +267,8 @@ def attend_pages(
         cos, sin = angles(cos_table, sin_table, one + position, HEAD_SIZE)
         page = tl.load(table + position // PAGE).to(tl.int64)
         if PDL:
+            ahead = tl.load(table + begin).to(tl.int64) * KV_HEADS + kv_head
+            ask_for_page(keys, values, steps, ahead * PAGE, HEAD_SIZE, PAGE, INT8)
             cuda.gdc_wait()
         mine = qkv + first * (HEADS + 2 * KV_HEADS) * HEAD_SIZE
         q = rotated_heads(
@@ -319,50 +323,10 @@ def attend_pages(
         store_rows(parts, at_part, done, real)
         tl.store(stats + at_part * 2, top * unit, mask=real)
         tl.store(stats + at_part * 2 + 1, total, mask=real)
-
-
-@triton.jit(do_not_specialize=["T"])
-def merge_parts(
-    T, parts, stats, row_parts, out,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """out [T, HEADS, HEAD_SIZE] of tokens that `attend_pages` left in parts, BLOCK at a time.
-
-    row_parts int32 [T, ROW_FIELDS]; a token of fewer than two parts is left alone.
-    """
-    if PDL:
-        cuda.gdc_launch_dependents()
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    first = tl.load(row_parts + token * ROW_FIELDS).to(tl.int64)
-    count = tl.load(row_parts + token * ROW_FIELDS + 1)
-    query = tl.load(row_parts + token * ROW_FIELDS + 2)
-    if PDL:
-        cuda.gdc_wait()
-    if count < 2:
-        return
-    row = query * GROUP + head % GROUP
-    d = tl.arange(0, HEAD_SIZE)
-    top = float("-inf")
-    total = 0.0
-    acc = tl.zeros((HEAD_SIZE,), tl.float32)
-    for begin in range(0, count, BLOCK):
-        part = begin + tl.arange(0, BLOCK)
-        inside = part < count
-        at = ((first + part) * KV_HEADS + head // GROUP) * ROWS + row
-        tops = tl.load(stats + at * 2, mask=inside, other=float("-inf"))
-        totals = tl.load(stats + at * 2 + 1, mask=inside, other=0)
-        sums = tl.load(parts + at[:, None] * HEAD_SIZE + d[None, :], mask=inside[:, None], other=0)
-        higher = tl.maximum(top, tl.max(tops, axis=0))
-        factor = tl.exp2(tops - higher)
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(totals * factor, axis=0)
-        acc = acc * shrink + tl.sum(sums * factor[:, None], axis=0)
-        top = higher
-    tl.store(out + (token * HEADS + head) * HEAD_SIZE + d, acc / total)
+        if MERGED > 0:
+            own = row_parts + first * ROW_FIELDS
+            merge_if_last(
+                *(parts, stats, arrived + first * KV_HEADS + kv_head, tl.load(own).to(tl.int64)),
+                *(tl.load(own + 1), out + first * HEADS * HEAD_SIZE, kv_head),
+                *(GROUP, KV_HEADS, HEAD_SIZE, ROWS, MERGED),
+            )

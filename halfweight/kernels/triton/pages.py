@@ -1,4 +1,5 @@
-"""Device code of pages of KV cache: tokens rotated into them, read out of them, the page table.
+"""Device code of pages of KV cache: tokens rotated into them, read out of them, asked for ahead;
+and the page table.
 
 A page holds PAGE tokens of one layer: keys and values [KV_HEADS, PAGE, HEAD_SIZE], so that a tile
 of a key head is one piece of memory. In INT8 they are bytes q + 128, as weights are, with the steps
@@ -13,6 +14,9 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from halfweight.kernels.triton.between_products import int8_step, to_int8
+
+ASKED_BYTES: tl.constexpr = tl.constexpr(128)
+"""Of memory, for each request that it be brought to the L2 cache."""
 
 
 @triton.jit
@@ -67,6 +71,35 @@ def store_token(
     else:
         tl.store(cache + at, value)
     return held
+
+
+@triton.jit
+def ask_for(to, SIZE: tl.constexpr):
+    """Ask for SIZE numbers at a pointer to be in the L2 cache; PTX."""
+    NUM_BYTES: tl.constexpr = SIZE * to.dtype.element_ty.primitive_bitwidth // 8
+    line = to.to(tl.int64) + tl.arange(0, NUM_BYTES // ASKED_BYTES) * ASKED_BYTES
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [line],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def ask_for_page(
+    keys, values, steps, place, HEAD_SIZE: tl.constexpr, PAGE: tl.constexpr, INT8: tl.constexpr
+):
+    """Ask for a key head's page, which begins at token `place`, to be in the L2 cache.
+
+    Nothing is read into the program, so the kernel ahead may still be writing there.
+    """
+    ask_for(keys + place * HEAD_SIZE, PAGE * HEAD_SIZE)
+    ask_for(values + place * HEAD_SIZE, PAGE * HEAD_SIZE)
+    if INT8:
+        ask_for(steps + place * 2, PAGE * 2)
 
 
 @triton.jit(do_not_specialize=["T"])
