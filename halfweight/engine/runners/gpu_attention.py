@@ -36,7 +36,7 @@ PAGE_TOKENS = engine_memory.PAGE_TOKENS["gpu"]
 """Tokens a page, which is what a program loads at a time."""
 MERGED_NUMBERS = 4096
 """Of parts, that a program loads together to merge them."""
-LEAST_MERGED_AT_ONCE = 8
+LEAST_MERGED_AT_ONCE = 16
 """Sequences of a recorded step from which on the last program of each merges its parts; of fewer a
 kernel of its own, whose programs are as many as the heads."""
 DECODE_WARPS = 4
