@@ -129,7 +129,8 @@ class Case:
         if self.layer.q_norm is not None:
             q, k = normed(q, self.layer.q_norm), normed(k, self.layer.k_norm)
         at = torch.tensor([positions], device=DEVICE)
-        cos, sin = (t[0].double()[:, None] for t in self.model.model.rotary_emb(torch.empty(1), at))
+        angles = self.model.model.rotary_emb(torch.empty(1, device=DEVICE), at)
+        cos, sin = (t[0].double()[:, None] for t in angles)
         return rotated(q, cos, sin), rotated(k, cos, sin), v
 
     def expected(self, q, keys, values, position):

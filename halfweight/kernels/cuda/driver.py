@@ -143,6 +143,7 @@ def card_of(device: int) -> Card:
     """What the driver says of a device."""
     from cuda.bindings import driver
 
+    torch.cuda.init()  # the driver answers nothing before
     names = driver.CUdevice_attribute
     handle = check(driver.cuDeviceGet(device), "device")
 
