@@ -278,7 +278,10 @@ inline float __shfl_xor_sync(u32, float v, int mask) {
     return other;
 }
 inline float power_of_two(int e) { return std::ldexp(1.0f, e); }
-inline float reciprocal(float v) { return 1.0f / v; }
+inline float reciprocal(float v) {  // no denormals
+    float r = 1.0f / v;
+    return std::fabs(r) < 0x1p-126f ? 0.0f : r;
+}
 inline int dot4(u32 a, u32 b, int sum) {
     for (int i = 0; i < 4; ++i) sum += (int)(a >> 8 * i & 255) * (int)(int8_t)(b >> 8 * i);
     return sum;

@@ -107,8 +107,6 @@ def test_numbers_of_very_different_size_keep_their_products(emulated):
     weight = (packed.double() - 128) * factors.repeat_interleave(128, 1)
     packed[:, 1000] = 128  # the large one meets zeros
     weight[:, 1000] = 0
-    form = gemv.form_for(1, 4096, 32)
-    y = product(emulated(form, F16), form, 2, x, packed, scales, exponents, None)
     x_near = x.double().clone()
     x_near[0, 992:1008] = 0  # these round to nothing beside it
     form = gemv.form_for(1, 4096, 32)
@@ -116,18 +114,45 @@ def test_numbers_of_very_different_size_keep_their_products(emulated):
     assert error(y, x_near @ weight.T) < 1e-3
 
 
+def moved(tensor, by):
+    """The same numbers so many elements behind an aligned address."""
+    room = torch.empty(tensor.numel() + by + 8, dtype=tensor.dtype)
+    return room[by : by + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
 @needs_gxx
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0, 6e-8])
-def test_what_is_no_number_stays_none_and_nothing_is_nothing(emulated, value):
-    _, packed, scales, exponents, _, _ = operands((1, 16, 4096), 128, F16)
-    x = torch.zeros(1, 4096, dtype=F16)
+@pytest.mark.parametrize("by", [1, 2, 3])
+def test_codes_and_ends_of_rows_lie_at_any_address(emulated, by):
+    x, packed, *ends, expected = operands((1, 33, 160), 32, F16)
+    form = gemv.form_for(1, 160, 5)
+    y = product(emulated(form, F16), form, 2, x, packed, *(moved(t, by) for t in ends))
+    assert error(y, expected) < 3e-4
+
+
+@needs_gxx
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e38])
+def test_what_is_no_number_stays_none(emulated, value):
+    """Infinite numbers, and those beyond float32 in a sum, are infinite or none, not 0."""
+    _, packed, scales, exponents, _, _ = operands((1, 16, 4096), 128, BF16)
+    x = torch.zeros(1, 4096, dtype=BF16)
     x[0, 77] = value
+    packed[:, 77], scales[:, 0] = 255, 255
     form = gemv.form_for(1, 4096, 32)
-    y = product(emulated(form, F16), form, 2, x, packed, scales, exponents, None)
-    if value in (0.0, 6e-8):
-        assert y.abs().max() < 1e-6
-    else:
-        assert not y.isfinite().any()
+    y = product(emulated(form, BF16), form, 2, x, packed, scales, exponents, None)
+    assert not y.isfinite().any()
+    assert value == 1e38 or y.isnan().all()  # what the sign of an infinite number was is lost
+
+
+@needs_gxx
+@pytest.mark.parametrize("value", [0.0, 1e-33, 1e-29, 1e-6])
+def test_the_smallest_numbers_keep_their_size(emulated, value):
+    _, packed, scales, exponents, _, _ = operands((1, 16, 4096), 128, BF16)
+    x = torch.zeros(1, 4096, dtype=BF16)
+    x[0, 77], packed[:, 77] = value, 255
+    form = gemv.form_for(1, 4096, 32)
+    y = product(emulated(form, BF16), form, 2, x, packed, scales, exponents, None)
+    expected = x[0, 77].double() * 127 * torch.ldexp(scales[:, 0].double(), exponents.double())
+    assert torch.allclose(y[0].double(), expected, rtol=2e-2, atol=0)
 
 
 @needs_gxx

@@ -87,9 +87,12 @@ struct Segment {
         u32 most = 0;
 #pragma unroll
         for (int i = 0; i < 16; ++i) most = max(most, __float_as_uint(number(pairs, i)) & 0x7fffffff);
-        float largest = __uint_as_float(most);  // or infinite, or not a number
-        float inverse = 127.0f * reciprocal(fmaxf(largest, 1e-30f));
-        step = largest * (1.0f / (127.0f * 254.0f));
+        // Infinite: not a number, as no byte is. Tiny: the step that is the least. Huge: `reciprocal`
+        // makes 0 of what is no normal number.
+        float largest = fmaxf(__uint_as_float(most), 1e-30f);
+        float inverse = 127.0f / 256.0f * reciprocal(largest * (1.0f / 256.0f));
+        float undefined = __uint_as_float(most) - __uint_as_float(most);  // 0, or not a number
+        step = largest * (1.0f / (127.0f * 254.0f)) + undefined;
         offset = 0;
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
