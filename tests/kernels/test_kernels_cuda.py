@@ -261,14 +261,18 @@ def test_scales_are_met_at_whole_groups(group_size, num_groups, run):
 def test_what_it_does_not_take():
     x, packed = torch.zeros(4, 64, dtype=F16), torch.zeros(8, 64, dtype=torch.uint8)
     scales = torch.ones(8, 2, dtype=F16)
-    assert backend.takes(x, packed, scales)
-    assert backend.takes(x, packed, scales[:, :1])
-    assert not backend.takes(x.float(), packed, scales)
-    assert not backend.takes(x[:1], packed, scales)  # the GEMV
-    assert not backend.takes(x, packed, torch.ones(8, 4, dtype=F16))  # groups of 16
-    assert not backend.takes(x, packed, scales[:1])  # one scale a tensor
-    assert not backend.takes(x, packed.T.contiguous().T, scales)
-    assert not backend.takes(torch.zeros(257, 64, dtype=F16), packed, scales)
+    assert backend.takes(x, packed, scales, None)
+    assert backend.takes(x, packed, scales[:, :1], None)
+    assert not backend.takes(x.float(), packed, scales, None)
+    assert not backend.takes(x[:1], packed, scales, None)  # the GEMV
+    assert not backend.takes(x, packed, torch.ones(8, 4, dtype=F16), None)  # groups of 16
+    assert not backend.takes(x, packed, scales[:1], None)  # one scale a tensor
+    assert not backend.takes(x, packed.T.contiguous().T, scales, None)
+    assert not backend.takes(torch.zeros(257, 64, dtype=F16), packed, scales, None)
+    exponents = torch.zeros(8, dtype=torch.int8)
+    assert backend.takes(x, packed, scales.byte(), exponents)
+    assert not backend.takes(x, packed, scales.byte(), None)
+    assert not backend.takes(x, packed, scales, exponents)
 
 
 def test_a_launch_is_what_the_plan_says(monkeypatch):

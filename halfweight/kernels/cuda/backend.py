@@ -109,12 +109,13 @@ def launch(
     driver.launch(start, ctypes.addressof(given))
 
 
-def takes(x: Tensor, packed: Tensor, scales: Tensor) -> bool:
+def takes(x: Tensor, packed: Tensor, scales: Tensor, exponents: Tensor | None) -> bool:
     """Whether w8a16.cu computes this product; the Triton backend does the others."""
     num_groups = scales.shape[1]
     return (
         x.dtype in (torch.float16, torch.bfloat16)
         and scales.dtype in SCALES
+        and (scales.dtype == torch.uint8) == (exponents is not None)
         and scales.shape[0] == packed.shape[0]
         and packed.shape[1] % 32 == 0
         and (num_groups == 1 or packed.shape[1] // num_groups % 32 == 0)
@@ -130,7 +131,7 @@ def linear(
     """x [..., K] times the dequantized weights [N, K], in x's dtype; see w8a16.cu."""
     if x.numel() > MOST_TOKENS * packed.shape[1]:
         return portable.product(x, packed, scales, exponents, bias, lambda *_: Config("dequantize"))
-    if not takes(x, packed, scales):
+    if not takes(x, packed, scales, exponents):
         return portable.BACKEND.linear(x, packed, scales, exponents, bias)
     rows, y, bias = driver.operands(x, packed, bias)
     run = run_of(packed.shape[1] // scales.shape[1], scales.shape[1])

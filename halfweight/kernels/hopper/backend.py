@@ -245,7 +245,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def ranges(device: torch.device) -> list[TokenRange]:
-    """By the model of tiles on this card, for a weight of common size; one token by rule."""
+    """By the model of tiles on this card, for a weight of common size; one token or two by rule."""
     card, first = driver.card_of(device.index or 0), "hopper_gemv.cu"
     found = [TokenRange(1, first, REASONS[first])]
     for tokens in range(1 + gemv.TOKENS[-1], 2 + max(config.tokens for config in SMALL)):

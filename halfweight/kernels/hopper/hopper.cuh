@@ -1,5 +1,5 @@
-// What the Hopper kernels share beside cuda/ptx.cuh and cuda/schedule.cuh: barriers and bulk tensor
-// copies.
+// What the Hopper kernels share beside cuda/ptx.cuh: barriers, copies into a ring of stages, and
+// integer dot products.
 
 struct __align__(64) TensorMap { u64 opaque[16]; };
 

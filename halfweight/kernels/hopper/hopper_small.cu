@@ -14,7 +14,8 @@
 // meet all 32 banks.
 //
 //   last warpgroup  producer: boxes of W [BN, 128] bytes and of x [MT, 64] 16-bit numbers, all of
-//                   a stage in two copies (the matrices seen as [rows, K / 128, 128 bytes])
+//                   a stage in two copies (the matrices seen as [rows, K / 128, 128 bytes]); its
+//                   last warp the codes of the stage's rows, in words of four bytes
 //   WN x WK warps   consumers: 16 RT rows each, UNITS times 64 columns of a stage each
 //
 // Compile-time: NT (8 tokens a tile), RT, WN, WK (WN WK = 8), UNITS (1 or even), STAGES, GROUPS (in
