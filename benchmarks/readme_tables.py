@@ -41,8 +41,9 @@ These were measured before the engine; serving by the engine, on one {serve_gpu}
 |---|{lines}
 | tokens a second | {served} |
 
-Kernels of few tokens are faster since then: decoding alone, {few_batches} at once, makes {few_rates}
-tokens a second on one {few_gpu} ([more](docs/kernels.md#the-decode-step-and-the-prefill)).
+Kernels of few tokens are faster since then: decoding alone, {few_batches} at once, makes
+{few_rates} tokens a second on one {few_gpu}
+([more](docs/kernels.md#the-decode-step-and-the-prefill)).
 
 Llama-3-70B's shapes by {ranks} ranks that may take {limit:.0f} GB each, all on one {ranks_gpu}:
 {ranks_batch} prompts of {prompt:,} tokens read and {new} written, at a context of {context:,}. \
