@@ -143,7 +143,7 @@ def card_of(device: int) -> Card:
     """What the driver says of a device."""
     from cuda.bindings import driver
 
-    torch.cuda.init()  # the driver answers nothing before
+    capability = torch.cuda.get_device_capability(device)  # initializes the driver, too
     names = driver.CUdevice_attribute
     handle = check(driver.cuDeviceGet(device), "device")
 
@@ -160,7 +160,7 @@ def card_of(device: int) -> Card:
         ask("L2_CACHE_SIZE"),
         2 * khz * 1e3 * bits / 8 / 1e6,  # two transfers a clock
         ask("CLOCK_RATE") / 1e3,
-        products_per_clock(torch.cuda.get_device_capability(device)),
+        products_per_clock(capability),
     )
 
 
