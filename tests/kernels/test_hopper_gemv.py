@@ -170,7 +170,7 @@ def test_more_tokens_and_longer_rows_are_for_others():
 def test_nothing_spills(tokens, segments, tmp_path):
     path = tmp_path / "kernel.cu"
     rows = gemv.rows_of(segments * gemv.COLUMNS)
-    path.write_text(gemv.source(gemv.defines(tokens, segments, rows), BF16))
+    path.write_text(gemv.source(gemv.names_of(tokens, segments, rows), BF16))
     command = ["nvcc", "-cubin", "-std=c++17", f"-arch={gemv.ARCHITECTURE}", "-Xptxas", "-v", "-o"]
     done = subprocess.run(
         [*command, path.with_suffix(".cubin"), path], capture_output=True, text=True, check=True
