@@ -21,6 +21,8 @@ extern "C" int run(const Operands* o, int blocks, int threads, int bytes, unsign
 }
 """
 F16, BF16 = torch.float16, torch.bfloat16
+MOST_ERROR = {F16: 6e-4, BF16: 4.5e-3}
+"""Half a step of each result, were all at their worst, and a tenth of it for x in two bytes."""
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's compiler")
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -94,7 +96,7 @@ def test_the_product_is_the_exact_one_rounded(emulated, sizes, group_size, worke
     for seed in range(2):
         y = product(emulated(form, dtype), form, workers, *given, seed=seed)
         assert y.isfinite().all()
-        assert error(y, expected) < (3e-4 if dtype == F16 else 2.4e-3)
+        assert error(y, expected) < MOST_ERROR[dtype]
 
 
 @needs_gxx
