@@ -41,6 +41,10 @@ These were measured before the engine; serving by the engine, on one {serve_gpu}
 |---|{lines}
 | tokens a second | {served} |
 
+Kernels of few tokens are faster since then: decoding alone, {few_batches} at once, makes
+{few_rates} tokens a second on one {few_gpu}
+([more](docs/kernels.md#the-decode-step-and-the-prefill)).
+
 Llama-3-70B's shapes by {ranks} ranks that may take {limit:.0f} GB each, all on one {ranks_gpu}:
 {ranks_batch} prompts of {prompt:,} tokens read and {new} written, at a context of {context:,}. \
 The fullest rank took
@@ -121,6 +125,7 @@ def figures() -> str:
         after_batch=after_batch,
         after_batch_ratio=after_batch / before_batch,
         **serving(),
+        **decoding_now(),
         **serving_on_a_cpu(),
         **several_ranks(),
         cpu=cpu["device"],
@@ -134,6 +139,23 @@ def figures() -> str:
         tokens=rows[DEFAULT]["num_tokens"],
         one_scale=rows[ONE_SCALE]["comparison"]["perplexity_change"]["value"],
     )
+
+
+def decoding_now() -> dict[str, str]:
+    """Decoding by the kernels of today."""
+    found = results("generate_h200")
+    rates = {
+        row["batch_size"]: row["tokens_per_second"]
+        for row in found["results"]["rows"]
+        if "step" in row
+    }
+    *batches, last_batch = map(str, rates)
+    *numbers, last = (f"{rate:,.0f}" for rate in rates.values())
+    return {
+        "few_gpu": found["device"],
+        "few_batches": f"{', '.join(batches)} and {last_batch}",
+        "few_rates": f"{', '.join(numbers)} and {last}",
+    }
 
 
 def serving() -> dict[str, str]:

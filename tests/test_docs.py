@@ -139,14 +139,18 @@ def test_the_kernels_pages_tables_are_those_of_the_results(page, name):
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("hopper", "hopper_tiles"), ("hopper", "hopper_tiles_h200"), ("sm80", "sm80_tiles")],
+    [("hopper", "hopper_tiles"), ("sm80", "sm80_tiles")],
 )
 def test_the_table_of_chosen_tiles_is_that_of_the_result(family, name):
-    if name in kernels_table.REPLACED and kernels_table.is_there(kernels_table.PRODUCTS):
-        pytest.skip("the page has the present kernels' instead")
     page = (ROOT / "docs" / "kernels.md").read_text()
     rows = readme_tables.results(name)["results"]
     assert tiles.markdown(tiles.FAMILIES[family], rows) in page
+
+
+def test_what_the_choice_of_tiles_loses_is_what_the_sweep_says():
+    rows = readme_tables.results("sm80_tiles")["results"]
+    lost = tiles.told_losses(tiles.FAMILIES["sm80"], rows).splitlines()[-1]
+    assert lost in (ROOT / "docs" / "kernels.md").read_text()
 
 
 def test_the_figures_of_an_h200_are_those_of_the_results():

@@ -21,6 +21,8 @@ extern "C" int run(const Operands* o, int blocks, int threads, int bytes, unsign
 }
 """
 F16, BF16 = torch.float16, torch.bfloat16
+MOST_ERROR = {F16: 6e-4, BF16: 4.5e-3}
+"""Half a step of each result, were all at their worst, and a tenth of it for x in two bytes."""
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's compiler")
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -94,7 +96,7 @@ def test_the_product_is_the_exact_one_rounded(emulated, sizes, group_size, worke
     for seed in range(2):
         y = product(emulated(form, dtype), form, workers, *given, seed=seed)
         assert y.isfinite().all()
-        assert error(y, expected) < (3e-4 if dtype == F16 else 2.4e-3)
+        assert error(y, expected) < MOST_ERROR[dtype]
 
 
 @needs_gxx
@@ -126,7 +128,7 @@ def test_codes_and_ends_of_rows_lie_at_any_address(emulated, by):
     x, packed, *ends, expected = operands((1, 33, 160), 32, F16)
     form = gemv.form_for(1, 160, 5)
     y = product(emulated(form, F16), form, 2, x, packed, *(moved(t, by) for t in ends))
-    assert error(y, expected) < 3e-4
+    assert error(y, expected) < MOST_ERROR[F16]
 
 
 @needs_gxx
@@ -195,7 +197,7 @@ def test_more_tokens_and_longer_rows_are_for_others():
 def test_nothing_spills(tokens, segments, tmp_path):
     path = tmp_path / "kernel.cu"
     rows = gemv.rows_of(segments * gemv.COLUMNS)
-    path.write_text(gemv.source(gemv.defines(tokens, segments, rows), BF16))
+    path.write_text(gemv.source(gemv.names_of(tokens, segments, rows), BF16))
     command = ["nvcc", "-cubin", "-std=c++17", f"-arch={gemv.ARCHITECTURE}", "-Xptxas", "-v", "-o"]
     done = subprocess.run(
         [*command, path.with_suffix(".cubin"), path], capture_output=True, text=True, check=True

@@ -96,7 +96,7 @@ def product(kernel, plan: Plan[Form], x, packed, scales, exponents, bias, seed=0
     y = torch.full((x.shape[0], packed.shape[0]), torch.nan, dtype=x.dtype)
     partials = torch.full((plan.num_workers * plan.config.shape.partial_floats,), torch.nan)
     flags = torch.zeros(plan.num_workers, dtype=torch.int32)
-    start = driver.Start(None, None, partials, flags, -1)
+    start = driver.Start(None, None, -1, partials, flags)
     problem = driver.problem_of(plan, start, x, scales, exponents, bias, y)
     given = backend.Operands(packed.data_ptr(), x.data_ptr(), problem)
     sizes = (plan.num_workers, plan.config.shape.threads, plan.config.shared_bytes, seed)
@@ -300,7 +300,7 @@ def test_a_launch_is_what_the_plan_says(monkeypatch):
     *given, _ = operands((5, 70, 1056), 32, GRID8, F16)
     x, packed, scales, exponents, bias = given
     space = torch.empty(1), torch.zeros(1, dtype=torch.int32)
-    start = driver.prepare("kernel", (3, 256, 99), 7, space)
+    start = driver.prepare("kernel", (3, 256, 99), 7, -1, space)
     rows, y, bias = driver.operands(x[None], packed, bias)
     problem = driver.problem_of(plan, start, rows, scales, exponents, bias, y)
     held = backend.Operands(packed.data_ptr(), rows.data_ptr(), problem)

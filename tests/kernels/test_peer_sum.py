@@ -286,14 +286,15 @@ def test_a_launch_is_of_the_kernel_for_its_numbers(made):
     x = torch.zeros(3, 8, dtype=BF16)
     assert kernels.takes(x)
     assert kernels.sum(x) is x
-    ((((arch, entry, text), sizes, stream, space), options), given) = launched[0]
-    assert (arch, entry, sizes, stream) == ("sm_86", b"one_shot", (BLOCKS, THREADS, 0), 5)
+    ((((arch, entry, text), sizes, *where), options), given) = launched[0]
+    assert (arch, entry, sizes) == ("sm_86", b"one_shot", (BLOCKS, THREADS, 0))
+    assert where == [5, buffers[1].device.index]
     assert options == {"is_early": False}
     assert "constexpr u32 RANKS = 2;" in text
     assert "#define BF16 1" in text
-    assert space[1].shape == (BLOCKS,)
+    assert kernels._turns.shape == (BLOCKS,)
     assert list(given.buffers) == [*(buffer.data_ptr() for buffer in buffers), *[None] * 6]
-    assert (given.x, given.turns) == (x.data_ptr(), space[1].data_ptr())
+    assert (given.x, given.turns) == (x.data_ptr(), kernels._turns.data_ptr())
     assert (given.num_vectors, given.rank) == (3, 1)
     assert given.turn_vectors * 32 == BUFFER_BYTES
 

@@ -75,7 +75,7 @@ def _start(
     space = driver.workspace(device, stream, floats, blocks)
     sizes = (plan.num_workers, form.shape.threads, form.shared_bytes)
     is_early = torch.cuda.get_device_capability(device) >= EARLY_CAPABILITY
-    return driver.prepare(kernel, sizes, stream, space, is_early=is_early)
+    return driver.prepare(kernel, sizes, stream, device, space, is_early=is_early)
 
 
 @lru_cache(maxsize=4096)

@@ -143,7 +143,7 @@ def card_of(device: int) -> Card:
     """What the driver says of a device."""
     from cuda.bindings import driver
 
-    torch.cuda.init()  # the driver answers nothing before
+    capability = torch.cuda.get_device_capability(device)  # initializes the driver, too
     names = driver.CUdevice_attribute
     handle = check(driver.cuDeviceGet(device), "device")
 
@@ -160,7 +160,7 @@ def card_of(device: int) -> Card:
         ask("L2_CACHE_SIZE"),
         2 * khz * 1e3 * bits / 8 / 1e6,  # two transfers a clock
         ask("CLOCK_RATE") / 1e3,
-        products_per_clock(torch.cuda.get_device_capability(device)),
+        products_per_clock(capability),
     )
 
 
@@ -170,23 +170,25 @@ class Start:
 
     kernel: Any
     launch: Any
-    partials: Tensor
-    flags: Tensor
     device: int
     """Index of the device."""
+    partials: Tensor | None = None
+    flags: Tensor | None = None
 
 
 def prepare(
     kernel: Any,
     sizes: tuple[int, int, int],
     stream: int,
-    space: tuple[Tensor, Tensor],
+    device: int,
+    space: tuple[Tensor, Tensor] | None = None,
     *,
     is_early: bool = False,
 ) -> Start:
     """The start of a kernel by blocks, threads of a block and dynamic shared bytes.
 
-    `space` is of `workspace`. With `is_early` it may start before the kernel ahead of it has ended.
+    `space`, where it needs one, is of `workspace`. With `is_early` it may start before the kernel
+    ahead of it has ended.
     """
     from cuda.bindings import driver
 
@@ -202,7 +204,7 @@ def prepare(
         value.programmaticStreamSerializationAllowed = 1
         early.value = value
         launch.attrs, launch.numAttrs = [early], 1
-    return Start(kernel, launch, *space, space[1].get_device())
+    return Start(kernel, launch, device, *(space or ()))
 
 
 def launch(start: Start, *arguments: int) -> None:

@@ -143,10 +143,9 @@ class PeerSum:
         found = self._starts.get((dtype, name, stream))
         if found is None:
             kernel = _kernel(len(self._buffers), dtype, name, self._device.index)
-            space = self._buffers[self._rank], self._turns
             is_early = torch.cuda.get_device_capability(self._device) >= EARLY_CAPABILITY
             sizes = BLOCKS, THREADS, 0
-            found = driver.prepare(kernel, sizes, stream, space, is_early=is_early)
+            found = driver.prepare(kernel, sizes, stream, self._device.index, is_early=is_early)
             self._starts[dtype, name, stream] = found
         return found
 

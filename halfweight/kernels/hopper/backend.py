@@ -143,7 +143,8 @@ def _start(
     kernel = _kernel(config, config.groups(group_size), dtype, device)
     grid = plan.num_workers * config.cluster * config.split
     sizes = (grid, config.threads, config.shared_bytes)
-    return driver.prepare(kernel, sizes, stream, _workspace(device, stream), is_early=True)
+    space = _workspace(device, stream)
+    return driver.prepare(kernel, sizes, stream, device, space, is_early=True)
 
 
 def _launch(

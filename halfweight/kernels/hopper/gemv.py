@@ -89,7 +89,7 @@ class Form:
     @property
     def defines(self) -> dict[str, int]:
         """Compile-time names of the source."""
-        return defines(self.tokens, self.segments, self.rows)
+        return names_of(self.tokens, self.segments, self.rows)
 
 
 def rows_of(in_features: int) -> int:
@@ -97,15 +97,15 @@ def rows_of(in_features: int) -> int:
     return next((n for n in ROWS if n * in_features <= STAGE_BYTES), 1)
 
 
-def defines(tokens: int, segments: int, rows: int) -> dict[str, int]:
+def names_of(tokens: int, segments: int, rows: int) -> dict[str, int]:
     """Compile-time names of a form."""
     return {"TOKENS": tokens, "SEGMENTS": segments, "ROWS": rows}
 
 
-def source(defines: dict[str, int], dtype: torch.dtype) -> str:
+def source(names: dict[str, int], dtype: torch.dtype) -> str:
     """The kernel's text: compile-time choices, then FILES."""
     folder = Path(__file__).parents[1]
-    chosen = defines | {"BF16": int(dtype == torch.bfloat16)}
+    chosen = names | {"BF16": int(dtype == torch.bfloat16)}
     parts = [f"#define {name} {value}" for name, value in chosen.items()]
     return "\n".join([*parts, *((folder / name).read_text() for name in FILES)])
 
@@ -113,7 +113,7 @@ def source(defines: dict[str, int], dtype: torch.dtype) -> str:
 def common_sources(dtype: torch.dtype) -> list[str]:
     """Of the forms that models' products take."""
     return [
-        source(defines(tokens, segments, rows_of(segments * COLUMNS)), dtype)
+        source(names_of(tokens, segments, rows_of(segments * COLUMNS)), dtype)
         for tokens in TOKENS
         for segments in COMMON_SEGMENTS
     ]
@@ -137,8 +137,7 @@ def _kernel(form: Form, dtype: torch.dtype, device: int) -> Any:
 @lru_cache(maxsize=4096)
 def _start(form: Form, workers: int, dtype: torch.dtype, device: int, stream: int) -> driver.Start:
     sizes = (workers, THREADS, form.shared_bytes)
-    space = driver.workspace(device, stream, 1, 1)
-    return driver.prepare(_kernel(form, dtype, device), sizes, stream, space, is_early=True)
+    return driver.prepare(_kernel(form, dtype, device), sizes, stream, device, is_early=True)
 
 
 def operands_of(

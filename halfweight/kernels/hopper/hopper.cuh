@@ -50,9 +50,9 @@ __device__ __forceinline__ void copy_bytes(u32 dst, const void* from, u32 bytes,
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
             "r"(dst), "l"(from), "r"(bytes), "r"(bar) : "memory");
 }
-// The words that hold `bytes` bytes from `from` on, to `to`, by a warp: the first byte lies at
-// `to + first_byte(from)`. A thread's own read of memory would wait behind all that the ring has asked
-// for; so what belongs to a stage comes to it, and its barrier waits for every lane of the warp.
+// The words that hold `bytes` bytes from `from` on, to `to`, shared out between `lanes`: the first byte
+// will lie at `to + first_byte(from)`. So comes what belongs to the rows of a stage, and its barrier waits
+// for every lane; a thread's own read of memory would wait behind all that the ring has asked for.
 __device__ __forceinline__ u32 first_byte(const void* from) { return (u32)(u64)from & 3; }
 __device__ __forceinline__ void copy_words(u32 to, const void* from, int bytes, int lane, int lanes) {
     const u8* first = (const u8*)from - first_byte(from);

@@ -198,8 +198,10 @@ __device__ __forceinline__ void consume(const Operands& p, const Places& s) {
     }
 }
 
-// A block a multiprocessor; registers are left for the small kernels that come next.
-extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, TOKENS * SEGMENTS > 4 ? 1 : TOKENS * SEGMENTS > 2 ? 2 : 3)
+// There is one block a multiprocessor; registers are left for the small kernels that come next.
+constexpr int BLOCKS = TOKENS * SEGMENTS > 4 ? 1 : TOKENS * SEGMENTS > 2 ? 2 : 3;
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, BLOCKS)
 w8a16_gemv(const __grid_constant__ Operands p) {
     Places s(p, shared_address(shared_memory()));
     if (threadIdx.x < p.stages) {

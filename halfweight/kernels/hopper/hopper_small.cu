@@ -13,9 +13,9 @@
 // take the same order. A sum does not mind. Rows are taken as 0 4 1 5 2 6 3 7, so that eight lanes
 // meet all 32 banks.
 //
-//   last warpgroup  producer: boxes of W [BN, 128] bytes and of x [MT, 64] 16-bit numbers, all of
-//                   a stage in two copies (the matrices seen as [rows, K / 128, 128 bytes]); its
-//                   last warp the codes of the stage's rows, in words of four bytes
+//   last warpgroup  producers: a lane brings boxes of W [BN, 128] bytes and of x [MT, 64] 16-bit numbers,
+//                   all of a stage in two copies (the matrices seen as [rows, K / 128, 128 bytes]), and
+//                   a warp the rows' codes
 //   WN x WK warps   consumers: 16 RT rows each, UNITS times 64 columns of a stage each
 //
 // Compile-time: NT (8 tokens a tile), RT, WN, WK (WN WK = 8), UNITS (1 or even), STAGES, GROUPS (in
