@@ -167,11 +167,6 @@ inline void arrive_when_copied(u32 bar) {
     current->words.clear();
     ++progress;
 }
-inline u32 first_byte(const void* from) { return (u32)(u64)from & 3; }
-inline void copy_words(u32 to, const void* from, int bytes, int lane, int lanes) {
-    const u8* first = (const u8*)from - first_byte(from);
-    for (int at = 4 * lane; at < (int)first_byte(from) + bytes; at += 4 * lanes) copy4(to + at, first + at);
-}
 inline void copy_weights(u32 to, const void* from, u32 size, u32 bar) { copy_bytes(to, from, size, bar); }
 template <class T> T load_fresh(const T* place) {
     pause();

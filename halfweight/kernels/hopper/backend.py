@@ -54,12 +54,15 @@ REASONS = {
 }
 
 
+HEADERS = ("cuda/ptx.cuh", "cuda/schedule.cuh", "hopper/hopper.cuh", "hopper/words.cuh")
+
+
 def source(config: Config, groups: int, dtype: torch.dtype) -> str:
     """The kernel's text: compile-time choices, hopper.cuh, wgmma where used, the kernel."""
     defines = {**config.defines(groups), "BF16": int(dtype == torch.bfloat16)}
     folder = Path(__file__).parent
     parts = [f"#define {name} {value}" for name, value in defines.items()]
-    for name in ("cuda/ptx.cuh", "cuda/schedule.cuh", "hopper/hopper.cuh"):
+    for name in HEADERS:
         parts.append((folder.parent / name).read_text())
     if isinstance(config, Large):
         parts.append((folder / "hopper_wgmma.cuh").read_text())

@@ -17,7 +17,7 @@ from torch import Tensor
 from halfweight.kernels.cuda import driver
 
 ARCHITECTURE = "sm_90a"
-FILES = ("cuda/ptx.cuh", "hopper/hopper.cuh", "hopper/hopper_gemv.cu")
+FILES = ("cuda/ptx.cuh", "hopper/hopper.cuh", "hopper/words.cuh", "hopper/hopper_gemv.cu")
 TOKENS = (1, 2)
 """Of the compiled forms: with four, hopper_small.cu is faster."""
 WARPS = 8
@@ -34,6 +34,8 @@ STAGE_BYTES = 32 << 10
 RING_BYTES = 136 << 10
 """On an H200 a decode step of Llama-3-8B took 2.30 ms with 98 KB on their way a multiprocessor,
 2.09 with 132, and 2.14 with 198, which leave less room for other kernels' blocks."""
+MOST_SHARED_BYTES = RING_BYTES + (4 << 10)
+"""The ring, its barriers, and the warps' sums of a stage."""
 MOST_STAGES = 16
 ONE_SCALE_A_ROW = 31
 """Columns are shifted by this to their group."""
@@ -129,15 +131,16 @@ def form_for(num_tokens: int, in_features: int, num_groups: int) -> Form | None:
 
 
 @cache
-def _kernel(form: Form, dtype: torch.dtype, device: int) -> Any:
-    text = source(form.defines, dtype)
-    return driver.load(text, ARCHITECTURE, b"w8a16_gemv", form.shared_bytes, device)
+def _kernel(tokens: int, segments: int, rows: int, dtype: torch.dtype, device: int) -> Any:
+    text = source(names_of(tokens, segments, rows), dtype)
+    return driver.load(text, ARCHITECTURE, b"w8a16_gemv", MOST_SHARED_BYTES, device)
 
 
 @lru_cache(maxsize=4096)
 def _start(form: Form, workers: int, dtype: torch.dtype, device: int, stream: int) -> driver.Start:
     sizes = (workers, THREADS, form.shared_bytes)
-    return driver.prepare(_kernel(form, dtype, device), sizes, stream, device, is_early=True)
+    kernel = _kernel(form.tokens, form.segments, form.rows, dtype, device)
+    return driver.prepare(kernel, sizes, stream, device, is_early=True)
 
 
 def operands_of(

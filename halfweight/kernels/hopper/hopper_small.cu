@@ -86,7 +86,7 @@ __device__ __forceinline__ void produce_codes(const Problem& p, u32 area, u32 fu
             barrier_wait(empty + 8 * stage, phase ^ 1);
             for (int row = threadIdx.x % 32; row < BN; row += 32)
                 copy_words(area + (stage * BN + row) * CODE_PITCH, row_codes(p, s.tile * BN + row, k, shift),
-                           count, 0, 1);
+                           count);
             arrive_when_copied(full + 8 * stage);
             if (++stage == STAGES) { stage = 0; phase ^= 1; }
         }
