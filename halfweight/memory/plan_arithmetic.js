@@ -192,10 +192,10 @@ function gpuParts(model, work) {
     ? Math.max(pages, 2 * ceilDiv(c.STEP_TOKENS.gpu, c.PAGE_TOKENS.gpu)) : 0;
   const row = 4 * (a.head_dim + 2);
   const group = (a.heads - (a.heads % a.kv_heads)) / a.kv_heads;
-  const rows = bucket(c, batch) * a.kv_heads;
-  const items = rows + c.DECODE_PROGRAMS[work.kvDtype] * c.MULTIPROCESSORS;
+  const rowHeads = bucket(c, batch) * a.kv_heads;
+  const items = rowHeads + c.DECODE_PROGRAMS[work.kvDtype] * c.MULTIPROCESSORS;
   const tileSums = row * 2 * c.MULTIPROCESSORS * c.TILE_ROWS;
-  const decodeSums = row * items * Math.max(c.MIN_DOT_ROWS, powerOfTwo(group)) + 4 * rows;
+  const decodeSums = row * items * Math.max(c.MIN_DOT_ROWS, powerOfTwo(group)) + 4 * rowHeads;
   return {
     "tables": 4 * (batch + 1) * (context + 1 + pages) + 4 * context * a.head_dim,
     "scratch pages": scratch * 4 * c.PAGE_TOKENS.gpu * a.kv_heads * a.head_dim,
