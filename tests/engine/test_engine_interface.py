@@ -254,7 +254,13 @@ def test_an_event_loop_is_woken_once_for_all_that_a_step_gives(make_engine):
             return wake(*arguments)
 
         event_loop.call_soon_threadsafe = counted
-        await engine.agenerate(["a", "b", "c", "d", "e", "f", "g", "h"], max_new_tokens=30)
+        gate = threading.Event()  # all are there before the first step
+        engine._loop._runner.before_step = lambda count: gate.wait(SECONDS)
+        texts = ["a", "b", "c", "d", "e", "f", "g", "h"]
+        task = asyncio.create_task(engine.agenerate(texts, max_new_tokens=30))
+        await asyncio.to_thread(wait_until, lambda: engine.num_requests == 8)
+        gate.set()
+        await task
         return num_woken
 
     num_tokens = sum(len(alone(Request((n,), 30))[0]) for n in range(1, 9))
