@@ -3,8 +3,7 @@
 One kernel, compiled by NVRTC when a form of it is first needed and kept; tiles.py chooses the form
 by the device's own facts. One token is the Triton backend's GEMV, more than 256 are its dequantized
 blocks and the vendor's product, by rule and not by failure. Nowhere between them are Triton's tiles
-faster in the mean by more than 5 %, not even on an H200, where they have wgmma
-(docs/notes/kernels.md).
+faster in the mean, not even on an H200, where they have wgmma (docs/kernels.md).
 
 `choose_backend` takes it on cards that have no wgmma (Hopper's kernels come first), where
 cuda-bindings and NVRTC are; without these the Triton backend is taken, and the log says why.
