@@ -54,16 +54,17 @@ def wait_for_requests(server, count):
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("n", [1, 3])
 def test_who_leaves_while_waiting_is_noticed_before_the_first_token(server, monkeypatch, stream, n):
-    gate = threading.Event()
+    gate, entered = threading.Event(), threading.Event()
     run = server.engine._loop._runner.run
 
     def run_slowly(step):
+        entered.set()
         gate.wait(60)
         return run(step)
 
     monkeypatch.setattr(server.engine._loop._runner, "run", run_slowly)
     first = send(server, TEXT | {"max_tokens": 200, "stream": True})
-    wait_for_requests(server, 1)
+    assert entered.wait(60)  # what comes now stays in the loop's inbox
     second = send(server, TEXT | {"max_tokens": 200, "stream": stream, "n": n})
     wait_for_requests(server, 1 + n)
     second.close()
