@@ -160,9 +160,10 @@ def _decode_sums(sizes: Sizes, limits: Limits) -> int:
     """The same of decoding sequences, and the counters of who has left such sums."""
     programs = DECODE_PROGRAMS[limits.kv_cache] * limits.num_processors
     group = sizes.heads // sizes.kv_heads
-    items = bucket(limits.max_sequences) * sizes.kv_heads + programs
+    counters = decode_counters(limits.max_sequences, sizes.kv_heads)
+    items = counters + programs
     sums = (sizes.head_dim + 2) * items * max(MIN_DOT_ROWS, power_of_two(group))
-    return 4 * (sums + decode_counters(limits.max_sequences, sizes.kv_heads))
+    return 4 * (sums + counters)
 
 
 def cpu_parts(sizes: Sizes, max_sequences: int, max_context: int) -> dict[str, int]:
