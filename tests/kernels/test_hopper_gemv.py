@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
-from pathlib import Path
+from functools import cache
 
+import emulated_gpu
 import pytest
 import torch
+from emulated_gpu import error, needs_gxx, needs_nvcc, operands
 
 from halfweight.kernels.hopper import gemv
 
-EMULATOR = Path(__file__).parents[1] / "helpers" / "emulated_gpu.hpp"
 ENTRY = """
 static Operands operands;
 extern "C" int run(const Operands* o, int blocks, int threads, int bytes, unsigned seed) {
@@ -20,49 +20,21 @@ extern "C" int run(const Operands* o, int blocks, int threads, int bytes, unsign
     return launch([] { w8a16_gemv(operands); }, blocks, threads, bytes, seed);
 }
 """
-F16, BF16 = torch.float16, torch.bfloat16
+F16, BF16, GRID8 = torch.float16, torch.bfloat16, torch.uint8
 MOST_ERROR = {F16: 6e-4, BF16: 4.5e-3}
 """Half a step of each result, were all at their worst, and a tenth of it for x in two bytes."""
-
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's compiler")
-needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """(form, dtype, changes of the text) -> the kernel on the CPU."""
-    folder, built = tmp_path_factory.mktemp("gemv"), {}
 
-    def build(form, dtype, changes=()):
-        key = (*form.defines.items(), dtype, changes)
-        if key not in built:
-            text = gemv.source(form.defines, dtype)
-            begin, end = text.index("// Instructions that"), text.index("// Bytes at any address")
-            text = text[:begin] + EMULATOR.read_text() + text[end:] + ENTRY
-            for old, new in changes:
-                assert old in text
-                text = text.replace(old, new)
-            path = folder / f"{len(built)}.cpp"
-            path.write_text(text)
-            command = ["g++", "-O1", "-std=c++17", "-w", "-shared", "-fPIC", "-o"]
-            subprocess.run([*command, path.with_suffix(".so"), path], check=True)
-            built[key] = ctypes.CDLL(str(path.with_suffix(".so"))).run
-        return built[key]
+    @cache
+    def build(names, dtype, changes):
+        text, folder = gemv.source(dict(names), dtype), tmp_path_factory.mktemp("gemv")
+        return emulated_gpu.compiled(text, "// Bytes at any address", ENTRY, changes, folder)
 
-    return build
-
-
-def operands(sizes, group_size, dtype):
-    """x, packed, scales, exponents, bias, and the product in float64."""
-    tokens, rows, columns = sizes
-    x = torch.randn(tokens, columns).to(dtype)
-    packed = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
-    scales = torch.randint(1, 256, (rows, columns // group_size), dtype=torch.uint8)
-    exponents = torch.randint(-14, -10, (rows,), dtype=torch.int8)
-    factors = torch.ldexp(scales.double(), exponents.double()[:, None])
-    bias = torch.randn(rows).to(dtype)
-    weight = (packed.double() - 128) * factors.repeat_interleave(group_size, 1)
-    return x, packed, scales, exponents, bias, x.double() @ weight.T + bias.double()
+    return lambda form, dtype, changes=(): build(tuple(form.defines.items()), dtype, changes)
 
 
 def product(kernel, form, workers, x, packed, scales, exponents, bias, seed=0):
@@ -71,10 +43,6 @@ def product(kernel, form, workers, x, packed, scales, exponents, bias, seed=0):
     given = gemv.operands_of(form, workers, x, packed, scales, exponents, bias, y)
     ended = kernel(ctypes.byref(given), workers, gemv.THREADS, form.shared_bytes, seed) == 0
     return y if ended else torch.full_like(y, torch.nan)
-
-
-def error(y, expected):
-    return ((y.double() - expected).norm() / expected.norm()).item()
 
 
 CASES = [
@@ -91,7 +59,7 @@ CASES = [
 @needs_gxx
 @pytest.mark.parametrize(("sizes", "group_size", "workers", "dtype"), CASES)
 def test_the_product_is_the_exact_one_rounded(emulated, sizes, group_size, workers, dtype):
-    *given, expected = operands(sizes, group_size, dtype)
+    *given, expected = operands(sizes, group_size, GRID8, dtype)
     form = gemv.form_for(sizes[0], sizes[2], sizes[2] // group_size)
     for seed in range(2):
         y = product(emulated(form, dtype), form, workers, *given, seed=seed)
@@ -102,7 +70,7 @@ def test_the_product_is_the_exact_one_rounded(emulated, sizes, group_size, worke
 @needs_gxx
 def test_numbers_of_very_different_size_keep_their_products(emulated):
     """Sixteen columns share a step: a number a million times the others blinds no other sixteen."""
-    x, packed, scales, exponents, _, _ = operands((1, 16, 4096), 128, F16)
+    x, packed, scales, exponents, _, _ = operands((1, 16, 4096), 128, GRID8, F16)
     x = x * 1e-3
     x[0, 1000] = 1000.0
     factors = torch.ldexp(scales.double(), exponents.double()[:, None])
@@ -125,7 +93,7 @@ def moved(tensor, by):
 @needs_gxx
 @pytest.mark.parametrize("by", [1, 2, 3])
 def test_codes_and_ends_of_rows_lie_at_any_address(emulated, by):
-    x, packed, *ends, expected = operands((1, 33, 160), 32, F16)
+    x, packed, *ends, expected = operands((1, 33, 160), 32, GRID8, F16)
     form = gemv.form_for(1, 160, 5)
     y = product(emulated(form, F16), form, 2, x, packed, *(moved(t, by) for t in ends))
     assert error(y, expected) < MOST_ERROR[F16]
@@ -135,7 +103,7 @@ def test_codes_and_ends_of_rows_lie_at_any_address(emulated, by):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e38])
 def test_what_is_no_number_stays_none(emulated, value):
     """Infinite numbers, and those beyond float32 in a sum, are infinite or none, not 0."""
-    _, packed, scales, exponents, _, _ = operands((1, 16, 4096), 128, BF16)
+    _, packed, scales, exponents, _, _ = operands((1, 16, 4096), 128, GRID8, BF16)
     x = torch.zeros(1, 4096, dtype=BF16)
     x[0, 77] = value
     packed[:, 77], scales[:, 0] = 255, 255
@@ -148,7 +116,7 @@ def test_what_is_no_number_stays_none(emulated, value):
 @needs_gxx
 @pytest.mark.parametrize("value", [0.0, 1e-33, 1e-29, 1e-6])
 def test_the_smallest_numbers_keep_their_size(emulated, value):
-    _, packed, scales, exponents, _, _ = operands((1, 16, 4096), 128, BF16)
+    _, packed, scales, exponents, _, _ = operands((1, 16, 4096), 128, GRID8, BF16)
     x = torch.zeros(1, 4096, dtype=BF16)
     x[0, 77], packed[:, 77] = value, 255
     form = gemv.form_for(1, 4096, 32)
@@ -170,7 +138,7 @@ def test_the_smallest_numbers_keep_their_size(emulated, value):
 )
 def test_the_emulator_sees(emulated, change):
     sizes, group_size, workers, dtype = (1, 96, 4096), 128, 1, F16
-    *given, expected = operands(sizes, group_size, dtype)
+    *given, expected = operands(sizes, group_size, GRID8, dtype)
     form = gemv.form_for(sizes[0], sizes[2], sizes[2] // group_size)
     y = product(emulated(form, dtype, changes=(change,)), form, workers, *given)
     assert not error(y, expected) < 3e-2

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from functools import cache
 from types import SimpleNamespace
 
+import emulated_gpu
 import pytest
 import torch
+from emulated_gpu import error, needs_gxx, needs_nvcc, operands
 
 from halfweight.kernels import operations
 from halfweight.kernels.cuda import backend, driver
@@ -36,7 +37,6 @@ RTX_4090 = Card(128, 101376, 102400, 72 << 20, 1_008_000, 2520, 512)
 A100 = Card(108, 166912, 167936, 40 << 20, 2_039_000, 1410, 1024)
 H200 = Card(132, 232448, 233472, 50 << 20, 4_800_000, 1980, 1300)
 CARDS = {"3090": RTX_3090, "4090": RTX_4090, "a100": A100, "h200": H200}
-EMULATOR = Path(__file__).parents[1] / "helpers" / "emulated_gpu.hpp"
 ENTRY = """
 static Operands operands;
 extern "C" int run(const Operands* o, int blocks, int threads, int bytes, unsigned seed) {
@@ -45,50 +45,19 @@ extern "C" int run(const Operands* o, int blocks, int threads, int bytes, unsign
 }
 """
 
-needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's compiler")
-
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
     """(form, run, scales' dtype, dtype, changes of the text) -> the kernel on the CPU."""
-    folder, built = tmp_path_factory.mktemp("emulated"), {}
 
+    @cache
     def build(*choice, changes=()):
-        if (choice, changes) not in built:
-            text = backend.source(*choice)
-            begin, end = text.index("// Instructions that"), text.index("// A product as every")
-            text = text[:begin] + EMULATOR.read_text() + text[end:] + ENTRY
-            for old, new in changes:
-                assert old in text
-                text = text.replace(old, new)
-            path = folder / f"{len(built)}.cpp"
-            path.write_text(text)
-            command = ["g++", "-O1", "-std=c++17", "-w", "-shared", "-fPIC", "-o"]
-            subprocess.run([*command, path.with_suffix(".so"), path], check=True)
-            built[choice, changes] = ctypes.CDLL(str(path.with_suffix(".so"))).run
-        return built[choice, changes]
+        folder = tmp_path_factory.mktemp("emulated")
+        return emulated_gpu.compiled(
+            backend.source(*choice), "// A product as every", ENTRY, changes, folder
+        )
 
     return build
-
-
-def operands(sizes, group_size, scales_dtype, dtype):
-    """x, packed, scales, exponents, bias, and the product in float64."""
-    tokens, rows, columns = sizes
-    x = torch.randn(tokens, columns).to(dtype)
-    packed = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
-    num_groups = columns // group_size
-    exponents = None
-    if scales_dtype == torch.uint8:
-        scales = torch.randint(1, 256, (rows, num_groups), dtype=torch.uint8)
-        exponents = torch.randint(-14, -10, (rows,), dtype=torch.int8)
-        factors = torch.ldexp(scales.double(), exponents.double()[:, None])
-    else:
-        scales = (torch.rand(rows, num_groups) / 64).to(scales_dtype)
-        factors = scales.double()
-    bias = torch.randn(rows).to(dtype)
-    weight = (packed.double() - 128) * factors.repeat_interleave(group_size, 1)
-    return x, packed, scales, exponents, bias, x.double() @ weight.T + bias.double()
 
 
 def product(kernel, plan: Plan[Form], x, packed, scales, exponents, bias, seed=0):
@@ -103,10 +72,6 @@ def product(kernel, plan: Plan[Form], x, packed, scales, exponents, bias, seed=0
     assert kernel(ctypes.byref(given), *sizes) == 0
     assert not flags.any()  # ready for the next product
     return y
-
-
-def error(y, expected):
-    return ((y.double() - expected).norm() / expected.norm()).item()
 
 
 def schedules(form, sizes, card):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import random
 import re
-import shutil
 import subprocess
 from functools import cache
-from pathlib import Path
 
+import emulated_gpu
 import pytest
 import torch
+from emulated_gpu import needs_gxx, needs_nvcc
 
 from halfweight.engine.parallel.link import CHECKED_NUMBERS
 from halfweight.kernels.cuda import driver, peer_sum
@@ -28,7 +28,6 @@ from halfweight.kernels.cuda.peer_sum import (
 )
 
 BF16, F16, F32 = DTYPES
-EMULATOR = Path(__file__).parents[1] / "helpers" / "emulated_gpu.hpp"
 SMALL = {"blocks": 2, "threads": 64, "polls": 3}
 TURN_VECTORS = 5000
 ENTRY = """
@@ -59,9 +58,6 @@ extern "C" int run(const Operands* r, const Call* c, const int* n, unsigned seed
 }
 """
 
-needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's compiler")
-
 
 class Call(ctypes.Structure):
     _fields_ = [
@@ -77,24 +73,11 @@ def emulated(tmp_path_factory):
     """(ranks, dtype, changes of the text) -> the kernels of all ranks on the CPU."""
 
     @cache
-    def build(*choice):
-        return compiled(*choice, tmp_path_factory.mktemp("emulated"))
+    def build(ranks, dtype, changes):
+        text, folder = source(ranks, dtype, **SMALL), tmp_path_factory.mktemp("emulated")
+        return emulated_gpu.compiled(text, "constexpr u32 RANKS", ENTRY, changes, folder)
 
     return build
-
-
-def compiled(ranks, dtype, changes, folder):
-    text = source(ranks, dtype, **SMALL)
-    begin, end = text.index("// Instructions that"), text.index("constexpr u32 RANKS")
-    text = text[:begin] + EMULATOR.read_text() + text[end:] + ENTRY
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    path = folder / "kernel.cpp"
-    path.write_text(text)
-    command = ["g++", "-O1", "-std=c++17", "-w", "-shared", "-fPIC", "-o"]
-    subprocess.run([*command, path.with_suffix(".so"), path], check=True)
-    return ctypes.CDLL(str(path.with_suffix(".so"))).run
 
 
 def numbers(ranks, count, dtype, generator):
