@@ -32,8 +32,8 @@ ROWS = (8, 4, 2, 1)
 """Of a stage: whole ones, one behind the other, in one copy."""
 STAGE_BYTES = 32 << 10
 RING_BYTES = 136 << 10
-"""On an H200 a decode step of Llama-3-8B took 2.30 ms with 98 KB on their way a multiprocessor,
-2.09 with 132, and 2.14 with 198, which leave less room for other kernels' blocks."""
+"""Four stages of 32 KB. Three are fewer than the memory's latency wants; more leave less room for
+the blocks of other kernels (docs/notes/kernels.md has the times)."""
 MOST_SHARED_BYTES = RING_BYTES + (4 << 10)
 """The ring, its barriers, and the warps' sums of a stage."""
 MOST_STAGES = 16
