@@ -190,7 +190,7 @@ __cluster_dims__(CLUSTER, 1, 1)
 w8a8_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map,
            const __grid_constant__ Problem p) {
     extern __shared__ u8 raw[];
-    Block block = begin_block<STAGE_BYTES>(p, raw);
+    Block block = begin_block<STAGE_BYTES, 1>(p, raw);
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
         auto copy = [&](u32 stage, int m, int k, u32 bar) {

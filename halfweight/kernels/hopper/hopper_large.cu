@@ -6,7 +6,8 @@
 // exist as 16-bit in memory. A lane reads just the two bytes that each register of a fragment wants:
 // more loads than hopper_small.cu makes, but x needs no other order.
 //
-//   warpgroup 0      producer: bulk tensor copies of W [ROWS, KB] and x [TOKENS, KB] to a ring
+//   warpgroup 0      producer: bulk tensor copies of W [ROWS, KB] and x [TOKENS, KB] to a ring, by
+//                    a thread; the rows' codes, by a warp
 //   warpgroups 1...  consumers: 64 rows of W each; half of the next 64 columns is converted while
 //                    the tensor cores multiply the half before
 //
@@ -23,7 +24,8 @@ constexpr int SUBS = KB / 64;
 constexpr int W_BYTES = ROWS * KB;
 constexpr int X_BYTES = TOKENS * KB * 2;
 constexpr int COPIED_BYTES = W_BYTES + X_BYTES;
-constexpr int STAGE_BYTES = COPIED_BYTES + 1024;
+constexpr int CODE_PITCH = 8;  // words that hold a row's codes of a stage: at most four, at any address
+constexpr int STAGE_BYTES = COPIED_BYTES + (ROWS * CODE_PITCH + 16 + 1023) / 1024 * 1024;
 typedef Place<STAGE_BYTES> Here;
 constexpr int STEPS = 2;
 constexpr int X_BLOCK_BYTES = TOKENS * 128;
@@ -51,37 +53,61 @@ __device__ __forceinline__ u32 scaled(u32 bytes, u32 selector, u32 pair) {
     return r;
 }
 
-// The scales of a lane's two rows: `pairs` for the columns being converted, ready to multiply, and
-// the codes that come after them, asked for a group ahead.
-struct Scales {
-    const u8* codes[2];
-    u32 pairs[GROUPS][2], next[GROUPS][2];
-    int shift;  // K blocks a group, as a power of two; never reached where a row has one scale
+// K blocks of 64 columns a group, as a power of two; never reached where a row has one scale.
+__device__ __forceinline__ int blocks_a_group(const Problem& p) {
+    return p.num_groups == 1 ? 30 : GROUPS == 2 ? 0 : 31 - __clz(p.group_size / 64);
+}
 
-    __device__ __forceinline__ Scales(const Problem& p, int row, int k) {
-        shift = p.num_groups == 1 ? 30 : GROUPS == 2 ? 0 : 31 - __clz(p.group_size / 64);
-        for (int h = 0; h < 2; ++h)
-            codes[h] = p.codes + (long long)min(row + 8 * h, p.out_features - 1) * p.num_groups;
-        ask(p, k >> shift);
-        take(p, k >> shift);
+// A warp brings each stage its rows' codes.
+__device__ __forceinline__ void produce_codes(const Problem& p, const Block& b) {
+    int shift = blocks_a_group(p);
+    Here here(b);
+    Segment s;
+    for (Schedule schedule(p, b.worker); next_run(schedule, b, s);) {
+        int m, n;
+        tile_position(p, s.tile, m, n);
+        for (int k = s.k_begin; k < s.k_end; ++k, here.advance()) {
+            int group = (k * SUBS >> shift) * GROUPS;
+            int end = min(((k * SUBS + SUBS - 1 >> shift) + 1) * GROUPS, p.num_groups);
+            barrier_wait(here.empty(), here.phase ^ 1);
+            for (int row = threadIdx.x % 32; row < p.tile_rows; row += 32) {
+                int line = min(first_row(p, b, n) + row, p.out_features - 1);
+                copy_words(here.stage + COPIED_BYTES + row * CODE_PITCH,
+                           p.codes + (long long)line * p.num_groups + group, end - group);
+            }
+            arrive_when_copied(here.full());
+        }
     }
-    __device__ __forceinline__ void ask(const Problem& p, int group) {
+}
+
+// The scales of a lane's two rows for the columns being converted, ready to multiply.
+struct Scales {
+    u32 begin[2], line, pairs[GROUPS][2];
+    int shift;
+
+    // `row` of W is `row_in_tile` of the tile; K block k comes first, at the beginning of its stage.
+    __device__ __forceinline__ Scales(const Problem& p, u32 stage, int row, int row_in_tile, int k) {
+        shift = blocks_a_group(p);
+        line = COPIED_BYTES + row_in_tile * CODE_PITCH;
+        for (int h = 0; h < 2; ++h)  // where the row's codes begin in memory, from a whole word on
+            begin[h] = first_byte(p.codes + (long long)min(row + 8 * h, p.out_features - 1) * p.num_groups);
+        take(p, stage, k, k);
+    }
+    // Those of K block k, of a stage that begins with K block `first`.
+    __device__ __forceinline__ void take(const Problem& p, u32 stage, int k, int first) {
+        int group = (k >> shift) * GROUPS, from = (first >> shift) * GROUPS;
 #pragma unroll
         for (int g = 0; g < GROUPS; ++g)
-            for (int h = 0; h < 2; ++h)
-                next[g][h] = __ldg(codes[h] + min(group * GROUPS + g, p.num_groups - 1));
-    }
-    __device__ __forceinline__ void take(const Problem& p, int group) {
 #pragma unroll
-        for (int i = 0; i < GROUPS * 2; ++i) {
-            float code = (float)next[i / 2][i % 2];
-            pairs[i / 2][i % 2] = pack(code, code);
-        }
-        ask(p, group + 1);
+            for (int h = 0; h < 2; ++h) {
+                int at = min(group + g, p.num_groups - 1) - from + (begin[h] + from & 3);
+                float code = (float)load_byte(stage + line + h * 8 * CODE_PITCH + at);
+                pairs[g][h] = pack(code, code);
+            }
     }
-    // K block k comes next.
-    __device__ __forceinline__ void reach(const Problem& p, int k) {
-        if (k >> shift << shift == k) take(p, k >> shift);
+    // K block k comes next, the SUB-th of its stage.
+    template <int SUB> __device__ __forceinline__ void reach(const Problem& p, u32 stage, int k) {
+        if (k >> shift << shift == k) take(p, stage, k, k - SUB);
     }
 };
 
@@ -159,9 +185,9 @@ __device__ __forceinline__ void multiply_second(const Problem& p, Consumer& c, S
     constexpr bool LAST = SUB == SUBS - 1;
     queue_products(acc, a, c.x<SUB, 1>());
     if (LAST) c.leave_stage();
-    scales.reach(p, k + 1);
     Raw raw;
     if (LAST) barrier_wait(c.here.full(), c.here.phase);
+    scales.reach<LAST ? 0 : SUB + 1>(p, c.here.stage, k + 1);
     c.read<LAST ? 0 : SUB + 1, 0>(raw);
     wgmma_wait<AHEAD>();
     c.convert<0>(raw, scales, next);
@@ -248,11 +274,11 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
         Fragments first, other;
         Fragments& second = AHEAD ? other : first;
         Raw raw;
-        Scales scales(p, tile_row + row_in_tile, s.k_begin * SUBS);
 #if SPLIT > 1  // by measurement: 4 to 7 % of such products, but nothing or a loss in other forms
         StoredRowEnds<2> ends(p, tile_row + row_in_tile);
 #endif
         barrier_wait(c.here.full(), c.here.phase);
+        Scales scales(p, c.here.stage, tile_row + row_in_tile, row_in_tile, s.k_begin * SUBS);
         c.read<0, 0>(raw);
         c.convert<0>(raw, scales, first);
         for (int k = s.k_begin; k + 1 < s.k_end; ++k) {
@@ -285,7 +311,7 @@ __cluster_dims__(CLUSTER * SPLIT, 1, 1)
 w8a16_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map,
             const __grid_constant__ Problem p) {
     extern __shared__ u8 raw[];
-    Block block = begin_block<STAGE_BYTES>(p, raw);
+    Block block = begin_block<STAGE_BYTES, 1 + 32>(p, raw);
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
         auto copy = [&](u32 stage, int m, int k, u32 bar) {
@@ -295,6 +321,7 @@ w8a16_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
                        block.rank, bar);
         };
         if (threadIdx.x == 0) produce<KB, 1, STAGE_BYTES, COPIED_BYTES>(&w_map, p, block, copy);
+        if (threadIdx.x >= 96) produce_codes(p, block);
         meet_collectors();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));

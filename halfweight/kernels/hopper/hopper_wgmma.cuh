@@ -97,7 +97,8 @@ template <int STAGE_BYTES> struct Place {
     }
 };
 
-template <int STAGE_BYTES>
+// A stage is full when so many have arrived: who asks for its tiles, and the lanes that bring words.
+template <int STAGE_BYTES, int ARRIVALS>
 __device__ __forceinline__ Block begin_block(const Problem& p, u8* raw) {
     u8* base = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
     int worker = p.num_workers - 1 - (int)(blockIdx.x / (CLUSTER * SPLIT));
@@ -106,7 +107,7 @@ __device__ __forceinline__ Block begin_block(const Problem& p, u8* raw) {
     if (threadIdx.x == 0) {
         Place<STAGE_BYTES> place(b);
         for (int i = 0; i < STAGES; ++i, place.advance()) {
-            barrier_init(place.full(), 1);
+            barrier_init(place.full(), ARRIVALS);
             barrier_init(place.empty(), 4 * WGS * CLUSTER);
         }
         barriers_are_there();

@@ -21,6 +21,8 @@ MHZ = 1980
 """The clock of the card whose times the configurations have."""
 L2_BYTES_PER_CLOCK = 24.87
 """What a multiprocessor gets of weights and activations, all reading at once."""
+CODE_PITCH = 8
+"""Shared memory of a row's codes in a stage of hopper_large.cu."""
 STORE_BYTES = 1024
 """Shared memory of a warp through which it stores results."""
 
@@ -182,8 +184,9 @@ class Large:
 
     @property
     def stage_bytes(self) -> int:
-        """W and x of a stage, its barriers, and padding to a whole kilobyte."""
-        return self.k_bytes * self.rows + self.x_bytes + 1024
+        """W and x of a stage; codes and barriers, padded to whole kilobytes."""
+        beside = self.rows * CODE_PITCH + 16
+        return self.k_bytes * self.rows + self.x_bytes + -(-beside // 1024) * 1024
 
     @property
     def shared_bytes(self) -> int:
@@ -257,7 +260,7 @@ SMALL = (
 LARGE = (
     Large(tokens=64, warpgroups=2, stages=6, block_us=0.7, columns=128),
     Large(tokens=64, warpgroups=2, stages=6, block_us=0.658, split=2, columns=128),
-    Large(tokens=64, warpgroups=4, stages=8, block_us=0.581),
+    Large(tokens=64, warpgroups=4, stages=7, block_us=0.581),
     Large(tokens=128, warpgroups=2, stages=4, block_us=1.042, columns=128),
     Large(tokens=128, warpgroups=2, stages=4, block_us=0.729, split=2, columns=128),
     Large(tokens=128, warpgroups=4, stages=6, block_us=1.042),
