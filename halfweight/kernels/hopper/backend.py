@@ -54,7 +54,10 @@ REASONS = {
 }
 
 
-HEADERS = ("cuda/ptx.cuh", "cuda/schedule.cuh", "hopper/hopper.cuh", "hopper/words.cuh")
+HEADERS = (
+    *("cuda/ptx.cuh", "cuda/schedule.cuh"),
+    *("hopper/hopper.cuh", "hopper/words.cuh", "hopper/codes.cuh"),
+)
 
 
 def source(config: Config, groups: int, dtype: torch.dtype) -> str:

@@ -66,15 +66,11 @@ __device__ __forceinline__ void produce_codes(const Problem& p, const Block& b) 
     for (Schedule schedule(p, b.worker); next_run(schedule, b, s);) {
         int m, n;
         tile_position(p, s.tile, m, n);
-        for (int k = s.k_begin; k < s.k_end; ++k, here.advance()) {
-            int group = (k * SUBS >> shift) * GROUPS;
-            int end = min(((k * SUBS + SUBS - 1 >> shift) + 1) * GROUPS, p.num_groups);
+        CodeCopies<ROWS, CODE_PITCH> codes(p, first_row(p, b, n), threadIdx.x % 32);
+        for (int k = s.k_begin * SUBS; k < s.k_end * SUBS; k += SUBS, here.advance()) {
+            int end = ((k + SUBS - 1 >> shift) + 1) * GROUPS;
             barrier_wait(here.empty(), here.phase ^ 1);
-            for (int row = threadIdx.x % 32; row < p.tile_rows; row += 32) {
-                int line = min(first_row(p, b, n) + row, p.out_features - 1);
-                copy_words(here.stage + COPIED_BYTES + row * CODE_PITCH,
-                           p.codes + (long long)line * p.num_groups + group, end - group);
-            }
+            codes.copy(here.stage + COPIED_BYTES, (k >> shift) * GROUPS, min(end, p.num_groups));
             arrive_when_copied(here.full());
         }
     }

@@ -80,16 +80,16 @@ __device__ __forceinline__ void produce_codes(const Problem& p, u32 area, u32 fu
                                               int shift) {
     int stage = 0, phase = 0;
     Segment s;
-    for (Schedule schedule(p, worker); schedule.pop(s);)
+    for (Schedule schedule(p, worker); schedule.pop(s);) {
+        CodeCopies<BN, CODE_PITCH> codes(p, s.tile * BN, threadIdx.x % 32);
         for (int k = s.k_begin; k < s.k_end; ++k) {
-            int count = min(((k + 1) * KB - 1) >> shift, p.num_groups - 1) - (k * KB >> shift) + 1;
+            int end = min(((k + 1) * KB - 1 >> shift) + 1, p.num_groups);
             barrier_wait(empty + 8 * stage, phase ^ 1);
-            for (int row = threadIdx.x % 32; row < BN; row += 32)
-                copy_words(area + (stage * BN + row) * CODE_PITCH, row_codes(p, s.tile * BN + row, k, shift),
-                           count);
+            codes.copy(area + stage * BN * CODE_PITCH, k * KB >> shift, end);
             arrive_when_copied(full + 8 * stage);
             if (++stage == STAGES) { stage = 0; phase ^= 1; }
         }
+    }
 }
 
 // Codes of this lane's rows for the columns of K block k that its warp takes.
