@@ -8,32 +8,36 @@
 //
 //   warpgroup 0      producer: bulk tensor copies of W [ROWS, KB] and x [TOKENS, KB] to a ring, by
 //                    a thread; the rows' codes, by a warp
-//   warpgroups 1...  consumers: 64 rows of W each; half of the next 64 columns is converted while
-//                    the tensor cores multiply the half before
+//   warpgroups 1...  consumers: 64 rows of W each
+//
+// A step is 16 columns, an instruction of the tensor cores. It takes its W from registers, and a warp
+// that has queued it goes on when it begins. So each step's bytes are converted while the step before
+// is multiplied, and were read from shared memory a step before that.
 //
 // A weight enters as q * code, an integer of at most 15 bits rounded once to the 16-bit type; the
 // row's power of two is applied to the float32 sum. Nothing overflows whatever the scales are.
 //
 // Bulk copies move rows of 64 bytes no faster than rows of 128: where reading is the limit a stage
-// has KB = 128 columns, SUBS = 2 blocks of 64; where the ring would have too few stages, KB = 64.
+// has KB = 128 columns; where the ring would have too few stages, KB = 64.
 //
 // Compile-time: TOKENS and ROWS of a tile, WGS = ROWS / 64, KB, STAGES, CLUSTER, SPLIT, GROUPS
-// (scales in 64 columns: 1 or 2), BF16. The launcher also generates `queue_products(acc, a, x)`.
+// (scales in 128 columns: 1, 2 or 4), BF16. The launcher also generates `queue_products(acc, a, x)`.
 
-constexpr int SUBS = KB / 64;
+constexpr int STEPS = KB / 16;
 constexpr int W_BYTES = ROWS * KB;
 constexpr int X_BYTES = TOKENS * KB * 2;
 constexpr int COPIED_BYTES = W_BYTES + X_BYTES;
-constexpr int CODE_PITCH = 8;  // words that hold a row's codes of a stage: at most four, at any address
+constexpr int CODES = KB * GROUPS < 128 ? 1 : KB * GROUPS / 128;  // scales a row and stage
+constexpr int CODE_STEPS = STEPS / CODES;
+constexpr int CODE_PITCH = 8;  // words that hold a row's codes of a stage, at any address
 constexpr int STAGE_BYTES = COPIED_BYTES + (ROWS * CODE_PITCH + 16 + 1023) / 1024 * 1024;
 typedef Place<STAGE_BYTES> Here;
-constexpr int STEPS = 2;
 constexpr int X_BLOCK_BYTES = TOKENS * 128;
 constexpr int OWN = ACC / SPLIT;
-// Four warpgroups hide each other's conversions, and have no registers for another half.
-constexpr int AHEAD = WGS == 4 ? 0 : 1;
+// Steps whose fragments are kept: one more than may be in the tensor cores while the next is converted.
+constexpr int DEPTH = 2;
 constexpr int PRODUCER_REGISTERS = WGS == 2 ? 40 : 32;
-constexpr int CONSUMER_REGISTERS = WGS == 2 ? 232 : 112;
+constexpr int CONSUMER_REGISTERS = WGS == 2 ? 232 : WGS == 3 ? 160 : 112;
 
 // Two stored bytes and their scale, twice in `pair` -> q * code, rounded once.
 __device__ __forceinline__ u32 scaled(u32 bytes, u32 selector, u32 pair) {
@@ -53,63 +57,28 @@ __device__ __forceinline__ u32 scaled(u32 bytes, u32 selector, u32 pair) {
     return r;
 }
 
-// K blocks of 64 columns a group, as a power of two; never reached where a row has one scale.
-__device__ __forceinline__ int blocks_a_group(const Problem& p) {
-    return p.num_groups == 1 ? 30 : GROUPS == 2 ? 0 : 31 - __clz(p.group_size / 64);
+// Columns a group, as a power of two; never reached where a row has one scale.
+__device__ __forceinline__ int columns_a_group(const Problem& p) {
+    return p.num_groups == 1 ? 30 : 31 - __clz(p.group_size);
 }
 
 // A warp brings each stage its rows' codes.
 __device__ __forceinline__ void produce_codes(const Problem& p, const Block& b) {
-    int shift = blocks_a_group(p);
+    int shift = columns_a_group(p);
     Here here(b);
     Segment s;
     for (Schedule schedule(p, b.worker); next_run(schedule, b, s);) {
         int m, n;
         tile_position(p, s.tile, m, n);
         CodeCopies<ROWS, CODE_PITCH> codes(p, first_row(p, b, n), threadIdx.x % 32);
-        for (int k = s.k_begin * SUBS; k < s.k_end * SUBS; k += SUBS, here.advance()) {
-            int end = ((k + SUBS - 1 >> shift) + 1) * GROUPS;
+        for (int k = s.k_begin; k < s.k_end; ++k, here.advance()) {
+            int group = k * KB >> shift;
             barrier_wait(here.empty(), here.phase ^ 1);
-            codes.copy(here.stage + COPIED_BYTES, (k >> shift) * GROUPS, min(end, p.num_groups));
+            codes.copy(here.stage + COPIED_BYTES, group, min(group + CODES, p.num_groups));
             arrive_when_copied(here.full());
         }
     }
 }
-
-// The scales of a lane's two rows for the columns being converted, ready to multiply.
-struct Scales {
-    u32 begin[2], line, pairs[GROUPS][2];
-    int shift;
-
-    // `row` of W is `row_in_tile` of the tile; K block k comes first, at the beginning of its stage.
-    __device__ __forceinline__ Scales(const Problem& p, u32 stage, int row, int row_in_tile, int k) {
-        shift = blocks_a_group(p);
-        line = COPIED_BYTES + row_in_tile * CODE_PITCH;
-        for (int h = 0; h < 2; ++h)  // where the row's codes begin in memory, from a whole word on
-            begin[h] = first_byte(p.codes + (long long)min(row + 8 * h, p.out_features - 1) * p.num_groups);
-        take(p, stage, k, k);
-    }
-    // Those of K block k, of a stage that begins with K block `first`.
-    __device__ __forceinline__ void take(const Problem& p, u32 stage, int k, int first) {
-        int group = (k >> shift) * GROUPS, from = (first >> shift) * GROUPS;
-#pragma unroll
-        for (int g = 0; g < GROUPS; ++g)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                int at = min(group + g, p.num_groups - 1) - from + (begin[h] + from & 3);
-                float code = (float)load_byte(stage + line + h * 8 * CODE_PITCH + at);
-                pairs[g][h] = pack(code, code);
-            }
-    }
-    // K block k comes next, the SUB-th of its stage.
-    template <int SUB> __device__ __forceinline__ void reach(const Problem& p, u32 stage, int k) {
-        if (k >> shift << shift == k) take(p, stage, k, k - SUB);
-    }
-};
-
-// The pairs of bytes that a lane's fragments of 32 columns want: [step][register]; the fragments.
-typedef u32 Raw[STEPS][4];
-typedef u32 Fragments[STEPS][4];
 
 __device__ __forceinline__ u32 byte_pair(u32 address) {
     u16 v;
@@ -117,77 +86,92 @@ __device__ __forceinline__ u32 byte_pair(u32 address) {
     return v;
 }
 
-// What a consumer carries from block to block: its place in the ring, its lane's place in a stage,
-// and the stage that is read but not yet released.
+// A consumer's work on a run. `here` is the stage that is read, `taken` the one that is multiplied, two
+// steps behind it, `held` the one before, not yet released.
 struct Consumer {
     Here here;
-    u32 line, held, selector;
-    int lane;
+    u32 taken, held;
+    u32 line, code_line, selector;  // where in a stage the lane's bytes and codes lie
+    int lane, shift;
+    u32 begin[2];  // of the codes of its two rows in memory, from a whole word on
+    u32 codes[2], pairs[2];  // as they are stored, of the steps being read; ready to multiply
+    u32 raw[2][4], a[DEPTH][1][4];
 
-    // Read half HALF of block SUB of the stage.
-    template <int SUB, int HALF> __device__ __forceinline__ void read(Raw& raw) const {
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-            u32 address = here.stage + line ^ (SUB * 4 + HALF * STEPS + step) << 4;
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                raw[step][i] = byte_pair(address + i % 2 * 8 * KB + i / 2 * 8);
-        }
+    __device__ __forceinline__ Consumer(const Problem& p, const Block& b, int row_in_tile, u32 selector_,
+                                        int lane_)
+        : here(b), held(0), selector(selector_), lane(lane_), shift(columns_a_group(p)) {
+        u32 swizzle = KB == 64 ? row_in_tile >> 1 & 3 : row_in_tile & 7;
+        line = row_in_tile * KB + lane % 4 * 2 + swizzle * 16;
+        code_line = COPIED_BYTES + row_in_tile * CODE_PITCH;
     }
-    template <int HALF>
-    __device__ __forceinline__ void convert(const Raw& raw, const Scales& scales,
-                                            Fragments& a) const {
-        const u32* pair = scales.pairs[HALF * (GROUPS - 1)];
+    // The bytes of a step that the fragments want, and at a group's first step its code. The stage
+    // that is read has K block k.
+    template <int STEP> __device__ __forceinline__ void read(const Problem& p, int k) {
+        u32 address = here.stage + line ^ STEP << 4;
 #pragma unroll
-        for (int step = 0; step < STEPS; ++step)
+        for (int i = 0; i < 4; ++i) raw[STEP % 2][i] = byte_pair(address + i % 2 * 8 * KB + i / 2 * 8);
+        if (STEP % CODE_STEPS) return;
+        int group = k * KB >> shift, behind = STEP / CODE_STEPS;
+        if (behind) behind = min(behind, p.num_groups - 1 - group);
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                a[step][i] = scaled(raw[step][i], selector, pair[i % 2]);
+        for (int h = 0; h < 2; ++h)
+            codes[h] = load_byte(here.stage + code_line + h * 8 * CODE_PITCH +
+                                 (begin[h] + group & 3) + behind);
     }
-    // Where the descriptor of half HALF of block SUB of the stage's x begins.
-    template <int SUB, int HALF> __device__ __forceinline__ u32 x() const {
-        constexpr int AT = W_BYTES + SUB * X_BLOCK_BYTES;
-        return (here.stage >> 4) + (AT / 16 + DESCRIPTOR_LOW + HALF * STEPS * 2);
+    template <int STEP> __device__ __forceinline__ void convert() {
+        if (STEP % CODE_STEPS == 0)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) pairs[h] = pack((float)codes[h], (float)codes[h]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            a[STEP % DEPTH][0][i] = scaled(raw[STEP % 2][i], selector, pairs[i % 2]);
     }
-    __device__ __forceinline__ void leave_stage() {
-        held = here.stage;
-        here.advance();
+    // Where the descriptor of a step's x begins.
+    template <int STEP> __device__ __forceinline__ u32 x() const {
+        constexpr int AT = W_BYTES + STEP / 4 * X_BLOCK_BYTES;
+        return (taken >> 4) + (AT / 16 + DESCRIPTOR_LOW + STEP % 4 * 2);
     }
     __device__ __forceinline__ void release() {
         if (held) release_stage(held + STAGE_BYTES - 8, lane);
+    }
+    // Multiply a step; meanwhile convert the next and read the one after it. LAST is a run's last stage.
+    template <bool LAST, int STEP>
+    __device__ __forceinline__ void multiply(const Problem& p, int k, float (&acc)[ACC]) {
+        constexpr bool AHEAD = STEP + 2 >= STEPS;
+        queue_products(acc, a[STEP % DEPTH], x<STEP>());
+        if (STEP + 2 == STEPS) here.advance();
+        if (STEP + 2 == STEPS && !LAST) barrier_wait(here.full(), here.phase);
+        if (!AHEAD || !LAST) read<(STEP + 2) % STEPS>(p, AHEAD ? k + 1 : k);
+        wgmma_wait<DEPTH - 1>();
+        if (STEP == DEPTH - 2) release();
+        if (STEP + 1 < STEPS || !LAST) convert<(STEP + 1) % STEPS>();
+        if constexpr (STEP + 1 < STEPS) multiply<LAST, STEP + 1>(p, k, acc);
+    }
+    template <bool LAST>
+    __device__ __forceinline__ void multiply_stage(const Problem& p, int k, float (&acc)[ACC]) {
+        multiply<LAST, 0>(p, k, acc);
+        held = taken;
+        taken = here.stage;
+    }
+    // The sums of K blocks [k, k_end) of a tile whose lane's first row is `row` of W.
+    __device__ __forceinline__ void run(const Problem& p, int row, int k, int k_end, float (&acc)[ACC]) {
+        for (int h = 0; h < 2; ++h)
+            begin[h] = first_byte(p.codes + (long long)min(row + 8 * h, p.out_features - 1) * p.num_groups);
+        taken = here.stage;
+        barrier_wait(here.full(), here.phase);
+        read<0>(p, k);
+        convert<0>();
+        read<1>(p, k);
+        for (; k + 1 < k_end; ++k) multiply_stage<false>(p, k, acc);
+        multiply_stage<true>(p, k, acc);
+    }
+    // Wait for the products of a run.
+    __device__ __forceinline__ void finish() {
+        wgmma_wait<0>();
+        release();
         held = 0;
     }
 };
-
-// Multiply the first half of block SUB of a stage from `a`; meanwhile fill `next` for the second.
-template <int SUB>
-__device__ __forceinline__ void multiply_first(Consumer& c, const Scales& scales,
-                                               const Fragments& a, Fragments& next,
-                                               float (&acc)[ACC]) {
-    queue_products(acc, a, c.x<SUB, 0>());
-    Raw raw;
-    c.read<SUB, 1>(raw);
-    wgmma_wait<AHEAD>();
-    c.release();
-    c.convert<1>(raw, scales, next);
-}
-
-// Multiply the second half of block SUB, the k-th of K, from `a`; meanwhile fill `next` for the
-// block after it.
-template <int SUB>
-__device__ __forceinline__ void multiply_second(const Problem& p, Consumer& c, Scales& scales,
-                                                int k, const Fragments& a, Fragments& next,
-                                                float (&acc)[ACC]) {
-    constexpr bool LAST = SUB == SUBS - 1;
-    queue_products(acc, a, c.x<SUB, 1>());
-    if (LAST) c.leave_stage();
-    Raw raw;
-    if (LAST) barrier_wait(c.here.full(), c.here.phase);
-    scales.reach<LAST ? 0 : SUB + 1>(p, c.here.stage, k + 1);
-    c.read<LAST ? 0 : SUB + 1, 0>(raw);
-    wgmma_wait<AHEAD>();
-    c.convert<0>(raw, scales, next);
-}
 
 // Each block of a cluster collects, in the order of the blocks, the sums of its own part of the
 // tokens. The ring has done its work by then and takes what the others send. All threads of the
@@ -254,10 +238,8 @@ __device__ __forceinline__ u32 kept_selector(u16* buffer, int lane) {
 __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
     int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
     int row_in_tile = warp * 16 + lane / 4;
-    u32 swizzle = KB == 64 ? row_in_tile >> 1 & 3 : row_in_tile & 7;
-    u32 line = row_in_tile * KB + lane % 4 * 2 + swizzle * 16;
     u32 selector = kept_selector(b.buffers + warp * (STORE_BYTES / 2), lane);
-    Consumer c = {Here(b), line, 0, selector, lane};
+    Consumer c(p, b, row_in_tile, selector, lane);
     Schedule schedule(p, b.worker);
     Segment s;
     while (next_run(schedule, b, s)) {
@@ -267,35 +249,14 @@ __device__ __forceinline__ void consume(const Problem& p, const Block& b) {
         float acc[ACC];
 #pragma unroll
         for (int i = 0; i < ACC; ++i) acc[i] = 0.0f;
-        Fragments first, other;
-        Fragments& second = AHEAD ? other : first;
-        Raw raw;
 #if SPLIT > 1  // by measurement: 4 to 7 % of such products, but nothing or a loss in other forms
         StoredRowEnds<2> ends(p, tile_row + row_in_tile);
 #endif
-        barrier_wait(c.here.full(), c.here.phase);
-        Scales scales(p, c.here.stage, tile_row + row_in_tile, row_in_tile, s.k_begin * SUBS);
-        c.read<0, 0>(raw);
-        c.convert<0>(raw, scales, first);
-        for (int k = s.k_begin; k + 1 < s.k_end; ++k) {
-            multiply_first<0>(c, scales, first, second, acc);
-            multiply_second<0>(p, c, scales, k * SUBS, second, first, acc);
-            if (SUBS == 1) continue;
-            multiply_first<1>(c, scales, first, second, acc);
-            multiply_second<1>(p, c, scales, k * SUBS + 1, second, first, acc);
-        }
-        multiply_first<0>(c, scales, first, second, acc);
-        if (SUBS == 2) {
-            multiply_second<0>(p, c, scales, s.k_end * SUBS - 2, second, first, acc);
-            multiply_first<1>(c, scales, first, second, acc);
-        }
-        queue_products(acc, second, c.x<SUBS - 1, 1>());
-        c.leave_stage();
+        c.run(p, tile_row + row_in_tile, s.k_begin, s.k_end, acc);
 #if SPLIT == 1
         RowEnds<2> ends(p, tile_row + row_in_tile);
 #endif
-        wgmma_wait<0>();
-        c.release();
+        c.finish();
         finish_run(p, b, schedule, s, m, tile_row + warp * 16, thread, lane, ends, acc);
     }
 }
@@ -312,7 +273,7 @@ w8a16_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
         auto copy = [&](u32 stage, int m, int k, u32 bar) {
 #pragma unroll
-            for (int sub = 0; sub < SUBS; ++sub)
+            for (int sub = 0; sub < KB / 64; ++sub)
                 copy_x(stage + W_BYTES + sub * X_BLOCK_BYTES, &x_map, k * KB + sub * 64, m * TOKENS,
                        block.rank, bar);
         };

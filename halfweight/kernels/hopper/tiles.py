@@ -125,7 +125,7 @@ class Large:
     blocks = 1
     file = "hopper_large.cu"
     entry = b"w8a16_large"
-    products = 2
+    products = 1
     """Instructions that a warpgroup queues at once, of 32 bytes of x each."""
     tile_us = 0.85
     even_fixup_us = 6.0
@@ -194,8 +194,8 @@ class Large:
         return 1024 + self.stages * self.stage_bytes + self.warpgroups * 4 * STORE_BYTES
 
     def groups(self, group_size: int) -> int:
-        """Groups in 64 columns, where that makes another program."""
-        return 2 if group_size == 32 else 1
+        """Groups in 128 columns, where that makes another program."""
+        return {32: 4, 64: 2}.get(group_size, 1)
 
     def defines(self, groups: int) -> dict[str, int]:
         """Compile-time names of the source."""
