@@ -62,7 +62,12 @@ __device__ __forceinline__ int columns_a_group(const Problem& p) {
     return p.num_groups == 1 ? 30 : 31 - __clz(p.group_size);
 }
 
-// A warp brings each stage its rows' codes.
+// Whether the codes of K block k are not those of the block before it.
+__device__ __forceinline__ bool codes_change(int k, int shift) {
+    return KB * GROUPS >= 128 || (k * KB >> shift) << shift == k * KB;
+}
+
+// A warp brings each stage its rows' codes, where they are not those of the stage before.
 __device__ __forceinline__ void produce_codes(const Problem& p, const Block& b) {
     int shift = columns_a_group(p);
     Here here(b);
@@ -74,7 +79,8 @@ __device__ __forceinline__ void produce_codes(const Problem& p, const Block& b) 
         for (int k = s.k_begin; k < s.k_end; ++k, here.advance()) {
             int group = k * KB >> shift;
             barrier_wait(here.empty(), here.phase ^ 1);
-            codes.copy(here.stage + COPIED_BYTES, group, min(group + CODES, p.num_groups));
+            if (k == s.k_begin || codes_change(k, shift))
+                codes.copy(here.stage + COPIED_BYTES, group, min(group + CODES, p.num_groups));
             arrive_when_copied(here.full());
         }
     }
@@ -104,13 +110,14 @@ struct Consumer {
         line = row_in_tile * KB + lane % 4 * 2 + swizzle * 16;
         code_line = COPIED_BYTES + row_in_tile * CODE_PITCH;
     }
-    // The bytes of a step that the fragments want, and at a group's first step its code. The stage
-    // that is read has K block k.
-    template <int STEP> __device__ __forceinline__ void read(const Problem& p, int k) {
+    // The bytes of a step that the fragments want, and at a group's first step, or a run's, its code.
+    // The stage that is read has K block k.
+    template <int STEP>
+    __device__ __forceinline__ void read(const Problem& p, int k, bool is_first = false) {
         u32 address = here.stage + line ^ STEP << 4;
 #pragma unroll
         for (int i = 0; i < 4; ++i) raw[STEP % 2][i] = byte_pair(address + i % 2 * 8 * KB + i / 2 * 8);
-        if (STEP % CODE_STEPS) return;
+        if (STEP % CODE_STEPS || !is_first && STEP == 0 && !codes_change(k, shift)) return;
         int group = k * KB >> shift, behind = STEP / CODE_STEPS;
         if (behind) behind = min(behind, p.num_groups - 1 - group);
 #pragma unroll
@@ -159,7 +166,7 @@ struct Consumer {
             begin[h] = first_byte(p.codes + (long long)min(row + 8 * h, p.out_features - 1) * p.num_groups);
         taken = here.stage;
         barrier_wait(here.full(), here.phase);
-        read<0>(p, k);
+        read<0>(p, k, true);
         convert<0>();
         read<1>(p, k);
         for (; k + 1 < k_end; ++k) multiply_stage<false>(p, k, acc);
