@@ -34,8 +34,6 @@ constexpr int STAGE_BYTES = COPIED_BYTES + (ROWS * CODE_PITCH + 16 + 1023) / 102
 typedef Place<STAGE_BYTES> Here;
 constexpr int X_BLOCK_BYTES = TOKENS * 128;
 constexpr int OWN = ACC / SPLIT;
-// Steps whose fragments are kept: one more than may be in the tensor cores while the next is converted.
-constexpr int DEPTH = 2;
 constexpr int PRODUCER_REGISTERS = WGS == 2 ? 40 : 32;
 constexpr int CONSUMER_REGISTERS = WGS == 2 ? 232 : WGS == 3 ? 160 : 112;
 
@@ -101,7 +99,7 @@ struct Consumer {
     int lane, shift;
     u32 begin[2];  // of the codes of its two rows in memory, from a whole word on
     u32 codes[2], pairs[2];  // as they are stored, of the steps being read; ready to multiply
-    u32 raw[2][4], a[DEPTH][1][4];
+    u32 raw[2][4], a[2][1][4];  // of steps, in turns: bytes, and fragments
 
     __device__ __forceinline__ Consumer(const Problem& p, const Block& b, int row_in_tile, u32 selector_,
                                         int lane_)
@@ -131,7 +129,7 @@ struct Consumer {
             for (int h = 0; h < 2; ++h) pairs[h] = pack((float)codes[h], (float)codes[h]);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            a[STEP % DEPTH][0][i] = scaled(raw[STEP % 2][i], selector, pairs[i % 2]);
+            a[STEP % 2][0][i] = scaled(raw[STEP % 2][i], selector, pairs[i % 2]);
     }
     // Where the descriptor of a step's x begins.
     template <int STEP> __device__ __forceinline__ u32 x() const {
@@ -145,12 +143,12 @@ struct Consumer {
     template <bool LAST, int STEP>
     __device__ __forceinline__ void multiply(const Problem& p, int k, float (&acc)[ACC]) {
         constexpr bool AHEAD = STEP + 2 >= STEPS;
-        queue_products(acc, a[STEP % DEPTH], x<STEP>());
+        queue_products(acc, a[STEP % 2], x<STEP>());
         if (STEP + 2 == STEPS) here.advance();
         if (STEP + 2 == STEPS && !LAST) barrier_wait(here.full(), here.phase);
         if (!AHEAD || !LAST) read<(STEP + 2) % STEPS>(p, AHEAD ? k + 1 : k);
-        wgmma_wait<DEPTH - 1>();
-        if (STEP == DEPTH - 2) release();
+        wgmma_wait<1>();
+        if (STEP == 0) release();
         if (STEP + 1 < STEPS || !LAST) convert<(STEP + 1) % STEPS>();
         if constexpr (STEP + 1 < STEPS) multiply<LAST, STEP + 1>(p, k, acc);
     }

@@ -120,7 +120,7 @@ class Large:
     block_us: float
     cluster: int = 1
     split: int = 1
-    columns: int = 64
+    columns: int = 128
 
     blocks = 1
     file = "hopper_large.cu"
@@ -212,7 +212,6 @@ class Int8(Large):
     which the schedule deals out together; a stage is one group.
     """
 
-    columns: int = 128
     chain: int = 4
 
     file = "hopper_int8.cu"
@@ -255,18 +254,20 @@ SMALL = (
     Small(tokens=16, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=4, block_us=1.064),
     Small(tokens=32, row_tiles=1, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.642),
     Small(tokens=32, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=3, block_us=1.022),
+    Small(tokens=32, row_tiles=2, warps_n=4, warps_k=2, units=2, stages=4, block_us=0.95),
     Small(tokens=64, row_tiles=1, warps_n=4, warps_k=2, units=2, stages=4, block_us=0.925),
 )
 LARGE = (
-    Large(tokens=64, warpgroups=2, stages=6, block_us=0.7, columns=128),
-    Large(tokens=64, warpgroups=2, stages=6, block_us=0.658, split=2, columns=128),
-    Large(tokens=64, warpgroups=4, stages=7, block_us=0.581),
-    Large(tokens=128, warpgroups=2, stages=4, block_us=1.042, columns=128),
-    Large(tokens=128, warpgroups=2, stages=4, block_us=0.729, split=2, columns=128),
-    Large(tokens=128, warpgroups=4, stages=6, block_us=1.042),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.895),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.996, cluster=2),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.699, split=2),
+    Large(tokens=64, warpgroups=2, stages=6, block_us=0.65),
+    Large(tokens=64, warpgroups=2, stages=6, block_us=0.6, split=2),
+    Large(tokens=64, warpgroups=3, stages=5, block_us=0.85),
+    Large(tokens=64, warpgroups=4, stages=4, block_us=1.1),
+    Large(tokens=128, warpgroups=2, stages=4, block_us=0.98),
+    Large(tokens=128, warpgroups=2, stages=4, block_us=0.7, split=2),
+    Large(tokens=128, warpgroups=3, stages=3, block_us=1.35),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.87, columns=64),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.97, cluster=2, columns=64),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.68, split=2, columns=64),
 )
 INT8 = (
     Int8(tokens=128, warpgroups=2, stages=6, block_us=2.906),
