@@ -103,10 +103,12 @@ def test_a_tile_that_a_cluster_splits_has_a_cluster_of_its_own() -> None:
 
 
 def test_tiles_of_fewer_rows_fill_whole_waves() -> None:
-    """gate_up of Llama-3-8B for 128 tokens: 128 tiles of 224 rows for 132 multiprocessors."""
-    chosen = choose(128, 28672, 4096, 128, H100)
-    assert chosen.tiles_m * chosen.tiles_n <= H100.multiprocessors * chosen.whole_waves
-    assert chosen.rows < chosen.config.rows
+    """gate_up of Llama-3-8B for 64 tokens: 128 tiles of 224 rows for 132 multiprocessors."""
+    form = next(c for c in LARGE if (c.tokens, c.warpgroups) == (64, 4))
+    fewer, all_rows = plans(form, 64, 28672, 4096, H100)
+    assert (fewer.rows, fewer.tiles_n) == (224, 128)
+    assert (all_rows.rows, all_rows.tiles_n) == (256, 112)
+    assert fewer.whole_waves == all_rows.whole_waves == 1
 
 
 def test_int8_activations_choose_among_their_own() -> None:

@@ -163,12 +163,13 @@ def _schedules(
         stage_us = config.stage_us(card, num_workers * config.cluster, rows, in_step)
         return blocks * stage_us + num_tiles * config.tile_us
 
-    yield waves, workers, us(min(tiles, workers), waves, waves * k_blocks)
     full, left = divmod(tiles, workers)
+    whole_us = us(workers, full, full * k_blocks)
+    yield waves, workers, whole_us + (us(left, 1, k_blocks) if left else 0.0)
     if config.shares_tiles and left and left * k_blocks >= workers:
         share = left / workers
         shared_us = us(workers, share, share * k_blocks, in_step) + config.fixup_us
-        yield full, workers, us(workers, full, full * k_blocks) + shared_us
+        yield full, workers, whole_us + shared_us
     if config.shares_tiles and parts > 1:
         even_us = us(tiles * parts, 1, -(-k_blocks // parts))
         yield 0, tiles * parts, even_us + config.even_fixup_us

@@ -3,8 +3,8 @@
 A configuration is one compiled form of hopper_small.cu, hopper_large.cu or hopper_int8.cu; a
 schedule says which tiles are computed whole and which are shared between blocks (stream-K). `plans`
 estimates the time of every schedule and `choose` takes the fastest. The constants were fitted to
-the times of all configurations and schedules on an H100 and an H200 (benchmarks/tiles.py), which
-differ in the memory's rate; that and all else of the card is asked of the device.
+the times of all configurations and schedules on an H200, those of INT8 on an H100 as well
+(benchmarks/tiles.py); the memory's rate and all else of the card is asked of the device.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Small:
     @property
     def fixup_us(self) -> float:
         """What sharing tiles costs; grows with the sums exchanged."""
-        return 1.5 + 0.0007 * self.partial_floats
+        return 1.34 + 0.00062 * self.partial_floats
 
     @property
     def even_fixup_us(self) -> float:
         """The same where all shares end at once."""
-        return 0.75 * self.fixup_us
+        return 0.69 * self.fixup_us
 
     @property
     def rows(self) -> int:
@@ -128,13 +128,13 @@ class Large:
     products = 1
     """Instructions that a warpgroup queues at once, of 32 bytes of x each."""
     tile_us = 0.85
-    even_fixup_us = 6.0
-    collect_us = 2.0
+    even_fixup_us = 5.2
+    collect_us = 3.8
 
     @property
     def fixup_us(self) -> float:
         """What sharing tiles costs; grows with the sums exchanged."""
-        return 5.0 + 0.00032 * self.partial_floats
+        return 4.7 + 0.00018 * self.partial_floats
 
     @property
     def shares_tiles(self) -> bool:
@@ -247,32 +247,34 @@ Config = Small | Large
 
 
 SMALL = (
-    Small(tokens=8, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=4, block_us=1.081),
-    Small(tokens=8, row_tiles=3, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.942),
-    Small(tokens=16, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.16),
-    Small(tokens=16, row_tiles=3, warps_n=1, warps_k=8, units=1, stages=4, block_us=0.83),
-    Small(tokens=16, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=4, block_us=1.064),
-    Small(tokens=32, row_tiles=1, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.642),
-    Small(tokens=32, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=3, block_us=1.022),
-    Small(tokens=32, row_tiles=2, warps_n=4, warps_k=2, units=2, stages=4, block_us=0.95),
-    Small(tokens=64, row_tiles=1, warps_n=4, warps_k=2, units=2, stages=4, block_us=0.925),
+    Small(tokens=8, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=4, block_us=0.6),
+    Small(tokens=8, row_tiles=3, warps_n=1, warps_k=8, units=2, stages=3, block_us=1.106),
+    Small(tokens=8, row_tiles=2, warps_n=4, warps_k=2, units=2, stages=5, block_us=0.729),
+    Small(tokens=16, row_tiles=2, warps_n=1, warps_k=8, units=2, stages=3, block_us=0.7),
+    Small(tokens=16, row_tiles=3, warps_n=1, warps_k=8, units=1, stages=4, block_us=0.624),
+    Small(tokens=16, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.788),
+    Small(tokens=16, row_tiles=2, warps_n=4, warps_k=2, units=2, stages=5, block_us=0.748),
+    Small(tokens=32, row_tiles=1, warps_n=2, warps_k=4, units=2, stages=4, block_us=0.585),
+    Small(tokens=32, row_tiles=2, warps_n=2, warps_k=4, units=2, stages=3, block_us=1.116),
+    Small(tokens=32, row_tiles=2, warps_n=4, warps_k=2, units=2, stages=4, block_us=1.006),
+    Small(tokens=64, row_tiles=1, warps_n=4, warps_k=2, units=2, stages=4, block_us=1.001),
 )
 LARGE = (
-    Large(tokens=64, warpgroups=2, stages=6, block_us=0.65),
-    Large(tokens=64, warpgroups=2, stages=6, block_us=0.6, split=2),
-    Large(tokens=64, warpgroups=3, stages=5, block_us=0.85),
-    Large(tokens=64, warpgroups=4, stages=4, block_us=1.1),
-    Large(tokens=128, warpgroups=2, stages=4, block_us=0.98),
-    Large(tokens=128, warpgroups=2, stages=4, block_us=0.7, split=2),
-    Large(tokens=128, warpgroups=3, stages=3, block_us=1.35),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.87, columns=64),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.97, cluster=2, columns=64),
-    Large(tokens=256, warpgroups=2, stages=5, block_us=0.68, split=2, columns=64),
+    Large(tokens=64, warpgroups=2, stages=6, block_us=0.645),
+    Large(tokens=64, warpgroups=2, stages=6, block_us=0.438, split=2),
+    Large(tokens=64, warpgroups=3, stages=5, block_us=0.964),
+    Large(tokens=64, warpgroups=4, stages=4, block_us=1.244),
+    Large(tokens=128, warpgroups=2, stages=4, block_us=0.99),
+    Large(tokens=128, warpgroups=2, stages=4, block_us=0.685, split=2),
+    Large(tokens=128, warpgroups=3, stages=3, block_us=1.481),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.895, columns=64),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.907, cluster=2, columns=64),
+    Large(tokens=256, warpgroups=2, stages=5, block_us=0.896, split=2, columns=64),
 )
 INT8 = (
-    Int8(tokens=128, warpgroups=2, stages=6, block_us=2.906),
-    Int8(tokens=176, warpgroups=2, stages=5, block_us=3.788),
-    Int8(tokens=176, warpgroups=2, stages=5, block_us=3.792, cluster=2),
+    Int8(tokens=128, warpgroups=2, stages=6, block_us=2.772),
+    Int8(tokens=176, warpgroups=2, stages=5, block_us=3.863),
+    Int8(tokens=176, warpgroups=2, stages=5, block_us=3.871, cluster=2),
 )
 
 
