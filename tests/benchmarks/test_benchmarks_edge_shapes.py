@@ -9,6 +9,8 @@ import tiles
 import torch
 
 from halfweight.kernels.cuda import tiles as sm80_tiles
+from halfweight.kernels.hopper import gemv
+from halfweight.kernels.hopper import tiles as hopper
 from halfweight.quantization.numerics import QuantizedTensor, dequantize
 
 CPU = torch.device("cpu")
@@ -16,9 +18,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """(--only, factor of w8a16.cu's results) -> names of the launches, texts compiled."""
+    """(--only, other options, factor of w8a16.cu's results) -> names of the launches, texts."""
 
-    def launched(only, factor=1.0):
+    def launched(only, *others, factor=1.0):
         compiled = []
 
         def right(x, packed, scales, exponents, bias, y, plan, steps=None):
@@ -38,7 +40,7 @@ def run(monkeypatch, capsys):
                 (torch.cuda, "get_device_capability", lambda device: (9, 0)),
             ):
                 stack.enter_context(mock.patch.object(target, attribute, value))
-            monkeypatch.setattr("sys.argv", ["edge_shapes.py", "--only", only])
+            monkeypatch.setattr("sys.argv", ["edge_shapes.py", "--only", only, *others])
             edge_shapes.main()
         lines = capsys.readouterr().out.splitlines()
         return [line.rsplit(": ", 1)[0] for line in lines[1:]], compiled
@@ -59,6 +61,31 @@ def test_every_form_of_w8a16_with_both_dtypes_and_scales(run):
 def test_hoppers_forms_with_their_first_and_last_schedule(run):
     names, compiled = run("hopper_small.cu")
     assert len(names) == 2 * len(compiled) == 2 * len(edge_shapes.tiles.SMALL)
+
+
+def texts():
+    """Of a form of each of Hopper's kernels, with a cluster where there is one."""
+    forms = (hopper.SMALL[0], hopper.LARGE[0], hopper.INT8[-1])
+    clusters = [form for form in (*hopper.LARGE, *hopper.INT8) if form.cluster > 1]
+    of_tiles = [(edge_shapes.cuda.source, (form, 1, torch.float16)) for form in (*forms, *clusters)]
+    return [*of_tiles, (gemv.source, (gemv.names_of(1, 1, 8), torch.float16))]
+
+
+@pytest.mark.parametrize(("source", "names"), texts())
+def test_every_lane_arrives_for_itself_where_racecheck_is_to_see_it(source, names):
+    """At two places or more: how many are awaited, and who arrives."""
+    before, after = source(*names), edge_shapes.by_lane(source)(*names)
+    found = [old for old, _ in edge_shapes.BY_LANE if old in before]
+    assert sum("barrier_init" in old for old in found) == 1
+    assert len(found) >= 2
+    assert not any(old in after for old in found)
+
+
+def test_the_flag_changes_what_is_compiled_and_run(run):
+    names, usual = run("hopper_small.cu")
+    again, changed = run("hopper_small.cu", "--arrive-by-lane")
+    assert names == again
+    assert not set(usual) & set(changed)
 
 
 def test_a_wrong_result_ends_it(run):

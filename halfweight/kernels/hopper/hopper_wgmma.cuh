@@ -13,7 +13,9 @@ constexpr int ACC = TOKENS * ROWS / (128 * WGS);
 constexpr int CONSUMERS = 128 * WGS;
 constexpr int STORE_BYTES = 1024;
 
+// All lanes of the warp have read the stage.
 __device__ __forceinline__ void release_stage(u32 bar, int lane) {
+    __syncwarp();
 #if CLUSTER > 1
     if (lane < CLUSTER)
         asm volatile(
