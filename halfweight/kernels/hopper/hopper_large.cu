@@ -82,6 +82,9 @@ __device__ __forceinline__ void produce_codes(const Problem& p, const Block& b) 
             arrive_when_copied(here.full());
         }
     }
+#if SPLIT > 1
+    wait_for_copies();  // the cluster's sums take their place
+#endif
 }
 
 __device__ __forceinline__ u32 byte_pair(u32 address) {
