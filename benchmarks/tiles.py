@@ -2,9 +2,9 @@
 
     python benchmarks/tiles.py hopper                     # measure, on a GPU
     python benchmarks/tiles.py sm80 --limit-seconds 120 --repeats 5
-    python benchmarks/tiles.py hopper --fit benchmarks/results/hopper_tiles*.json
+    python benchmarks/tiles.py hopper --fit benchmarks/results/hopper_tiles_h200.json
     python benchmarks/tiles.py sm80 --fit benchmarks/results/sm80_tiles.json --tries 3000
-    python benchmarks/tiles.py hopper --markdown benchmarks/results/hopper_tiles.json
+    python benchmarks/tiles.py hopper --markdown benchmarks/results/hopper_tiles_h200.json
 
 `halfweight/kernels/hopper/tiles.py` and `halfweight/kernels/cuda/tiles.py` estimate the time of a
 product from a few constants. --fit searches for those under which the choice loses the least
