@@ -93,6 +93,17 @@ def test_tiles_cut_evenly_end_at_the_borders_of_workers() -> None:
         assert last.num_workers == H100.multiprocessors // tiles * tiles
 
 
+def test_a_last_wave_of_fewer_blocks_reads_no_slower_than_they_multiply() -> None:
+    """All share the memory; a fourth of them have more, and multiplying is what takes long."""
+    form = next(c for c in SMALL if (c.tokens, c.rows) == (8, 128))
+    two_waves = next(p for p in plans(form, 8, 165 * 128, 4096, H100) if p.whole_waves == 2)
+    full_us = 132 * 128 * form.k_bytes / H100.read_bytes_per_us
+    assert full_us > form.block_us > full_us / 4
+    stages = 4096 // form.k_bytes
+    expected = stages * (full_us + form.block_us) + 2 * form.tile_us
+    assert two_waves.microseconds == pytest.approx(expected)
+
+
 def test_a_tile_that_a_cluster_splits_has_a_cluster_of_its_own() -> None:
     found = [p for c in LARGE if c.split > 1 for p in plans(c, 128, 6144, 4096, H100)]
     assert found
