@@ -55,8 +55,8 @@ REASONS = {
 
 
 HEADERS = (
-    *("cuda/ptx.cuh", "cuda/schedule.cuh"),
-    *("hopper/hopper.cuh", "hopper/words.cuh", "hopper/codes.cuh"),
+    *("cuda/ptx.cuh", "hopper/hopper.cuh"),
+    *("cuda/schedule.cuh", "hopper/words.cuh", "hopper/codes.cuh"),
 )
 
 

@@ -3,6 +3,13 @@
 
 struct __align__(64) TensorMap { u64 opaque[16]; };
 
+// Registers that a warpgroup does not need, and those that it gets in turn.
+template <int COUNT> __device__ __forceinline__ void leave_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT> __device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
 __device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }
@@ -29,8 +36,7 @@ __device__ __forceinline__ void copy4(u32 dst, const void* from) {
 __device__ __forceinline__ void arrive_when_copied(u32 bar) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
-// Until all of this thread's copies of 4 bytes are there.
-__device__ __forceinline__ void wait_for_copies() {
+__device__ __forceinline__ void wait_for_copied() {
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
 __device__ __forceinline__ void copy_tile(u32 dst, const TensorMap* map, int c0, int c1, u32 bar) {

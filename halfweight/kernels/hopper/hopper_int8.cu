@@ -192,7 +192,7 @@ w8a8_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
     extern __shared__ u8 raw[];
     Block block = begin_block<STAGE_BYTES, 1>(p, raw);
     if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+        leave_registers<PRODUCER_REGISTERS>();
         auto copy = [&](u32 stage, int m, int k, u32 bar) {
             copy_x(stage + W_BYTES, &x_map, k * KB, m * TOKENS, block.rank, bar);
             const float* ratios = p.steps + (long long)(k / CHAIN) * p.steps_stride + m * TOKENS;
@@ -201,7 +201,7 @@ w8a8_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
         if (threadIdx.x == 0)
             produce<KB, CHAIN, STAGE_BYTES, COPIED_BYTES>(&w_map, p, block, copy);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+        take_registers<CONSUMER_REGISTERS>();
         consume(p, block);
     }
     __syncwarp();

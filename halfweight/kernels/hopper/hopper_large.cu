@@ -83,7 +83,7 @@ __device__ __forceinline__ void produce_codes(const Problem& p, const Block& b) 
         }
     }
 #if SPLIT > 1
-    wait_for_copies();  // the cluster's sums take their place
+    wait_for_copied();  // the cluster's sums take their place
 #endif
 }
 
@@ -273,7 +273,7 @@ w8a16_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
     extern __shared__ u8 raw[];
     Block block = begin_block<STAGE_BYTES, 1 + 32>(p, raw);
     if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+        leave_registers<PRODUCER_REGISTERS>();
         auto copy = [&](u32 stage, int m, int k, u32 bar) {
 #pragma unroll
             for (int sub = 0; sub < KB / 64; ++sub)
@@ -284,7 +284,7 @@ w8a16_large(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
         if (threadIdx.x >= 96) produce_codes(p, block);
         meet_collectors();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+        take_registers<CONSUMER_REGISTERS>();
         consume(p, block);
     }
     __syncwarp();

@@ -257,11 +257,11 @@ w8a16_small(const __grid_constant__ TensorMap w_map, const __grid_constant__ Ten
     let_next_kernel_start();
     __syncthreads();
     if (threadIdx.x >= CONSUMERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        leave_registers<40>();
         if (threadIdx.x == CONSUMERS) produce(&w_map, &x_map, p, ring, full, empty, worker);
         if (threadIdx.x >= CONSUMERS + 96) produce_codes(p, area, full, empty, worker, shift);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        take_registers<232>();
         consume(p, ring, area, full, empty, (float*)after, worker, shift);
     }
 }
