@@ -1,5 +1,5 @@
-// Runs a kernel of halfweight/kernels/cuda on the CPU: in place of ptx.cuh, before schedule.cuh and
-// the kernel itself. Slow and simple; it is there to be right.
+// Runs a kernel of halfweight/kernels/cuda or kernels/hopper on the CPU: in place of ptx.cuh and
+// hopper.cuh, before schedule.cuh and the kernel itself. Slow and simple; it is there to be right.
 //
 // Every thread of every block is a fiber. They run one at a time, in an order drawn anew for each
 // round, from one wait to the next: a barrier, a product of a warp, a flag that another block sets.
@@ -168,6 +168,37 @@ inline void arrive_when_copied(u32 bar) {
     ++progress;
 }
 inline void copy_weights(u32 to, const void* from, u32 size, u32 bar) { copy_bytes(to, from, size, bar); }
+// A matrix as boxes of it are copied: numbers of `element` bytes, 128 bytes of them side by side.
+struct TensorMap {
+    const u8* at;
+    u64 sizes[3], strides[3];  // of the three dimensions: numbers, and bytes from one to the next
+    u32 box[3], element;
+};
+inline void prefetch_map(const TensorMap*) {}
+// Lines of 128 bytes, their 16-byte pieces in the 128-byte swizzle; zeros where the matrix ends.
+inline void copy_box(u32 to, const TensorMap* map, int c1, int c2, u32 bar) {
+    events.push_back([home = current->home, to, m = *map, c1, c2, bar] {
+        for (u32 i = 0; i < m.box[2] * m.box[1]; ++i) {
+            u64 second = c1 + i % m.box[1], third = c2 + i / m.box[1];
+            bool is_there = second < m.sizes[1] && third < m.sizes[2];
+            const u8* from = m.at + second * m.strides[1] + third * m.strides[2];
+            for (u32 piece = 0; piece < 8; ++piece) {
+                u32 place = to + i * 128 + piece * 16;
+                u8* target = home->shared.data() + (place ^ (place >> 7 & 7) << 4);
+                is_there ? (void)std::memcpy(target, from + piece * 16, 16) : (void)std::memset(target, 0, 16);
+            }
+        }
+        home->barriers[bar].bytes -= m.box[0] * m.box[1] * m.box[2] * m.element;
+        look_at(home->barriers[bar]);
+    });
+    ++progress;
+}
+inline void copy_weights_box(u32 to, const TensorMap* map, int c1, int c2, u32 bar) {
+    copy_box(to, map, c1, c2, bar);
+}
+template <int> void leave_registers() {}
+template <int> void take_registers() {}
+inline int __clz(int v) { return v ? __builtin_clz(v) : 32; }
 template <class T> T load_fresh(const T* place) {
     pause();
     return *place;
@@ -236,7 +267,7 @@ inline u32 multiply_pairs(u32 a, u32 b) {
 }
 enum : u32 { LOW_BYTES = 0, HIGH_BYTES = 16 };
 constexpr u32 OFFSETS = 0;
-inline u32 to_16bit(u32 word, u32 shift, u32) {
+inline u32 to_16bit(u32 word, u32 shift, u32 = 0) {
     return pack((float)(word >> shift & 255) - 128, (float)(word >> (shift + 8) & 255) - 128);
 }
 
