@@ -48,7 +48,7 @@ struct Copy { u32 to; const void* from; };
 // mbarrier: a phase ends when all have arrived and all bytes that were announced are there.
 struct Barrier { int size = 0, missing = 0, bytes = 0, phase = 0; };
 
-struct Block {
+struct Home {
     std::map<u32, Barrier> barriers;
     std::vector<u8> shared;
     Meeting all, named[16];
@@ -60,12 +60,13 @@ struct Fiber {
     ucontext_t context;
     std::unique_ptr<u8[]> stack{new u8[STACK_BYTES]};
     Index thread, block;
-    Block* home;
+    Home* home;
     bool ended = false;
     u64 group = 0, call = 0;  // of tests
     u64 steps = 0;
     std::deque<std::vector<Copy>> groups{1};
     std::vector<Copy> words;  // of copy4
+    std::deque<std::function<void()>> products;  // that are queued, as late as wgmma may be
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;
@@ -168,7 +169,7 @@ inline void arrive_when_copied(u32 bar) {
     ++progress;
 }
 inline void copy_weights(u32 to, const void* from, u32 size, u32 bar) { copy_bytes(to, from, size, bar); }
-// A matrix as boxes of it are copied: numbers of `element` bytes, 128 bytes of them side by side.
+// A matrix as boxes of it are copied: numbers of `element` bytes, 64 or 128 bytes of them side by side.
 struct TensorMap {
     const u8* at;
     u64 sizes[3], strides[3];  // of the three dimensions: numbers, and bytes from one to the next
@@ -189,6 +190,24 @@ inline void copy_box(u32 to, const TensorMap* map, int c1, int c2, u32 bar) {
             }
         }
         home->barriers[bar].bytes -= m.box[0] * m.box[1] * m.box[2] * m.element;
+        look_at(home->barriers[bar]);
+    });
+    ++progress;
+}
+// Rows of 64 or 128 bytes of a matrix in two dimensions, in the swizzle of that width.
+inline void copy_tile(u32 to, const TensorMap* map, int c0, int c1, u32 bar) {
+    events.push_back([home = current->home, to, m = *map, c0, c1, bar] {
+        u32 width = m.box[0] * m.element;
+        for (u32 row = 0; row < m.box[1]; ++row)
+            for (u32 piece = 0; piece < width / 16; ++piece) {
+                u64 column = c0 + piece * 16 / m.element, line = c1 + row;
+                bool is_there = column < m.sizes[0] && line < m.sizes[1];
+                const u8* from = m.at + column * m.element + line * m.strides[1];
+                u32 place = to + row * width + piece * 16;
+                u8* target = home->shared.data() + (place ^ (place >> 7 & (width / 16 - 1)) << 4);
+                is_there ? (void)std::memcpy(target, from, 16) : (void)std::memset(target, 0, 16);
+            }
+        home->barriers[bar].bytes -= m.box[1] * width;
         look_at(home->barriers[bar]);
     });
     ++progress;
@@ -294,6 +313,42 @@ inline void mma(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
     }
     meet(warp, 32);
 }
+// wgmma.m64nNk16 with W from registers, x [N, 16] in rows of 128 bytes: queued, and made when it is
+// waited for, from what registers and shared memory hold then.
+template <int SUMS, class Word> void queue_products(float (&sums)[SUMS], const Word (&a)[1][4], u32 x) {
+    current->products.push_back([&sums, &a, at = (x & 0x3fff) << 4] {
+        for (int n = 0; n < SUMS / 4; ++n) {
+            u32 b[2];
+            int token = 8 * n + threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+            for (int high = 0; high < 2; ++high) {
+                u32 place = at + token * 128 + high * 16 + quad * 4;
+                std::memcpy(b + high, shared_memory() + (place ^ (place >> 7 & 7) << 4), 4);
+            }
+            mma(sums + 4 * n, a[0], b[0], b[1]);
+        }
+    });
+}
+template <int LEFT> void wgmma_wait() {
+    for (auto& queue = current->products; queue.size() > LEFT; queue.pop_front()) queue.front()();
+}
+inline u32 scaled(u32 bytes, u32 selector, u32 pair) {
+    return multiply_pairs(to_16bit(bytes, selector), pair);
+}
+inline void wait_for_copied() {}
+// stmatrix.x2.trans: lanes 0 to 7 have the addresses of the columns of the first, 8 to 15 of the second.
+inline void store_turned(u32 address, u32 first, u32 second) {
+    Meeting& warp = current->home->warps[threadIdx.x / 32];
+    u32* lanes = current->home->exchange.data() + threadIdx.x / 32 * 32 * 10;
+    int lane = threadIdx.x % 32;
+    lanes[lane * 10] = address;
+    meet(warp, 32);
+    for (int i = 0; i < 4; ++i) {
+        u16 value = (u16)((i / 2 ? second : first) >> i % 2 * 16);
+        u32 to = lanes[(i / 2 * 8 + lane % 4 * 2 + i % 2) * 10] + lane / 4 * 2;
+        std::memcpy(shared_memory() + to, &value, 2);
+    }
+    meet(warp, 32);
+}
 inline float __shfl_xor_sync(u32, float v, int mask) {
     Meeting& warp = current->home->warps[threadIdx.x / 32];
     u32* lanes = current->home->exchange.data() + threadIdx.x / 32 * 32 * 10;
@@ -335,7 +390,7 @@ inline void begin() {
 // Run `kernel` by `threads` threads of each of `blocks` blocks. 0, or -1 where none can go on.
 inline int launch(void (*kernel)(), int blocks, int threads, int shared_bytes, unsigned seed) {
     std::mt19937 random(seed);
-    std::vector<Block> homes(blocks);
+    std::vector<Home> homes(blocks);
     entry = kernel;
     fibers.clear();
     letters.clear();

@@ -2,85 +2,26 @@
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 
-import emulated_gpu
 import pytest
 import torch
 from emulated_gpu import error, needs_gxx, operands
+from emulated_hopper import MOST_ERROR, compiled, product, schedules
 
-from halfweight.kernels.cuda import driver
-from halfweight.kernels.cuda.card import Card
-from halfweight.kernels.hopper import backend
-from halfweight.kernels.hopper.tiles import SMALL, Small, plans
+from halfweight.kernels.hopper.tiles import SMALL, Small
 
-FEW = Card(5, 232448, 233472, 50 << 20, 3_352_000, 1980, 1300)
-ENTRY = """
-static TensorMap maps[2];
-static Problem problem;
-extern "C" int run(const TensorMap* w, const TensorMap* x, const Problem* p, int blocks,
-                   int threads, int bytes, unsigned seed) {
-    maps[0] = *w, maps[1] = *x, problem = *p;
-    return launch([] { w8a16_small(maps[0], maps[1], problem); }, blocks, threads, bytes, seed);
-}
-"""
-MEMORY = ("extern __shared__ u8 raw[];", "u8* raw = shared_memory();")
 F16, BF16, GRID8 = torch.float16, torch.bfloat16, torch.uint8
-MOST_ERROR = {F16: 3e-4, BF16: 2.4e-3}
-"""Half a step of each result, were all at their worst."""
-
-
-class TensorMap(ctypes.Structure):
-    """`TensorMap` of emulated_gpu.hpp."""
-
-    _fields_ = [
-        ("at", ctypes.c_void_p),
-        *((name, ctypes.c_uint64 * 3) for name in ("sizes", "strides")),
-        ("box", ctypes.c_uint32 * 3),
-        ("element", ctypes.c_uint32),
-    ]
-
-
-def tensor_map(tensor, rows, boxes):
-    """A matrix [M, K] as [rows, K / line, line] for boxes of `boxes` lines of 128 bytes."""
-    size, (count, columns) = tensor.element_size(), tensor.shape
-    line = 128 // size
-    sizes, strides = (line, count, columns // line), (size, columns * size, 128)
-    return TensorMap(tensor.data_ptr(), sizes, strides, (line, rows, boxes), size)
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """(form, groups, dtype, changes of the text) -> the kernel on the CPU."""
-
-    @cache
-    def build(form, groups, dtype, changes=()):
-        text, folder = backend.source(form, groups, dtype), tmp_path_factory.mktemp("small")
-        changes = (MEMORY, *changes)
-        return emulated_gpu.compiled(text, "// A product as every", ENTRY, changes, folder)
-
-    return build
-
-
-def product(kernel, plan, x, packed, scales, exponents, bias, seed=0):
-    """The emulated product; NaN where it is not written or all wait for ever."""
-    form = plan.config
-    y = torch.full((x.shape[0], packed.shape[0]), torch.nan, dtype=x.dtype)
-    partials = torch.full((plan.num_workers * form.partial_floats,), torch.nan)
-    flags = torch.zeros(plan.num_workers, dtype=torch.int32)
-    start = driver.Start(None, None, -1, partials, flags)
-    problem = driver.problem_of(plan, start, x, scales, exponents, bias, y)
-    boxes = form.k_bytes // 128
-    maps = tensor_map(packed, form.rows, boxes), tensor_map(x, form.tokens, 2 * boxes)
-    given = [ctypes.byref(each) for each in (*maps, problem)]
-    ended = kernel(*given, plan.num_workers, form.threads, form.shared_bytes, seed) == 0
-    return y if ended and not flags.any() else torch.full_like(y, torch.nan)
-
-
-def schedules(form, sizes):
-    """Plans of every kind for five blocks: whole tiles, a shared rest, all tiles shared."""
-    return {plan.whole_waves: plan for plan in plans(form, *sizes, FEW)}.values()
+    return cache(
+        lambda form, groups, dtype, changes=(): compiled(
+            form, groups, dtype, changes, tmp_path_factory.mktemp("small")
+        )
+    )
 
 
 CASES = [

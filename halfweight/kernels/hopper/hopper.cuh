@@ -103,3 +103,29 @@ __device__ __forceinline__ u16 load_half(u32 address) {
 __device__ __forceinline__ void store_float(u32 address, float v) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }
+// Two matrices of 8 x 8 numbers of 16 bits, a column of each to the address of a lane.
+__device__ __forceinline__ void store_turned(u32 address, u32 first, u32 second) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
+                 "r"(first), "r"(second) : "memory");
+}
+// Two stored bytes and their scale, twice in `pair` -> q * code, rounded once.
+__device__ __forceinline__ u32 scaled(u32 bytes, u32 selector, u32 pair) {
+    u32 r;
+#if BF16
+    // 0x43uu is 128 + (u & 127) with bit 7 in the exponent's last place: without it, it lacks 256
+    // or, where the bit was set, 128. Codes are whole numbers, so 256 times one is no less than
+    // 256, and half of that is one less in the exponent: the bit's own place.
+    u32 v, low;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(bytes), "r"(OFFSETS), "r"(selector));
+    low = v & 0xff7fff7f;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r)
+        : "r"(low), "r"(pair), "r"(pair + 0x84008400 + low - v));
+#else
+    r = multiply_pairs(to_16bit(bytes, selector), pair);
+#endif
+    return r;
+}
+// Until at most N of the warpgroup's groups of products are under way.
+template <int N> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}

@@ -37,24 +37,6 @@ constexpr int OWN = ACC / SPLIT;
 constexpr int PRODUCER_REGISTERS = WGS == 2 ? 40 : 32;
 constexpr int CONSUMER_REGISTERS = WGS == 2 ? 232 : WGS == 3 ? 160 : 112;
 
-// Two stored bytes and their scale, twice in `pair` -> q * code, rounded once.
-__device__ __forceinline__ u32 scaled(u32 bytes, u32 selector, u32 pair) {
-    u32 r;
-#if BF16
-    // 0x43uu is 128 + (u & 127) with bit 7 in the exponent's last place: without it, it lacks 256
-    // or, where the bit was set, 128. Codes are whole numbers, so 256 times one is no less than
-    // 256, and half of that is one less in the exponent: the bit's own place.
-    u32 v, low;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(bytes), "r"(OFFSETS), "r"(selector));
-    low = v & 0xff7fff7f;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r)
-        : "r"(low), "r"(pair), "r"(pair + 0x84008400 + low - v));
-#else
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(to_16bit(bytes, selector)), "r"(pair));
-#endif
-    return r;
-}
-
 // Columns a group, as a power of two; never reached where a row has one scale.
 __device__ __forceinline__ int columns_a_group(const Problem& p) {
     return p.num_groups == 1 ? 30 : 31 - __clz(p.group_size);
@@ -87,12 +69,6 @@ __device__ __forceinline__ void produce_codes(const Problem& p, const Block& b) 
 #endif
 }
 
-__device__ __forceinline__ u32 byte_pair(u32 address) {
-    u16 v;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
-    return v;
-}
-
 // A consumer's work on a run. `here` is the stage that is read, `taken` the one that is multiplied, two
 // steps behind it, `held` the one before, not yet released.
 struct Consumer {
@@ -117,7 +93,7 @@ struct Consumer {
     __device__ __forceinline__ void read(const Problem& p, int k, bool is_first = false) {
         u32 address = here.stage + line ^ STEP << 4;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) raw[STEP % 2][i] = byte_pair(address + i % 2 * 8 * KB + i / 2 * 8);
+        for (int i = 0; i < 4; ++i) raw[STEP % 2][i] = load_half(address + i % 2 * 8 * KB + i / 2 * 8);
         if (STEP % CODE_STEPS || !is_first && STEP == 0 && !codes_change(k, shift)) return;
         int group = k * KB >> shift, behind = STEP / CODE_STEPS;
         if (behind) behind = min(behind, p.num_groups - 1 - group);

@@ -55,10 +55,6 @@ __device__ __forceinline__ void copy_x(u32 dst, const TensorMap* map, int column
 #endif
 }
 
-template <int N> __device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
-
 // A K-major operand in 128-byte swizzled rows: eight rows make an atom of 1,024 bytes. The low word
 // of its descriptor also has the address / 16, the high word is always the same.
 constexpr u32 DESCRIPTOR_LOW = 1 << 16;
@@ -167,8 +163,7 @@ __device__ __forceinline__ void store_rows(const Problem& p, int first_token, in
             for (int i = 0; i < 4; ++i)
                 v[i] = sums[(base / 8 + j) * 4 + i] * ends.scale[i / 2] + ends.offset[i / 2];
             u32 low = pack(v[0], v[1]), high = pack(v[2], v[3]);
-            asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::
-                         "r"(address + j * 256), "r"(low), "r"(high) : "memory");
+            store_turned(address + j * 256, low, high);
         }
         __syncwarp();
 #pragma unroll
