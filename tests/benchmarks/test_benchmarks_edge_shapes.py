@@ -76,12 +76,14 @@ def test_every_lane_arrives_for_itself_where_racecheck_is_to_see_it(source, name
     """At two places or more: how many are awaited, and who arrives."""
     before, after = source(*names), edge_shapes.by_lane(source)(*names)
     found = [old for old, _ in edge_shapes.BY_LANE if old in before]
+    has_cluster = "#define CLUSTER 2" in before
+    assert not has_cluster or "if (lane < CLUSTER)" in found
     assert sum("barrier_init" in old for old in found) == 1
     assert len(found) >= 2
     assert not any(old in after for old in found)
 
 
-def test_the_flag_changes_what_is_compiled_and_run(run):
+def test_the_flag_changes_what_is_compiled(run):
     names, usual = run("hopper_small.cu")
     again, changed = run("hopper_small.cu", "--arrive-by-lane")
     assert names == again

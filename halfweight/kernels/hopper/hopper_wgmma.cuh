@@ -6,7 +6,7 @@
 // The blocks of a cluster either take neighbouring rows of W and fetch each a part of the x that
 // all multiply (CLUSTER), or take one tile together, each a part of K (SPLIT).
 //
-// Compile-time: TOKENS, ROWS, WGS consumer warpgroups (2 or 4), STAGES of the ring, CLUSTER and
+// Compile-time: TOKENS, ROWS, WGS consumer warpgroups (2 to 4), STAGES of the ring, CLUSTER and
 // SPLIT (1 or 2; one of them is 1).
 
 constexpr int ACC = TOKENS * ROWS / (128 * WGS);

@@ -169,7 +169,7 @@ class Large:
 
     @property
     def threads(self) -> int:
-        """Consumers and a warpgroup of which one thread produces."""
+        """Consumers, and a warpgroup of which a thread asks for tiles and a warp for codes."""
         return 128 * (self.warpgroups + 1)
 
     @property
