@@ -10,8 +10,9 @@ racecheck takes an arrival at a barrier to be that of its own lane: where one la
 warp, it reports the reads of the others as races with the copies that fill a stage again. With
 --arrive-by-lane every lane arrives for itself, and nothing else is another.
 
-Each configuration of Hopper's kernels runs with its first and its last schedule (whole tiles, and
-shared ones where it has them), in float16; each form of w8a16.cu with its last, in float16 and
+Each configuration of Hopper's kernels runs with whole tiles, with its last schedule, which shares
+them where it can, and with that of two blocks, which have several tiles one after the other, in
+float16. Every ring goes round; each form of w8a16.cu with its last, in float16 and
 bfloat16, with scales of one byte and, where it takes them, of float16. Results are compared with
 the float64 product; tests do that at length, this is so that a tool's silence is not that of
 kernels that did nothing.
@@ -24,7 +25,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from unittest import mock
 
@@ -44,6 +45,9 @@ from halfweight.quantization.scheme import Scheme
 
 DEVICE = torch.device("cuda")
 OUT_FEATURES, IN_FEATURES, GROUP_SIZE = 333, 1536, 128
+LONG_FEATURES = 4224
+"""No stage of Hopper's kernels divides it, and it has more of them than a ring."""
+FEW_MULTIPROCESSORS = 2
 MOST_ERROR = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
 BY_LANE = (
     ("barrier_init(empty + 8 * i, CONSUMERS / 32);", "barrier_init(empty + 8 * i, CONSUMERS);"),
@@ -75,6 +79,12 @@ class Launch:
     dtype: torch.dtype = torch.float16
     scale_format: str = "grid8"
     rows: int = OUT_FEATURES
+    columns: int = IN_FEATURES
+
+    @property
+    def kind(self) -> tuple[tuple[int, int], str]:
+        """Of its weight: [N, K], and the format of its scales."""
+        return (self.rows, self.columns), self.scale_format
 
 
 def hopper(card: Card) -> Iterator[Launch]:
@@ -82,10 +92,18 @@ def hopper(card: Card) -> Iterator[Launch]:
     for config in (*tiles.SMALL, *tiles.LARGE, *tiles.INT8):
         tokens = config.tokens if isinstance(config, Small) else config.tokens + 1
         text = cuda.source(config, config.groups(GROUP_SIZE), torch.float16), cuda.ARCHITECTURE
-        found = tiles.plans(config, tokens, OUT_FEATURES, IN_FEATURES, card)
-        for plan in (found[0], found[-1]):
+        for plan in hopper_plans(config, tokens, card):
             name = f"{config.file} {config} {plan.whole_waves}x{plan.num_workers}"
-            yield Launch(name, tokens, text, partial(fill_on_hopper, plan))
+            fill = partial(fill_on_hopper, plan)
+            yield Launch(name, tokens, text, fill, columns=LONG_FEATURES)
+
+
+def hopper_plans(config: Config, tokens: int, card: Card) -> list[Plan[Config]]:
+    """Whole tiles on the card, the last schedule, and that of few blocks, where they suffice."""
+    sizes = tokens, OUT_FEATURES, LONG_FEATURES
+    found = tiles.plans(config, *sizes, card)
+    few = tiles.plans(config, *sizes, replace(card, multiprocessors=FEW_MULTIPROCESSORS))
+    return [found[0], found[-1], *few[-1:]]
 
 
 def one_or_two(card: Card) -> Iterator[Launch]:
@@ -113,7 +131,7 @@ def fill_on_hopper(plan: Plan[Config], x: Tensor, weight: QuantizedTensor, y: Te
     if isinstance(config, Int8):
         operand, steps = cuda.rounded_for(config, x)
         by_column = steps[1, :, : len(x)].double().T.repeat_interleave(config.k_bytes, dim=1)
-        values = operand.double() * by_column[:, :IN_FEATURES]
+        values = operand.double() * by_column[:, : x.shape[1]]
     parts = (weight.packed, weight.scales, weight.exponents, None)
     cuda._launch(operand, *parts, y, plan, steps)
     return values
@@ -149,7 +167,7 @@ FAMILIES = (hopper, one_or_two, ampere)
 
 def error(launch: Launch, weight: QuantizedTensor) -> float:
     """Relative error of a launch, on fresh input and a poisoned result."""
-    x = torch.randn(launch.tokens, IN_FEATURES, device=DEVICE).to(launch.dtype)
+    x = torch.randn(launch.tokens, launch.columns, device=DEVICE).to(launch.dtype)
     y = torch.full((launch.tokens, launch.rows), torch.nan, device=DEVICE, dtype=launch.dtype)
     expected = launch.fill(x, weight, y) @ dequantize(weight).double().T
     return float((y.double() - expected).norm() / expected.norm())
@@ -180,15 +198,15 @@ def run(only: str) -> None:
     card = driver.card_of(0)
     launches = [each for family in FAMILIES for each in family(card) if only in each.name]
     compile_all(launches)
-    kinds = {(launch.rows, launch.scale_format) for launch in launches}
+    kinds = {launch.kind for launch in launches}
     weights = {
-        (rows, scale_format): quantize(
-            torch.randn(rows, IN_FEATURES, device=DEVICE), Scheme(GROUP_SIZE, scale_format)
+        (sizes, scale_format): quantize(
+            torch.randn(sizes, device=DEVICE), Scheme(GROUP_SIZE, scale_format)
         )
-        for rows, scale_format in kinds
+        for sizes, scale_format in kinds
     }
     for launch in launches:
-        result = error(launch, weights[launch.rows, launch.scale_format])
+        result = error(launch, weights[launch.kind])
         print(f"{launch.name}: {result:.1e}", flush=True)
         assert result < MOST_ERROR[launch.dtype], launch.name
 

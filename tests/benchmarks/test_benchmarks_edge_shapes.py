@@ -58,9 +58,19 @@ def test_every_form_of_w8a16_with_both_dtypes_and_scales(run):
     assert all(shape.name in "".join(names) for shape in sm80_tiles.SHAPES)
 
 
-def test_hoppers_forms_with_their_first_and_last_schedule(run):
+def test_hoppers_forms_with_three_schedules(run):
     names, compiled = run("hopper_small.cu")
-    assert len(names) == 2 * len(compiled) == 2 * len(edge_shapes.tiles.SMALL)
+    assert len(names) == 3 * len(compiled) == 3 * len(edge_shapes.tiles.SMALL)
+
+
+@pytest.mark.parametrize("form", [*hopper.SMALL, *hopper.LARGE, *hopper.INT8], ids=str)
+def test_every_ring_goes_round_and_blocks_have_several_runs(form):
+    tokens = form.tokens if isinstance(form, hopper.Small) else form.tokens + 1
+    whole, shared, *of_few = edge_shapes.hopper_plans(form, tokens, tiles.H100)
+    assert whole.k_blocks * getattr(form, "chain", 1) // form.split > form.stages
+    assert bool(shared.shared_blocks) == (form.shares_tiles and form.split == 1)
+    assert len(of_few) == (form.split == 1)
+    assert all(plan.num_workers < plan.tiles_m * plan.tiles_n for plan in of_few)
 
 
 def texts():
