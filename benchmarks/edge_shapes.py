@@ -12,10 +12,10 @@ warp, it reports the reads of the others as races with the copies that fill a st
 
 Each configuration of Hopper's kernels runs with whole tiles, with its last schedule, which shares
 them where it can, and with that of two blocks, which have several tiles one after the other, in
-float16. Every ring goes round; each form of w8a16.cu with its last, in float16 and
-bfloat16, with scales of one byte and, where it takes them, of float16. Results are compared with
-the float64 product; tests do that at length, this is so that a tool's silence is not that of
-kernels that did nothing.
+float16; every ring goes round. Each form of w8a16.cu runs with its last, in float16 and bfloat16,
+with scales of one byte and, where it takes them, of float16. Results are compared with the float64
+product; tests do that at length, this is so that a tool's silence is not that of kernels that did
+nothing.
 """
 
 from __future__ import annotations

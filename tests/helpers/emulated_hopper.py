@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 
 import emulated_gpu
 import torch
@@ -63,8 +64,17 @@ def maps(plan, packed, x):
     return rows_map(packed, form.columns, plan.rows), rows_map(x, 64, form.tokens)
 
 
-def compiled(form, groups, dtype, changes, folder):
-    """The kernel on the CPU, with changes of its text."""
+def kernels(tmp_path_factory):
+    """(form, groups, dtype, changes of the text) -> the kernel on the CPU, each compiled once."""
+
+    @cache
+    def build(form, groups, dtype, changes=()):
+        return _compiled(form, groups, dtype, changes, tmp_path_factory.mktemp("hopper"))
+
+    return build
+
+
+def _compiled(form, groups, dtype, changes, folder):
     text = backend.source(form, groups, dtype)
     fixed = [MEMORY]
     if not isinstance(form, Small):

@@ -4,12 +4,10 @@ tensor cores are made as late as they may be.
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 from emulated_gpu import error, needs_gxx, operands
-from emulated_hopper import MOST_ERROR, compiled, product, schedules
+from emulated_hopper import MOST_ERROR, kernels, product, schedules
 
 from halfweight.kernels.hopper.tiles import LARGE, Large
 
@@ -21,12 +19,7 @@ ROUNDED_TWICE = 1.42
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """(form, groups, dtype, changes of the text) -> the kernel on the CPU."""
-    return cache(
-        lambda form, groups, dtype, changes=(): compiled(
-            form, groups, dtype, changes, tmp_path_factory.mktemp("large")
-        )
-    )
+    return kernels(tmp_path_factory)
 
 
 CASES = [

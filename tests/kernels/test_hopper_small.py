@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 from emulated_gpu import error, needs_gxx, operands
-from emulated_hopper import MOST_ERROR, compiled, product, schedules
+from emulated_hopper import MOST_ERROR, kernels, product, schedules
 
 from halfweight.kernels.hopper.tiles import SMALL, Small
 
@@ -16,12 +14,7 @@ F16, BF16, GRID8 = torch.float16, torch.bfloat16, torch.uint8
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """(form, groups, dtype, changes of the text) -> the kernel on the CPU."""
-    return cache(
-        lambda form, groups, dtype, changes=(): compiled(
-            form, groups, dtype, changes, tmp_path_factory.mktemp("small")
-        )
-    )
+    return kernels(tmp_path_factory)
 
 
 CASES = [
